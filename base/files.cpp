@@ -1,0 +1,154 @@
+#include "base/files.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+
+#include "base/error.h"
+
+namespace caldera {
+namespace {
+
+[[noreturn]] void fail(std::string_view what, const fs::path& path) {
+  throw Error(fmt::format("{}: cannot {}: {}", path.string(), what, std::strerror(errno)));
+}
+
+void flush_path(const fs::path& path, int flags) {
+  const int descriptor = ::open(path.c_str(), flags);
+  if (descriptor < 0) fail("open for flushing", path);
+  const int result = ::fsync(descriptor);
+  ::close(descriptor);
+  if (result != 0) fail("flush", path);
+}
+
+void flush_folder(const fs::path& folder) {
+  flush_path(folder.empty() ? fs::path(".") : folder, O_RDONLY | O_DIRECTORY);
+}
+
+fs::path temporary_name(const fs::path& path) { return fmt::format("{}.tmp-{}", path.string(), ::getpid()); }
+
+}  // namespace
+
+std::string read_file(const fs::path& path) {
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) fail("open", path);
+  struct stat status {};
+  std::string bytes;
+  if (::fstat(descriptor, &status) == 0 && S_ISDIR(status.st_mode)) errno = EISDIR;
+  else bytes.resize(static_cast<size_t>(std::max<off_t>(status.st_size, 0)));
+  size_t done = 0;
+  while (done < bytes.size()) {
+    const ssize_t count = ::read(descriptor, bytes.data() + done, bytes.size() - done);
+    if (count < 0 && errno == EINTR) continue;
+    if (count <= 0) break;
+    done += static_cast<size_t>(count);
+  }
+  ::close(descriptor);
+  if (S_ISDIR(status.st_mode)) fail("read", path);
+  if (done != bytes.size()) fail("read", path);
+  return bytes;
+}
+
+AtomicFile::AtomicFile(fs::path path) : path_(std::move(path)), temporary_(temporary_name(path_)) {
+  descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  if (descriptor_ < 0) fail("create", temporary_);
+}
+
+AtomicFile::~AtomicFile() {
+  if (descriptor_ < 0) return;
+  ::close(descriptor_);
+  ::unlink(temporary_.c_str());
+}
+
+void AtomicFile::write(const void* bytes, size_t num_bytes) {
+  const char* next = static_cast<const char*>(bytes);
+  while (num_bytes > 0) {
+    const ssize_t count = ::write(descriptor_, next, num_bytes);
+    if (count < 0 && errno == EINTR) continue;
+    if (count < 0) fail("write", path_);
+    next += count;
+    num_bytes -= static_cast<size_t>(count);
+  }
+}
+
+void AtomicFile::commit() {
+  if (::fsync(descriptor_) != 0) fail("flush", path_);
+  const int result = ::close(descriptor_);
+  descriptor_ = -1;
+  if (result != 0 || ::rename(temporary_.c_str(), path_.c_str()) != 0) {
+    const int reason = errno;
+    ::unlink(temporary_.c_str());
+    errno = reason;
+    fail("put in place", path_);
+  }
+  flush_folder(path_.parent_path());
+}
+
+void write_file_atomic(const fs::path& path, std::string_view bytes) {
+  AtomicFile file(path);
+  file.write(bytes);
+  file.commit();
+}
+
+void write_folder_atomic(const fs::path& path, const std::function<void(const fs::path&)>& fill) {
+  const fs::path temporary = temporary_name(path);
+  fs::remove_all(temporary);
+  fs::create_directories(temporary);
+  try {
+    fill(temporary);
+    for (const auto& entry : fs::recursive_directory_iterator(temporary))
+      entry.is_directory() ? flush_folder(entry.path()) : flush_path(entry.path(), O_RDONLY);
+    flush_folder(temporary);
+    if (fs::exists(path)) {
+      // Two renames: a folder cannot replace a full one. Between them `path` is absent, never mixed.
+      const fs::path old = fmt::format("{}.tmp-old-{}", path.string(), ::getpid());
+      fs::rename(path, old);
+      fs::rename(temporary, path);
+      fs::remove_all(old);
+    } else {
+      fs::rename(temporary, path);
+    }
+    flush_folder(path.parent_path());
+  } catch (...) {
+    std::error_code ignored;
+    fs::remove_all(temporary, ignored);
+    throw;
+  }
+}
+
+void remove_leftovers(const fs::path& folder) {
+  if (!fs::is_directory(folder)) return;
+  for (const auto& entry : fs::directory_iterator(folder))
+    if (entry.path().filename().string().find(".tmp-") != std::string::npos) fs::remove_all(entry.path());
+}
+
+MappedFile::MappedFile(const fs::path& path) : path_(path) {
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) fail("open", path);
+  struct stat status {};
+  if (::fstat(descriptor, &status) != 0 || !S_ISREG(status.st_mode)) {
+    ::close(descriptor);
+    throw Error(fmt::format("{}: cannot map: not a regular file", path.string()));
+  }
+  size_ = static_cast<size_t>(status.st_size);
+  if (size_ > 0) {
+    data_ = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor, 0);
+    if (data_ == MAP_FAILED) {
+      ::close(descriptor);
+      data_ = nullptr;
+      fail("map", path);
+    }
+  }
+  ::close(descriptor);
+}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) ::munmap(data_, size_);
+}
+
+}  // namespace caldera

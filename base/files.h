@@ -1,0 +1,60 @@
+// Files that are never half-written: everything is written beside its place, flushed, then renamed.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <span>
+#include <string>
+#include <string_view>
+
+namespace caldera {
+
+namespace fs = std::filesystem;
+
+// The whole file. Throws Error naming the file and the system's reason.
+std::string read_file(const fs::path& path);
+
+// A file under construction: bytes go to "PATH.tmp-PID", commit() flushes it to disk, renames it to PATH and flushes
+// the folder. Destroyed without commit(), it leaves nothing. Every failing system call throws Error with the path.
+class AtomicFile {
+ public:
+  explicit AtomicFile(fs::path path);
+  ~AtomicFile();
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+  void write(const void* bytes, size_t num_bytes);
+  void write(std::string_view text) { write(text.data(), text.size()); }
+  void commit();
+
+ private:
+  fs::path path_, temporary_;
+  int descriptor_ = -1;
+};
+
+void write_file_atomic(const fs::path& path, std::string_view bytes);
+
+// Builds a folder beside its place: fill(temporary folder), flush every file in it, rename to `path` (replacing what is
+// there), flush the parent. After a crash `path` is the old folder, the new one, or absent; never a mixture.
+void write_folder_atomic(const fs::path& path, const std::function<void(const fs::path&)>& fill);
+
+// Removes what interrupted writes left in a folder ("*.tmp-*").
+void remove_leftovers(const fs::path& folder);
+
+// A read-only memory map of a whole file; empty files map to an empty span.
+class MappedFile {
+ public:
+  explicit MappedFile(const fs::path& path);
+  ~MappedFile();
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  std::span<const std::byte> bytes() const { return {static_cast<const std::byte*>(data_), size_}; }
+  const fs::path& path() const { return path_; }
+
+ private:
+  fs::path path_;
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+}  // namespace caldera

@@ -1,0 +1,41 @@
+# LibTorch as imported targets, without its own CMake package (which demands a CUDA toolkit even for a CPU build):
+#   torch::cpu      headers, c10 and torch_cpu
+#   torch::runtime  what an executable links besides: the CUDA libraries, if any, which register themselves on load
+if(NOT LIBTORCH)
+  file(GLOB wheel ${CMAKE_SOURCE_DIR}/.deps/venv/lib/python3*/site-packages/torch)
+  if(NOT wheel)
+    message(FATAL_ERROR "LibTorch not found: run scripts/setup.sh, or pass -DLIBTORCH=/path/to/torch")
+  endif()
+  list(GET wheel 0 LIBTORCH)
+endif()
+if(NOT EXISTS ${LIBTORCH}/lib/libtorch_cpu.so)
+  message(FATAL_ERROR "LIBTORCH=${LIBTORCH} holds no lib/libtorch_cpu.so")
+endif()
+
+add_library(torch::cpu INTERFACE IMPORTED)
+# -idirafter: the wheel brings its own fmt and protobuf headers; the system's must win.
+target_compile_options(torch::cpu INTERFACE
+  "SHELL:-idirafter ${LIBTORCH}/include" "SHELL:-idirafter ${LIBTORCH}/include/torch/csrc/api/include")
+target_link_libraries(torch::cpu INTERFACE ${LIBTORCH}/lib/libtorch_cpu.so ${LIBTORCH}/lib/libc10.so)
+target_link_options(torch::cpu INTERFACE -Wl,-rpath,${LIBTORCH}/lib -Wl,--allow-shlib-undefined)
+add_library(torch::runtime INTERFACE IMPORTED)
+
+set(use_cuda ${CALDERA_CUDA})
+if(use_cuda STREQUAL "AUTO")
+  find_package(CUDAToolkit QUIET)
+  get_filename_component(site_packages ${LIBTORCH} DIRECTORY)
+  file(GLOB cudnn ${site_packages}/nvidia/cudnn/lib/libcudnn.so.9 ${LIBTORCH}/lib/libcudnn.so.9)
+  if(CUDAToolkit_FOUND AND cudnn AND EXISTS ${LIBTORCH}/lib/libtorch_cuda.so)
+    set(use_cuda ON)
+  else()
+    set(use_cuda OFF)
+  endif()
+endif()
+if(use_cuda)
+  find_package(CUDAToolkit REQUIRED)
+  target_compile_definitions(torch::cpu INTERFACE CALDERA_CUDA=1)
+  target_compile_options(torch::cpu INTERFACE "SHELL:-idirafter ${CUDAToolkit_INCLUDE_DIRS}")
+  target_link_libraries(torch::cpu INTERFACE ${LIBTORCH}/lib/libc10_cuda.so)
+  target_link_options(torch::runtime INTERFACE -Wl,--no-as-needed,${LIBTORCH}/lib/libtorch_cuda.so,--as-needed)
+endif()
+message(STATUS "LibTorch: ${LIBTORCH}, CUDA: ${use_cuda}")

@@ -1,0 +1,64 @@
+// A dataset ready to be read: records with their folder, template, tokenizer and picture settings; sample order; packing.
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/batch.h"
+#include "base/words.h"
+#include "data/record.h"
+#include "data/template.h"
+#include "data/tokenizer.h"
+
+namespace caldera {
+
+// How records become samples; one for a whole run.
+struct SampleFormat {
+  std::shared_ptr<const Tokenizer> tokenizer;
+  const ConversationTemplate* conversation = nullptr;
+  ImageSpec image_spec;
+  std::string image_aspect_ratio = "square";
+  int64_t model_max_length = 2048;  // tokens, images expanded; the rest is cut off, as LLaVA does
+};
+
+// One sample, expanded: an image placeholder has become num_image_tokens times kImageTokenIndex.
+struct Sample {
+  std::string id;
+  std::vector<int64_t> input_ids, labels;
+  std::vector<at::Tensor> pixels;  // uint8 [3, Y, X] each
+  int64_t num_supervised() const;  // labels[1..] that are not kIgnoreIndex
+};
+
+// Tokenises and cuts to model_max_length. An image of which any token would be cut off is cut off whole, and so is all
+// that follows it.
+Sample make_sample_text(const Record& record, const SampleFormat& format);
+// Also decodes its pictures. Errors name the file and the record.
+Sample make_sample(const Record& record, const std::filesystem::path& image_folder, const SampleFormat& format);
+
+// Packs samples into one row (see PackedBatch). Labels shift here: supervised_K are the rows *before* supervised ids.
+PackedBatch pack(const std::vector<Sample>& samples);
+
+// The order of samples in an epoch: a function of (seed, epoch) and the data alone.
+class Sampler {
+ public:
+  // lengths: whitespace word counts, negative for text-only samples, as LLaVA's modality_lengths. Empty lengths: plain shuffle.
+  // With lengths: group_by_modality_length with megabatches of `global_batch_size`.
+  Sampler(int64_t num_samples, uint64_t seed, std::vector<int64_t> lengths = {}, int64_t global_batch_size = 1);
+  std::vector<int64_t> epoch_order(int64_t epoch) const;
+
+ private:
+  int64_t num_samples_;
+  uint64_t seed_;
+  std::vector<int64_t> lengths_;
+  int64_t global_batch_size_;
+};
+std::vector<int64_t> modality_lengths(const std::vector<Record>& records);
+
+// Deals samples of the given token counts into micro-batches of at most `max_tokens` each (a longer sample gets one of its
+// own): first-fit decreasing, ties by position, micro-batches and their samples in order of first position.
+// Returns indices into `lengths`.
+std::vector<std::vector<int64_t>> plan_micro_batches(const std::vector<int64_t>& lengths, int64_t max_tokens);
+
+}  // namespace caldera

@@ -1,0 +1,36 @@
+// The operations that the model is built from, on packed rows. Each works on CPU and CUDA, in float32 and bfloat16, and
+// is differentiable. Legend: T tokens in the packed row, S samples, D model width, H query heads, G key/value heads,
+// K head width, V vocabulary, N supervised rows.
+#pragma once
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace caldera {
+
+// x * rsqrt(mean(x^2) + eps) * weight, mean in float32. x [..., D], weight [D] -> [..., D]. As HF LlamaRMSNorm.
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
+
+// Rotary tables for the given positions. inv_freq [K / 2] float32; positions_T int64 -> cos, sin [T, K] float32
+// (HF's "half" layout: the two halves of K repeat), times `scaling` (attention factor; 1 for plain rope).
+struct Rotary {
+  at::Tensor cos_TK, sin_TK;
+};
+Rotary rotary_tables(const at::Tensor& inv_freq, const at::Tensor& positions_T, double scaling, at::ScalarType dtype);
+// x [T, H, K] rotated by position: x * cos + rotate_half(x) * sin.
+at::Tensor apply_rotary(const at::Tensor& x_THK, const Rotary& rotary);
+
+// Attention within each sample of the packed row. q [T, H, K]; k, v [T, G, K] with G dividing H; row offsets cu_seqlens
+// (S + 1). Softmax scale 1 / sqrt(K). -> [T, H, K].
+at::Tensor packed_attention(const at::Tensor& q_THK, const at::Tensor& k_TGK, const at::Tensor& v_TGK,
+                            const std::vector<int64_t>& cu_seqlens, bool causal);
+
+// Sum over the N rows of -log softmax(hidden . weight^T)[target], in float32: output projection and cross entropy in one,
+// in chunks of rows, so that [N, V] is never held. hidden [N, D], weight [V, D], targets int64 [N] -> scalar float32.
+// Forward computes the gradients as well (where they are wanted); backward only scales them.
+at::Tensor linear_cross_entropy(const at::Tensor& hidden_ND, const at::Tensor& weight_VD, const at::Tensor& targets_N);
+// The same without gradients, per row: -> float32 [N].
+at::Tensor linear_nll(const at::Tensor& hidden_ND, const at::Tensor& weight_VD, const at::Tensor& targets_N);
+
+}  // namespace caldera

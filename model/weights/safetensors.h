@@ -1,0 +1,47 @@
+// safetensors files: read through a memory map, written atomically as a stream.
+#pragma once
+#include <ATen/ATen.h>
+
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/files.h"
+#include "base/json.h"
+
+namespace caldera {
+
+// A source of named tensors: one safetensors file, a sharded folder, a GGUF file, ... Reading is lazy.
+class TensorSource {
+ public:
+  virtual ~TensorSource() = default;
+  virtual std::vector<std::string> names() const = 0;
+  virtual bool has(const std::string& name) const = 0;
+  virtual std::vector<int64_t> shape(const std::string& name) const = 0;
+  // CPU tensor in the file's dtype (quantised types: float32). May share the map's memory: copy, never write.
+  virtual at::Tensor read(const std::string& name) const = 0;
+  virtual std::string where(const std::string& name) const = 0;  // file, for messages
+};
+
+// One .safetensors file. Checks the whole header on opening: throws CheckpointError with file, tensor, expected and got.
+// Refuses besides what the reference refuses: a header beginning with white space, a duplicate name, NUL in a name.
+std::unique_ptr<TensorSource> open_safetensors(const std::filesystem::path& file);
+// A folder: model.safetensors, or model.safetensors.index.json with its shards.
+std::unique_ptr<TensorSource> open_weights_folder(const std::filesystem::path& folder);
+// The "__metadata__" object of one file.
+std::map<std::string, std::string> safetensors_metadata(const std::filesystem::path& file);
+
+// Writes one file, atomically: header first, then each tensor's bytes as `tensors` yields them (made contiguous and
+// moved to CPU one at a time, so memory stays flat).
+void write_safetensors(const std::filesystem::path& file,
+                       const std::vector<std::pair<std::string, at::Tensor>>& tensors,
+                       const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
+// HF's sharded layout: one model.safetensors, or model-0000i-of-0000n.safetensors with an index above max_shard_bytes.
+void write_weights_folder(const std::filesystem::path& folder,
+                          const std::vector<std::pair<std::string, at::Tensor>>& tensors,
+                          int64_t max_shard_bytes = 5'000'000'000);
+
+}  // namespace caldera
