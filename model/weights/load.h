@@ -57,6 +57,9 @@ struct ModelCard {
   Json provenance;          // base weights, data, stage, step, recipe: for people
 };
 
+Json to_json(const ModelCard& card);
+ModelCard model_card_from_json(const Json& json, const std::string& where);
+
 struct LoadedModel {
   std::unique_ptr<LlavaModel> model;
   ModelCard card;

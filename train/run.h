@@ -1,0 +1,31 @@
+// A whole recipe: its stages in order, each resumed or skipped as its folder says.
+#pragma once
+#include <filesystem>
+#include <functional>
+#include <string>
+
+#include "train/recipe.h"
+#include "train/trainer.h"
+
+namespace caldera {
+
+struct RunOptions {
+  std::string only_stage;       // "" : all
+  // "auto": go on from the newest valid checkpoint, skip finished stages. "never": start anew (what is there moves aside).
+  // Anything else: a checkpoint's folder.
+  std::string resume = "auto";
+};
+
+// Reads and checks all the data of all stages first (records, pictures, template, tokenizer), then trains. Throws before any
+// training step what can be known before.
+Outcome run_recipe(const Recipe& recipe, const RunOptions& options, TrainingObserver& observer,
+                   const std::function<bool()>& stop_requested);
+
+// Seconds spent in the steps of all stages, from their metrics.jsonl.
+double train_seconds(const Recipe& recipe);
+
+// Settings of this process that make training on a CPU faster: freed large buffers stay with the process, instead of coming
+// back as page faults at each step (up to a third of the time).
+void tune_allocator();
+
+}  // namespace caldera

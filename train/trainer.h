@@ -1,0 +1,89 @@
+// One stage of a recipe: the loop. It reads on one screen; see Trainer::run and Trainer::step.
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "data/dataset.h"
+#include "data/loader.h"
+#include "model/weights/load.h"
+#include "train/metrics.h"
+#include "train/optimizer.h"
+#include "train/recipe.h"
+
+namespace caldera {
+
+// What one stage trains on, read and checked before anything heavy starts.
+struct StageData {
+  std::shared_ptr<const std::vector<Record>> records;
+  std::vector<Record> eval_records;  // may be empty
+  SampleFormat format;               // image_spec is filled in once the tower is known
+};
+
+// What is known of a stage when its training begins.
+struct StageStart {
+  std::string name;
+  std::string device;
+  std::filesystem::path folder;
+  int64_t num_steps = 0, first_step = 0;  // first_step > 0: resumed
+  int64_t num_samples = 0;
+  int64_t num_parameters = 0, num_trainable = 0;
+};
+
+// Hears of a run's progress; nothing below cli/ prints.
+class TrainingObserver {
+ public:
+  virtual ~TrainingObserver() = default;
+  virtual void on_stage(const StageStart&) {}
+  virtual void on_step(const StepMetrics&) {}
+  virtual void on_evaluation(int64_t /*step*/, double /*eval_loss*/) {}
+  virtual void on_checkpoint(const std::filesystem::path&) {}
+};
+
+enum class Outcome { kFinished, kStopped };
+
+class Trainer {
+ public:
+  // Builds the model, optimizer and loader, and resumes from the checkpoint folder if there is one.
+  // `stop_requested` is asked after each step; true saves a checkpoint and ends the run.
+  Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::optional<std::filesystem::path> checkpoint,
+          TrainingObserver& observer, std::function<bool()> stop_requested);
+
+  // Trains to the end, then writes final/. Throws Error naming the samples where a loss or gradient is not finite; the
+  // weights are then those before the step.
+  Outcome run();
+
+ private:
+  StepMetrics step(const StepData& data, double data_wait_ms);
+  double evaluate();
+  void save_checkpoint();
+  void save_final();
+  Json describe() const;  // caldera.json of checkpoints
+
+  Recipe recipe_;
+  StageConfig stage_;
+  std::filesystem::path folder_;
+  StageData data_;
+  TrainingObserver& observer_;
+  std::function<bool()> stop_requested_;
+
+  BuildSpec build_;
+  std::unique_ptr<LlavaModel> model_;
+  std::unique_ptr<AdamW> optimizer_;
+  std::unique_ptr<Loader> loader_;
+  std::unique_ptr<MetricsLog> metrics_;
+  std::vector<PackedBatch> eval_batches_;
+  int64_t steps_done_ = 0, num_steps_ = 0;
+};
+
+// "auto": CUDA where there is a GPU, else the CPU. Throws ConfigError for "cuda" without one.
+at::Device choose_device(const std::string& device);
+at::ScalarType parse_dtype(const std::string& dtype);  // "float32" or "bfloat16"
+// How the model of a stage is built: the recipe's parts, and what earlier stages trained laid over.
+BuildSpec build_spec_of(const Recipe& recipe, size_t stage_index);
+
+}  // namespace caldera
