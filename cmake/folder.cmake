@@ -1,8 +1,10 @@
-# caldera_folder(NAME LINK libs...): a static library of every .cpp below NAME/ (skipped while there is none).
+# caldera_folder(NAME LINK libs...): a static library of every .cpp below NAME/ (headers alone while there is none).
 function(caldera_folder name)
   cmake_parse_arguments(arg "" "" "LINK" ${ARGN})
   file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/${name}/*.cpp)
   if(NOT sources)
+    add_library(${name} INTERFACE)
+    target_link_libraries(${name} INTERFACE ${arg_LINK})
     return()
   endif()
   add_library(${name} STATIC ${sources})

@@ -20,7 +20,7 @@ namespace caldera {
 struct CheckpointState {
   int64_t step = 0;  // steps done
   uint64_t seed = 0;
-  std::string recipe;  // the stage's resolved recipe: a run goes on only with the one it began with
+  std::string recipe;  // recipe_part() of the stage: a run goes on only with what it began with
   Json caldera;        // {"build": BuildSpec, "card": ModelCard}
 };
 

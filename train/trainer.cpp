@@ -1,6 +1,8 @@
 #include "train/trainer.h"
 
 #include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <sys/resource.h>
 
 #include <chrono>
@@ -53,7 +55,7 @@ void flush_denormals_everywhere() {
 }  // namespace
 
 at::Device choose_device(const std::string& device) {
-  const bool has_gpu = at::hasCUDA() && at::globalContext().getNumGPUs() > 0;
+  const bool has_gpu = at::hasCUDA() && at::detail::getCUDAHooks().deviceCount() > 0;
   CALDERA_CHECK(device != "cuda" || has_gpu, ConfigError, "device: cuda asked for, but {}",
                 at::hasCUDA() ? "no GPU is visible" : "this build has no CUDA");
   return has_gpu && device != "cpu" ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
@@ -77,6 +79,14 @@ BuildSpec build_spec_of(const Recipe& recipe, size_t stage_index) {
     spec.overlays.push_back({(fs::absolute(recipe.output) / earlier.name / "final").string(), earlier.trainable});
   }
   return spec;
+}
+
+std::string recipe_part(const Recipe& recipe, const StageConfig& stage) {
+  Recipe part;
+  part.model = recipe.model;
+  part.stages = {stage};
+  part.seed = recipe.seed;
+  return dump_recipe(part);
 }
 
 Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::optional<fs::path> checkpoint,
@@ -234,7 +244,7 @@ Json Trainer::describe() const {
 
 void Trainer::save_checkpoint() {
   write_checkpoint(folder_,
-                   {.step = steps_done_, .seed = recipe_.seed, .recipe = dump_stage(stage_), .caldera = describe()},
+                   {.step = steps_done_, .seed = recipe_.seed, .recipe = recipe_part(recipe_, stage_), .caldera = describe()},
                    *optimizer_, stage_.save_total_limit);
   observer_.on_checkpoint(folder_ / "checkpoints" / read_file(folder_ / "latest"));
 }
