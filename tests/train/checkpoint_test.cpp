@@ -1,0 +1,116 @@
+#include "train/checkpoint.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+
+#include "base/error.h"
+#include "base/files.h"
+#include "base/log.h"
+
+namespace caldera {
+namespace {
+
+using testing::HasSubstr;
+
+class CheckpointTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    char pattern[] = "/tmp/caldera_checkpoint_XXXXXX";
+    folder_ = ::mkdtemp(pattern);
+    previous_ = set_log_sink([this](LogLevel, const std::string& line) { log_ += line + "\n"; });
+  }
+  void TearDown() override {
+    set_log_sink(previous_);
+    fs::remove_all(folder_);
+  }
+
+  // An optimizer over one weight, after `num_updates` updates.
+  struct Fixture {
+    at::Tensor weight = at::ones({3, 2});
+    std::unique_ptr<AdamW> optimizer;
+    explicit Fixture(int num_updates) {
+      weight.set_requires_grad(true);
+      optimizer = std::make_unique<AdamW>(
+          std::vector<ParameterGroup>{{"projector", 0.1, {{"multi_modal_projector.linear_1.weight", &weight}}}},
+          AdamWOptions{});
+      for (int i = 0; i < num_updates; ++i) update();
+    }
+    void update() {
+      weight.mutable_grad() = at::arange(6, at::kFloat).view({3, 2}) - weight.detach();
+      optimizer->take_gradients(false);
+      optimizer->step(1, 1);
+    }
+  };
+  void write(int64_t step, int64_t limit = 0) {
+    const Fixture fixture(static_cast<int>(step));
+    write_checkpoint(folder_, {.step = step, .seed = 7, .recipe = "r", .caldera = {{"card", 1}}}, *fixture.optimizer, limit);
+  }
+  fs::path step(int64_t number) { return folder_ / "checkpoints" / fmt::format("step-{:08}", number); }
+
+  fs::path folder_;
+  std::string log_;
+  LogSink previous_;
+};
+
+TEST_F(CheckpointTest, RestoredOptimizerGoesOnBitForBit) {
+  write(3);
+  Fixture straight(3), restored(0);
+  load_checkpoint(step(3), *restored.optimizer);
+  for (int i = 0; i < 5; ++i) {
+    straight.update();
+    restored.update();
+  }
+  EXPECT_TRUE(at::equal(straight.weight, restored.weight));
+  EXPECT_EQ(read_checkpoint_state(step(3)).seed, 7u);
+}
+
+TEST_F(CheckpointTest, KeepsTheNewestAndNamesThem) {
+  for (int64_t n : {1, 2, 3}) write(n, 2);
+  EXPECT_FALSE(fs::exists(step(1)));
+  EXPECT_TRUE(fs::exists(step(2)));
+  EXPECT_EQ(read_file(folder_ / "latest"), "step-00000003\n");
+  EXPECT_EQ(newest_checkpoint(folder_), step(3));
+}
+
+TEST_F(CheckpointTest, EveryFlippedByteIsFoundAndTheOneBeforeIsUsed) {
+  write(1);
+  write(2);
+  for (const char* name : {"model.safetensors", "optimizer.safetensors", "trainer_state.json", "caldera.json"}) {
+    const std::string good = read_file(step(2) / name);
+    for (size_t at = 0; at < good.size(); at += 1 + good.size() / 40) {
+      std::string bad = good;
+      bad[at] = static_cast<char>(bad[at] ^ 1);
+      write_file_atomic(step(2) / name, bad);
+      EXPECT_EQ(newest_checkpoint(folder_), step(1)) << name << " byte " << at;
+    }
+    EXPECT_THAT(log_, HasSubstr(name));
+    write_file_atomic(step(2) / name, good.substr(0, good.size() / 2));
+    EXPECT_EQ(newest_checkpoint(folder_), step(1)) << name << " cut";
+    EXPECT_THAT(log_, HasSubstr("damaged: expected"));
+    write_file_atomic(step(2) / name, good);
+  }
+  EXPECT_EQ(newest_checkpoint(folder_), step(2));
+}
+
+TEST_F(CheckpointTest, UnfinishedFoldersAreNoCheckpoints) {
+  fs::create_directories(step(5));
+  fs::create_directories(folder_ / "checkpoints" / "step-00000006.tmp-123");
+  EXPECT_EQ(newest_checkpoint(folder_), std::nullopt);
+  EXPECT_THAT(log_, HasSubstr("not a finished checkpoint: no manifest.json"));
+}
+
+TEST_F(CheckpointTest, OtherPartsOrShapesAreRefusedByName) {
+  write(1);
+  at::Tensor other = at::ones({3, 2});
+  AdamW renamed({{"projector", 0.1, {{"multi_modal_projector.linear_9.weight", &other}}}}, {});
+  EXPECT_THAT([&] { load_checkpoint(step(1), renamed); },
+              testing::ThrowsMessage<CheckpointError>(HasSubstr("tensor multi_modal_projector.linear_9.weight is missing")));
+  at::Tensor wide = at::ones({3, 4});
+  AdamW reshaped({{"projector", 0.1, {{"multi_modal_projector.linear_1.weight", &wide}}}}, {});
+  EXPECT_THAT([&] { load_checkpoint(step(1), reshaped); },
+              testing::ThrowsMessage<CheckpointError>(HasSubstr("expected shape [3, 4], got [3, 2]")));
+}
+
+}  // namespace
+}  // namespace caldera
