@@ -16,13 +16,13 @@ struct ModelConfig {
   std::string mm_projector_type = "mlp2x_gelu";
   int64_t vision_feature_layer = -2;
   std::string vision_feature_select_strategy = "patch";
-  std::string tokenizer;       // default: the language model's
+  std::string tokenizer;  // default: the language model's
 };
 
 struct DataConfig {
-  std::string data_path;       // LLaVA's JSON or JSONL
+  std::string data_path;  // LLaVA's JSON or JSONL
   std::string image_folder;
-  std::string eval_data_path;  // held-out samples for the validation loss; "" for none
+  std::string eval_data_path;         // held-out samples for the validation loss; "" for none
   std::string conversation_template;  // LLaVA's --version: plain, v0, v1, llama_2, chatml
   std::string image_aspect_ratio = "square";
   int64_t model_max_length = 2048;
@@ -32,54 +32,56 @@ struct DataConfig {
 
 struct OptimizerConfig {
   double learning_rate = 1e-3;
-  std::optional<double> mm_projector_lr;   // default: learning_rate
+  std::optional<double> mm_projector_lr;  // default: learning_rate
   std::optional<double> vision_tower_lr;
   double weight_decay = 0;
   double adam_beta1 = 0.9, adam_beta2 = 0.999, adam_epsilon = 1e-8;
-  double max_grad_norm = 0;                // 0: no clipping, as published
+  double max_grad_norm = 0;  // 0: no clipping, as published
   std::string lr_scheduler_type = "cosine";
   double warmup_ratio = 0.03;
 };
 
 struct StageConfig {
-  std::string name;                        // "pretrain", "finetune"
-  std::vector<std::string> trainable;      // of: projector, language_model, vision_tower
+  std::string name;                    // "pretrain", "finetune"
+  std::vector<std::string> trainable;  // of: projector, language_model, vision_tower
   DataConfig data;
   OptimizerConfig optimizer;
   int64_t global_batch_size = 128;
   int64_t max_tokens_per_micro_batch = 8192;
   double num_train_epochs = 1;
-  int64_t max_steps = 0;                   // > 0: overrides num_train_epochs
-  std::string loss = "token_mean";         // or "micro_batch_mean", LLaVA's
-  std::string dtype = "float32";           // of compute: float32 or bfloat16 (with float32 master weights)
+  int64_t max_steps = 0;            // > 0: overrides num_train_epochs
+  std::string loss = "token_mean";  // or "micro_batch_mean", LLaVA's
+  std::string dtype = "float32";    // of compute: float32 or bfloat16 (with float32 master weights)
   bool gradient_checkpointing = false;
   int64_t save_steps = 500, save_total_limit = 1;
-  int64_t eval_steps = 0;                  // 0: at the end only
+  int64_t eval_steps = 0;  // 0: at the end only
   int64_t logging_steps = 1;
 };
 
 // What a recipe measures at its end on held-out data (written to OUTPUT/results.json).
 struct EvaluationConfig {
-  std::string data_path;        // questions: one human turn and the expected answer a record, "type" for the table
-  std::string captions_path;    // held-out samples for the loss with the right and with a shuffled picture; default data_path
+  std::string data_path;  // questions: one human turn and the expected answer a record, "type" for the table
+  std::string captions_path;  // held-out samples for the loss with the right and with a shuffled picture;
+                              // default data_path
   std::string image_folder;
   std::string conversation_template;
   int64_t max_questions = 1000;
   int64_t max_new_tokens = 32;
-  int64_t num_sheet = 24;       // pictures on the sheet
+  int64_t num_sheet = 24;  // pictures on the sheet
 };
 
 struct Recipe {
   ModelConfig model;
   std::vector<StageConfig> stages;
   std::optional<EvaluationConfig> evaluation;
-  std::string output;           // the run's folder
+  std::string output;  // the run's folder
   uint64_t seed = 0;
   std::string device = "auto";  // auto, cpu, cuda
 };
 
-// Reads a recipe with overrides ("stages.pretrain.optimizer.learning_rate=1e-4"; a stage by its name or index). All faults are
-// collected and thrown as one ConfigError, a line each: "FILE:LINE:COLUMN: path.of.key: what".
+// Reads a recipe with overrides ("stages.pretrain.optimizer.learning_rate=1e-4"; a stage by its name or
+// index). All faults are collected and thrown as one ConfigError, a line each: "FILE:LINE:COLUMN:
+// path.of.key: what".
 Recipe read_recipe(const std::filesystem::path& file, const std::vector<std::string>& overrides = {});
 // The resolved recipe as YAML: reading it again gives the same recipe.
 std::string dump_recipe(const Recipe& recipe);

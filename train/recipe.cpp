@@ -1,0 +1,141 @@
+#include "train/recipe.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <set>
+
+#include "base/error.h"
+#include "base/files.h"
+#include "data/template.h"
+#include "model/projector/projector.h"
+#include "train/recipe_fields.h"
+#include "train/yaml_fields.h"
+#include "train/yaml_tree.h"
+
+namespace caldera {
+namespace {
+
+// What a registry says of a name is the fault, word for word.
+template <class Lookup>
+void check_name(const ReadState& state, const std::string& path, const Lookup& look_up) {
+  try {
+    look_up();
+  } catch (const ConfigError& error) {
+    state.fault(path, error.what());
+  }
+}
+
+void check_template(const ReadState& state, const std::string& path, const std::string& name) {
+  if (!name.empty()) check_name(state, path, [&] { find_template(name); });
+}
+
+// A stage's name becomes a folder, so it is never a path; and it stands for the stage in overrides, so it is
+// no index.
+bool is_stage_name(const std::string& name) {
+  const auto is_digit = [](unsigned char c) { return std::isdigit(c) != 0; };
+  const auto is_allowed = [](unsigned char c) { return std::isalnum(c) != 0 || c == '_' || c == '-'; };
+  return std::all_of(name.begin(), name.end(), is_allowed) &&
+         !std::all_of(name.begin(), name.end(), is_digit);
+}
+
+void check_stage(const ReadState& state, const std::string& path, const StageConfig& stage) {
+  if (!stage.name.empty() && !is_stage_name(stage.name))
+    state.fault(path + ".name",
+                fmt::format("\"{}\" cannot name a folder; use letters, digits, _ and -, and not digits alone",
+                            stage.name));
+  check_template(state, path + ".data.conversation_template", stage.data.conversation_template);
+  const auto trains = [&](const char* part) {
+    return std::find(stage.trainable.begin(), stage.trainable.end(), part) != stage.trainable.end();
+  };
+  if (stage.optimizer.mm_projector_lr && !stage.trainable.empty() && !trains("projector"))
+    state.fault(path + ".optimizer.mm_projector_lr", "conflicts with trainable, which leaves out projector");
+  if (stage.optimizer.vision_tower_lr && !stage.trainable.empty() && !trains("vision_tower"))
+    state.fault(path + ".optimizer.vision_tower_lr",
+                "conflicts with trainable, which leaves out vision_tower");
+  if (stage.eval_steps > 0 && stage.data.eval_data_path.empty())
+    state.fault(path + ".eval_steps", "needs data.eval_data_path, the samples to evaluate on");
+}
+
+// What no single key can tell.
+void check_recipe(const ReadState& state, const YamlNode& root, const Recipe& recipe) {
+  check_name(state, "model.mm_projector_type", [&] { make_projector(recipe.model.mm_projector_type, 1, 1); });
+  const YamlNode* stages = root.find("stages");
+  std::set<std::string> names;
+  for (size_t i = 0; i < recipe.stages.size(); ++i) {
+    const std::string path = FieldReader::element_path("stages", *stages, i);
+    check_stage(state, path, recipe.stages[i]);
+    if (!recipe.stages[i].name.empty() && !names.insert(recipe.stages[i].name).second)
+      state.fault(path + ".name", fmt::format("\"{}\" names an earlier stage too", recipe.stages[i].name));
+  }
+  if (recipe.evaluation)
+    check_template(state, "evaluation.conversation_template", recipe.evaluation->conversation_template);
+}
+
+}  // namespace
+
+Recipe read_recipe(const fs::path& file, const std::vector<std::string>& overrides) {
+  CALDERA_CHECK(fs::is_regular_file(file), ConfigError, "{}: no such recipe", file.string());
+  Faults faults;
+  YamlNode root = parse_yaml(read_file(file), file.string(), faults);
+  if (root.kind == YamlNode::Kind::kNull) root.where = {file.string(), 1, 1};
+  if (root.kind != YamlNode::Kind::kMap && root.kind != YamlNode::Kind::kRefused)
+    faults.add(root.where, "",
+               fmt::format("expected a recipe (model, stages, output), got {}", root.describe()));
+  if (root.kind != YamlNode::Kind::kMap) faults.throw_if_any();
+  for (const std::string& override_ : overrides) apply_override(root, override_, faults);
+
+  ReadState state{.faults = faults, .where = {{"", root.where}}};
+  Recipe recipe;
+  FieldReader reader(state, root, "");
+  fields(reader, recipe);
+  reader.finish();
+  check_recipe(state, root, recipe);
+  faults.throw_if_any();
+  return recipe;
+}
+
+std::string dump_recipe(const Recipe& recipe) {
+  Recipe copy = recipe;
+  FieldWriter writer;
+  fields(writer, copy);
+  return writer.text();
+}
+
+std::string recipe_reference() {
+  Recipe recipe;
+  FieldReference reference;
+  fields(reference, recipe);
+  std::string text =
+      "# Recipes\n\n"
+      "A recipe is one YAML file that holds a whole run: the model's parts, the stages of training, where "
+      "the results go. Names\n"
+      "follow LLaVA and Hugging Face. Paths are relative to the directory in which `caldera` is started. "
+      "Published recipes are in\n"
+      "`configs/`.\n\n"
+      "Single settings can be replaced on the command line, a stage named by its `name` or its index:\n\n"
+      "```\n"
+      "caldera train configs/scenes/scenes.yaml stages.pretrain.optimizer.learning_rate=1e-3 seed=1\n"
+      "```\n\n"
+      "Everything is checked before anything is loaded, and all faults are reported at once, each with its "
+      "place:\n\n"
+      "```\n"
+      "my.yaml:14:7: stages.pretrain.optimizer.lerning_rate: unknown key; did you mean \"learning_rate\"?\n"
+      "```\n\n"
+      "Values are strict: truth is `true` or `false`, an integer has no fraction, exponent or leading zero, "
+      "`null` clears an optional\n"
+      "setting. Duplicate keys, anchors, aliases, tags, tabs as indentation and values over several lines "
+      "are refused. The resolved\n"
+      "recipe, defaults filled in, is written to the run's folder as `recipe.yaml`; reading it gives the "
+      "same run.\n\n"
+      "This page is made from the declarations in `train/recipe_fields.h`; `CALDERA_UPDATE=1 "
+      "build/train_recipe_test` renews it.\n";
+  for (const FieldReference::Section& section : reference.sections()) {
+    text +=
+        fmt::format("\n## {}\n\n", section.path.empty() ? "The recipe" : fmt::format("`{}`", section.path));
+    text += "| key | type | default | allowed | meaning |\n| --- | --- | --- | --- | --- |\n" + section.rows;
+  }
+  return text;
+}
+
+}  // namespace caldera

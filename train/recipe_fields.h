@@ -1,0 +1,115 @@
+// Every option of a recipe, declared once (see fields.h).
+#pragma once
+#include "train/fields.h"
+#include "train/recipe.h"
+
+namespace caldera {
+
+template <class V>
+void fields(V& v, ModelConfig& c) {
+  v("vision_tower", c.vision_tower,
+    "the image encoder: an HF folder; one with config.json alone gives a fresh tower", required());
+  v("language_model", c.language_model,
+    "the decoder: an HF folder or a .gguf file; a folder with config.json alone gives a fresh one",
+    required());
+  v("mm_projector_type", c.mm_projector_type, "`linear`, `mlpNx_gelu` (N layers) or `identity`");
+  v("vision_feature_layer", c.vision_feature_layer,
+    "which hidden state of the tower is used; -2 is the output of the last block but one",
+    range(-1000, 1000));
+  v("vision_feature_select_strategy", c.vision_feature_select_strategy,
+    "`patch` drops the class token, `cls_patch` keeps it", one_of({"patch", "cls_patch"}));
+  v("tokenizer", c.tokenizer, "folder or .gguf file of the tokenizer; empty: the language model's");
+}
+
+template <class V>
+void fields(V& v, DataConfig& c) {
+  v("data_path", c.data_path, "the samples: LLaVA's JSON, or JSONL of the same records", required());
+  v("image_folder", c.image_folder, "folder that the samples' image paths start from");
+  v("eval_data_path", c.eval_data_path, "held-out samples for the validation loss; empty: none");
+  v("conversation_template", c.conversation_template,
+    "how turns become text, by LLaVA's names (its `--version`): plain, v0, v1, llama_2, chatml", required());
+  v("image_aspect_ratio", c.image_aspect_ratio,
+    "`square` crops the centre, `pad` first pads to a square of the mean colour", one_of({"square", "pad"}));
+  v("model_max_length", c.model_max_length,
+    "tokens of one sample, image tokens included; the rest is cut off", range(1, 1 << 20));
+  v("group_by_modality_length", c.group_by_modality_length,
+    "group samples of like length, pictures and text-only apart");
+  v("dataloader_num_workers", c.dataloader_num_workers,
+    "threads that prepare samples; the order does not depend on it", range(1, 256));
+}
+
+template <class V>
+void fields(V& v, OptimizerConfig& c) {
+  v("learning_rate", c.learning_rate, "peak learning rate", range(0, 1));
+  v("mm_projector_lr", c.mm_projector_lr, "the projector's own; none: `learning_rate`", range(0, 1));
+  v("vision_tower_lr", c.vision_tower_lr, "the vision tower's own; none: `learning_rate`", range(0, 1));
+  v("weight_decay", c.weight_decay, "AdamW's decoupled weight decay", range(0, 1));
+  v("adam_beta1", c.adam_beta1, "decay of the gradient's mean", range_below(0, 1));
+  v("adam_beta2", c.adam_beta2, "decay of the squared gradient's mean", range_below(0, 1));
+  v("adam_epsilon", c.adam_epsilon, "added to the denominator", above(0));
+  v("max_grad_norm", c.max_grad_norm,
+    "gradients are scaled down to this norm; 0: never, as LLaVA's runs were", at_least(0));
+  v("lr_scheduler_type", c.lr_scheduler_type, "course of the learning rate after warm-up",
+    one_of({"cosine", "linear", "constant"}));
+  v("warmup_ratio", c.warmup_ratio, "share of the steps over which the learning rate rises from 0",
+    range_below(0, 1));
+}
+
+template <class V>
+void fields(V& v, StageConfig& c) {
+  v("name", c.name, "names the stage's folder and stands for it in overrides: letters, digits, `_` and `-`",
+    required());
+  v("trainable", c.trainable, "the parts that learn; the others stay as they are",
+    required(one_of({"projector", "language_model", "vision_tower"})));
+  v("data", c.data, "what it learns from", required());
+  v("optimizer", c.optimizer, "AdamW and its schedule");
+  v("global_batch_size", c.global_batch_size, "samples of one step, over all ranks and micro-batches",
+    range(1, 1 << 20));
+  v("max_tokens_per_micro_batch", c.max_tokens_per_micro_batch,
+    "a micro-batch is filled up to this many tokens: the larger, the more memory; it changes no number",
+    range(1, 1 << 24));
+  v("num_train_epochs", c.num_train_epochs, "passes over the data; may be a fraction", above(0));
+  v("max_steps", c.max_steps, "above 0: exactly this many steps, whatever `num_train_epochs` says",
+    at_least(0));
+  v("loss", c.loss,
+    "`token_mean`: over all supervised tokens of the step; `micro_batch_mean`: LLaVA's, mean of the "
+    "micro-batches' means",
+    one_of({"token_mean", "micro_batch_mean"}));
+  v("dtype", c.dtype,
+    "of weights and activations in the computation; `bfloat16` keeps float32 master weights",
+    one_of({"float32", "bfloat16"}));
+  v("gradient_checkpointing", c.gradient_checkpointing,
+    "recompute blocks in the backward pass: less memory, same numbers");
+  v("save_steps", c.save_steps, "steps between checkpoints; 0: only at the end", at_least(0));
+  v("save_total_limit", c.save_total_limit, "checkpoints kept, the newest ones", at_least(1));
+  v("eval_steps", c.eval_steps, "steps between validation losses; 0: only at the end", at_least(0));
+  v("logging_steps", c.logging_steps, "steps between lines of progress; metrics.jsonl has every step",
+    at_least(1));
+}
+
+template <class V>
+void fields(V& v, EvaluationConfig& c) {
+  v("data_path", c.data_path,
+    "questions: records of one human turn and the expected answer, with a `type` for the table", required());
+  v("captions_path", c.captions_path,
+    "held-out samples for the loss with the right picture and with another's; empty: `data_path`");
+  v("image_folder", c.image_folder, "folder that the records' image paths start from");
+  v("conversation_template", c.conversation_template, "how questions are put; as in `stages.NAME.data`",
+    required());
+  v("max_questions", c.max_questions, "the first so many are asked", at_least(1));
+  v("max_new_tokens", c.max_new_tokens, "longest answer, in tokens", at_least(1));
+  v("num_sheet", c.num_sheet, "pictures on the sheet of examples", range(0, 1000));
+}
+
+template <class V>
+void fields(V& v, Recipe& c) {
+  v("model", c.model, "the parts that training starts from", required());
+  v("stages", c.stages, "what is trained, in order; each starts from what the ones before it made",
+    required());
+  v("evaluation", c.evaluation, "what is measured at the end; left out: nothing");
+  v("output", c.output, "the run's folder", required());
+  v("seed", c.seed, "of sample order and of whatever is initialised anew");
+  v("device", c.device, "`auto`: CUDA where there is a GPU, else the CPU", one_of({"auto", "cpu", "cuda"}));
+}
+
+}  // namespace caldera
