@@ -11,7 +11,12 @@
 #pragma once
 #include <CLI/CLI.hpp>
 
+#include <cstdint>
+#include <filesystem>
 #include <functional>
+#include <string>
+
+#include "eval/model_session.h"
 
 namespace caldera {
 
@@ -29,8 +34,17 @@ void setup_eval(CLI::App& command);
 void setup_data(CLI::App& command);
 void setup_recipe(CLI::App& command);
 
-// A progress callback (done, total) that keeps one line on stderr up to date: "WHAT: 120 of 500 (1:02 left)". Where stderr is
-// not a terminal, a line every ten seconds instead.
-std::function<void(int64_t, int64_t)> progress_line(const std::string& what);
+// Declares --model, --template, --dtype and --device.
+void add_session_options(CLI::App& command, SessionOptions& options);
+
+// Progress of one job after another, as one line on stderr that is kept up to date: "loss: 120 of 500, 0:42 left". Where stderr
+// is not a terminal, a line every ten seconds instead.
+std::function<void(const std::string& what, int64_t done, int64_t total)> progress_line();
+// The same for a single job.
+std::function<void(int64_t done, int64_t total)> progress_line(const std::string& what);
+
+// A folder that will be written as a whole must not exist, be empty, or be an earlier result (hold `marker`): writing it replaces
+// what is there. Throws ConfigError.
+void check_out_folder(const std::filesystem::path& out, const std::string& marker);
 
 }  // namespace caldera

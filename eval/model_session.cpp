@@ -1,0 +1,118 @@
+#include "eval/model_session.h"
+
+#include "base/error.h"
+#include "base/files.h"
+#include "base/json.h"
+#include "model/weights/json_fields.h"
+#include "train/trainer.h"
+
+namespace caldera {
+namespace {
+
+const ConversationTemplate* choose_template(const std::string& asked, const ModelCard& card,
+                                            const Tokenizer& tokenizer) {
+  if (!asked.empty()) return &find_template(asked);
+  if (!card.conversation_template.empty()) return &find_template(card.conversation_template);
+  return &template_of(tokenizer);
+}
+
+Json read_json_or_empty(const fs::path& file) {
+  if (!fs::exists(file)) return Json::object();
+  Json json;
+  try {
+    json = read_json(file);
+  } catch (const Error& error) {
+    throw CheckpointError(error.what());
+  }
+  CALDERA_CHECK(json.is_object(), CheckpointError, "{}: expected a JSON object", file.string());
+  return json;
+}
+
+// caldera.json holds the card itself, or (a step's checkpoint) {"build", "card"}.
+ModelCard read_card(const fs::path& folder) {
+  Json json = read_json_or_empty(folder / "caldera.json");
+  if (json.contains("card")) json = Json(json["card"]);
+  return json.empty() ? ModelCard() : model_card_from_json(json, (folder / "caldera.json").string());
+}
+
+// Asks the tower itself how many tokens a picture takes, by building it without weights (memory that nobody touches).
+std::optional<ImageSpec> read_image_spec(const fs::path& folder) {
+  const Json caldera = read_json_or_empty(folder / "caldera.json");
+  VisionFeatures features;
+  fs::path file = folder / "config.json";
+  Json vision;
+  if (caldera.contains("build")) {
+    const BuildSpec build = build_spec_from_json(caldera["build"], (folder / "caldera.json").string());
+    features = build.features;
+    file = fs::path(build.vision_tower) / "config.json";
+    if (!fs::exists(file)) return {};
+    vision = read_json_or_empty(file);
+    if (vision.contains("vision_config")) vision = Json(vision["vision_config"]);
+  } else {
+    const Json config = read_json_or_empty(file);
+    if (!config.contains("vision_config")) return {};
+    vision = config["vision_config"];
+    features.vision_feature_layer = integer_field(config, file.string(), "vision_feature_layer", -2, -1000, 1000);
+    const std::string strategy = text_field(config, file.string(), "vision_feature_select_strategy", "default");
+    features.vision_feature_select_strategy = strategy == "full" || strategy == "cls_patch" ? "cls_patch" : "patch";
+  }
+  CALDERA_CHECK(vision.is_object(), CheckpointError, "{}: vision_config: expected an object", file.string());
+  const std::string model_type = text_field(vision, file.string(), "model_type", "clip_vision_model");
+  const Json preprocessor = read_json_or_empty(file.parent_path() / "preprocessor_config.json");
+  return find_vision_tower(model_type, file.string()).make(vision, preprocessor, features)->image_spec();
+}
+
+}  // namespace
+
+fs::path tokenizer_path(const fs::path& folder) {
+  if (fs::exists(folder / "tokenizer.model") || fs::exists(folder / "tokenizer.json")) return folder;
+  const fs::path file = folder / "caldera.json";
+  const Json caldera = read_json_or_empty(file);
+  const std::string named = text_field(caldera, file.string(), "tokenizer", "");
+  if (!named.empty()) return named;
+  if (!caldera.contains("build")) return folder;
+  return build_spec_from_json(caldera["build"], file.string()).language_model;
+}
+
+ModelSession open_model(const SessionOptions& options) {
+  const at::Device device = choose_device(options.device);
+  CALDERA_CHECK(options.dtype == "auto" || options.dtype == "float32" || options.dtype == "bfloat16", ConfigError,
+                "dtype \"{}\": expected auto, float32 or bfloat16", options.dtype);
+  const at::ScalarType dtype =
+      options.dtype == "auto" ? (device.is_cuda() ? at::kBFloat16 : at::kFloat) : parse_dtype(options.dtype);
+  if (!options.conversation_template.empty()) find_template(options.conversation_template);  // fails before loading
+
+  LoadedModel loaded = load_llava(options.model);
+  ModelSession session{std::move(loaded.model), std::move(loaded.card), std::move(loaded.folder), {}};
+  SampleFormat& format = session.format;
+  format.tokenizer = load_tokenizer(tokenizer_path(session.folder));
+  format.conversation = choose_template(options.conversation_template, session.card, *format.tokenizer);
+  format.image_spec = session.model->image_spec();
+  format.image_aspect_ratio = session.card.image_aspect_ratio;
+  format.model_max_length = session.model->language->max_position_embeddings();
+  session.model->to(device, dtype);
+  set_trainable(session.model->tensors(), false);
+  return session;
+}
+
+TextSession open_text(const fs::path& folder, const std::string& conversation_template) {
+  CALDERA_CHECK(fs::exists(folder), CheckpointError, "{}: no such model or tokenizer folder", folder.string());
+  // A tokenizer's own folder (or .gguf) is no model; take it as it is.
+  const bool is_model = fs::exists(folder / "config.json") || fs::exists(folder / "caldera.json");
+  const bool has_tokenizer = fs::exists(folder / "tokenizer.model") || fs::exists(folder / "tokenizer.json");
+  const bool is_tokenizer = !fs::is_directory(folder) || (has_tokenizer && !is_model);
+  const fs::path resolved = is_tokenizer ? folder : resolve_model_folder(folder);
+  TextSession session;
+  if (!is_tokenizer) {
+    session.card = read_card(resolved);
+    session.image_spec = read_image_spec(resolved);
+  }
+  SampleFormat& format = session.format;
+  format.tokenizer = load_tokenizer(tokenizer_path(resolved));
+  format.conversation = choose_template(conversation_template, session.card, *format.tokenizer);
+  if (session.image_spec) format.image_spec = *session.image_spec;
+  format.image_aspect_ratio = session.card.image_aspect_ratio;
+  return session;
+}
+
+}  // namespace caldera
