@@ -28,11 +28,10 @@ Json read_json_or_empty(const fs::path& file) {
   return json;
 }
 
-// caldera.json holds the card itself, or (a step's checkpoint) {"build", "card"}.
 ModelCard read_card(const fs::path& folder) {
-  Json json = read_json_or_empty(folder / "caldera.json");
-  if (json.contains("card")) json = Json(json["card"]);
-  return json.empty() ? ModelCard() : model_card_from_json(json, (folder / "caldera.json").string());
+  const fs::path file = folder / "caldera.json";
+  const Json caldera = read_json_or_empty(file);
+  return caldera.contains("card") ? model_card_from_json(caldera["card"], file.string()) : ModelCard();
 }
 
 // Asks the tower itself how many tokens a picture takes, by building it without weights (memory that nobody touches).
