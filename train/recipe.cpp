@@ -72,6 +72,13 @@ void check_recipe(const ReadState& state, const YamlNode& root, const Recipe& re
     check_template(state, "evaluation.conversation_template", recipe.evaluation->conversation_template);
 }
 
+std::vector<FieldReference::Section> reference_sections() {
+  Recipe recipe;
+  FieldReference reference;
+  fields(reference, recipe);
+  return reference.sections();
+}
+
 }  // namespace
 
 Recipe read_recipe(const fs::path& file, const std::vector<std::string>& overrides) {
@@ -86,6 +93,8 @@ Recipe read_recipe(const fs::path& file, const std::vector<std::string>& overrid
   for (const std::string& override_ : overrides) apply_override(root, override_, faults);
 
   ReadState state{.faults = faults, .where = {{"", root.where}}};
+  for (const FieldReference::Section& section : reference_sections())
+    for (const std::string& name : section.names) state.homes.emplace(name, section.path);
   Recipe recipe;
   FieldReader reader(state, root, "");
   fields(reader, recipe);
@@ -103,9 +112,6 @@ std::string dump_recipe(const Recipe& recipe) {
 }
 
 std::string recipe_reference() {
-  Recipe recipe;
-  FieldReference reference;
-  fields(reference, recipe);
   std::string text =
       "# Recipes\n\n"
       "A recipe is one YAML file that holds a whole run: the model's parts, the stages of training, where "
@@ -130,7 +136,7 @@ std::string recipe_reference() {
       "same run.\n\n"
       "This page is made from the declarations in `train/recipe_fields.h`; `CALDERA_UPDATE=1 "
       "build/train_recipe_test` renews it.\n";
-  for (const FieldReference::Section& section : reference.sections()) {
+  for (const FieldReference::Section& section : reference_sections()) {
     text +=
         fmt::format("\n## {}\n\n", section.path.empty() ? "The recipe" : fmt::format("`{}`", section.path));
     text += "| key | type | default | allowed | meaning |\n| --- | --- | --- | --- | --- |\n" + section.rows;

@@ -66,7 +66,8 @@ void fields(V& v, StageConfig& c) {
   v("global_batch_size", c.global_batch_size, "samples of one step, over all ranks and micro-batches",
     range(1, 1 << 20));
   v("max_tokens_per_micro_batch", c.max_tokens_per_micro_batch,
-    "a micro-batch is filled up to this many tokens: the larger, the more memory; it changes no number",
+    "a micro-batch is filled up to this many tokens: more takes more memory; with `token_mean` it changes "
+    "nothing but rounding",
     range(1, 1 << 24));
   v("num_train_epochs", c.num_train_epochs, "passes over the data; may be a fraction", above(0));
   v("max_steps", c.max_steps, "above 0: exactly this many steps, whatever `num_train_epochs` says",

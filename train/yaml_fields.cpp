@@ -34,8 +34,14 @@ void FieldReader::finish() const {
   for (size_t i = 0; i < block_.keys.size(); ++i) {
     const std::string& key = block_.keys[i];
     if (std::find(names_.begin(), names_.end(), key) != names_.end()) continue;
+    std::vector<std::string> homes;
+    const auto [begin, end] = state_.homes.equal_range(key);
+    for (auto home = begin; home != end; ++home)
+      homes.push_back(home->second.empty() ? "the top" : home->second);
+    const std::string hint =
+        homes.empty() ? suggestion(key, names_) : fmt::format("; it belongs to {}", join(homes, " or "));
     state_.faults.add(block_.items[i].where, path_.empty() ? key : path_ + "." + key,
-                      "unknown key" + suggestion(key, names_));
+                      fmt::format("unknown key{}", hint));
   }
 }
 
@@ -76,9 +82,9 @@ template <class T>
 void read_number(ReadState& state, const YamlNode& node, const std::string& path, T& value,
                  const FieldRule& rule, const std::string& noun) {
   const auto refuse = [&](const std::string& hint = "") {
-    const std::string limits = interval(rule);
-    state.fault(path, fmt::format("expected {}{}{}, got {}{}", noun, limits.empty() ? "" : " ", limits,
-                                  node.describe(), hint));
+    std::string limits = interval(rule);
+    if (!limits.empty()) limits.insert(0, limits.starts_with("at least") ? " of " : " ");
+    state.fault(path, fmt::format("expected {}{}, got {}{}", noun, limits, node.describe(), hint));
   };
   if (node.kind != YamlNode::Kind::kScalar) return refuse();
   if (node.quoted) return refuse(node.text.empty() ? "" : "; leave out the quotes");
@@ -201,6 +207,7 @@ void FieldReference::add_row(const std::string& name, const char* type, const st
   std::vector<std::string> choices;
   for (const std::string& choice : rule.choices) choices.push_back(fmt::format("`{}`", choice));
   const std::string allowed = choices.empty() ? interval(rule) : join(choices, ", ");
+  sections_[0].names.push_back(name);
   sections_[0].rows += fmt::format("| `{}` | {} | {} | {} | {} |\n", name, type, fallback, allowed, help);
 }
 

@@ -19,6 +19,8 @@ namespace caldera {
 struct ReadState {
   Faults& faults;
   std::map<std::string, Location> where;
+  // The blocks that know a key, for one that stands in the wrong block.
+  std::multimap<std::string, std::string> homes = {};
 
   // Reports at the key's place, or at the nearest block around it where the key was left to its default.
   void fault(const std::string& path, const std::string& what) const;
@@ -151,10 +153,11 @@ class FieldReference {
  public:
   struct Section {
     std::string path;
-    std::string rows;
+    std::vector<std::string> names;  // the keys
+    std::string rows;                // of the table
   };
   FieldReference() : sections_(1) {}
-  explicit FieldReference(std::string path) : sections_{{std::move(path), ""}} {}
+  explicit FieldReference(std::string path) : sections_{{.path = std::move(path)}} {}
 
   template <class T>
   void operator()(const char* name, T& value, const char* help, const FieldRule& rule = any()) {

@@ -120,19 +120,20 @@ class TreeBuilder final : public YAML::EventHandler {
     YamlNode node;
     YAML::Mark mark;
     std::set<std::string> keys;
-    bool has_key = false, drop_value = false;
+    bool is_refused = false, has_key = false, drop_value = false;
     std::string key;
     Location key_where;
   };
 
   void open(YamlNode::Kind kind, const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor) {
     if (stack_.size() == kMaxDepth) stop(mark, fmt::format("nested deeper than {} levels", kMaxDepth));
-    refuse_decoration(mark, tag, anchor);
-    stack_.push_back({.node = {.kind = kind, .where = at(mark)}, .mark = mark});
+    const bool is_refused = refuse_decoration(mark, tag, anchor);
+    stack_.push_back({.node = {.kind = kind, .where = at(mark)}, .mark = mark, .is_refused = is_refused});
   }
   void close() {
     Frame frame = std::move(stack_.back());
     stack_.pop_back();
+    if (frame.is_refused) frame.node.kind = YamlNode::Kind::kRefused;
     add(std::move(frame.node), frame.mark, 0, "?");
   }
 
@@ -236,9 +237,19 @@ YamlNode parse(std::string_view text, const std::string& source, bool is_file, F
     while (parser.HandleNextDocument(builder)) {
     }
   } catch (const YAML::ParserException& error) {
-    builder.stop(error.mark, "not valid YAML: " + error.msg);
+    builder.stop(error.mark,
+                 fmt::format("not valid YAML: {}; look at indentation, quotes and brackets here", error.msg));
   }
   return builder.take_root();
+}
+
+std::vector<std::string> names_of(const YamlNode& list) {
+  std::vector<std::string> names;
+  for (const YamlNode& item : list.items) {
+    const YamlNode* name = item.find("name");
+    names.push_back(name == nullptr ? std::to_string(names.size()) : name->text);
+  }
+  return names;
 }
 
 YamlNode* find_element(YamlNode& list, const std::string& part) {
@@ -246,11 +257,9 @@ YamlNode* find_element(YamlNode& list, const std::string& part) {
   const auto [end, status] = std::from_chars(part.data(), part.data() + part.size(), index);
   if (status == std::errc() && end == part.data() + part.size())
     return index < list.items.size() ? &list.items[index] : nullptr;
-  for (YamlNode& item : list.items) {
-    const YamlNode* name = item.find("name");
-    if (name != nullptr && name->kind == YamlNode::Kind::kScalar && name->text == part) return &item;
-  }
-  return nullptr;
+  const std::vector<std::string> names = names_of(list);
+  const auto it = std::find(names.begin(), names.end(), part);
+  return it == names.end() ? nullptr : &list.items[static_cast<size_t>(it - names.begin())];
 }
 
 YamlNode parse_override_value(const std::string& value, const Location& where, Faults& faults) {
@@ -286,7 +295,9 @@ void apply_override(YamlNode& root, const std::string& assignment, Faults& fault
     YamlNode* next = nullptr;
     if (node->kind == YamlNode::Kind::kList) {
       next = find_element(*node, part);
-      if (next == nullptr) return faults.add(where, so_far, fmt::format("has no element \"{}\"", part));
+      if (next == nullptr)
+        return faults.add(where, so_far,
+                          fmt::format("has no element \"{}\"{}", part, suggestion(part, names_of(*node))));
     } else if (node->kind == YamlNode::Kind::kMap || node->kind == YamlNode::Kind::kNull) {
       node->kind = YamlNode::Kind::kMap;
       next = node->find(part);
