@@ -121,7 +121,7 @@ std::vector<double> chart_ticks(double low, double high) {
 }
 
 std::string svg_chart(const Chart& chart) {
-  constexpr double kWidth = 720, kHeight = 260, kLeft = 48, kRight = 12, kTop = 14, kBottom = 36;
+  constexpr double kWidth = 720, kHeight = 260, kLeft = 52, kRight = 12, kTop = 14, kBottom = 42;
   Chart::Points line = chart.line, dots = chart.dots;
   keep_finite(line);
   keep_finite(dots);
@@ -163,7 +163,7 @@ std::string svg_chart(const Chart& chart) {
         kLeft, kWidth - kRight, at_y(tick), at_y(tick), kLeft - 8, at_y(tick) + 4, std::abs(tick) < 1e-12 ? 0 : tick);
   for (const double tick : chart_ticks(x_min, x_max))
     svg += fmt::format("<text x=\"{:.1f}\" y=\"{}\" text-anchor=\"middle\">{:.6g}</text>", at_x(tick),
-                       kHeight - kBottom + 18, tick);
+                       kHeight - kBottom + 19, tick);
   svg += fmt::format("<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text>", kWidth - kRight, kHeight - 3,
                      escape_html(chart.x_label));
   if (!line.empty())
@@ -174,7 +174,7 @@ std::string svg_chart(const Chart& chart) {
   if (!dots.empty() && !chart.dots_label.empty()) {
     svg += fmt::format("<text class=\"dots-label\" x=\"{}\" y=\"{}\" text-anchor=\"end\">● {}</text>", legend_x,
                        kTop + 12, escape_html(chart.dots_label));
-    legend_x -= 7.0 * static_cast<double>(chart.dots_label.size()) + 30;
+    legend_x -= 8.0 * static_cast<double>(chart.dots_label.size()) + 30;
   }
   svg += fmt::format("<text class=\"line-label\" x=\"{}\" y=\"{}\" text-anchor=\"end\">— {}</text></svg>", legend_x,
                      kTop + 12, escape_html(chart.line_label));

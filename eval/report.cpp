@@ -66,7 +66,7 @@ std::string tiles(const Report& report) {
   }
   if (result.nll_right) html += tile(fmt::format("{:.3f}", *result.nll_right), "nats per token, right picture");
   if (result.nll_shuffled) html += tile(fmt::format("{:.3f}", *result.nll_shuffled), "nats per token, another picture");
-  if (report.train_seconds > 0) html += tile(human_duration(report.train_seconds), "of training steps");
+  if (report.train_seconds > 0) html += tile(human_duration(report.train_seconds), "of training");
   return html + "</div>";
 }
 

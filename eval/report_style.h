@@ -22,7 +22,7 @@ p { max-width: 46rem; } .faint { color: var(--faint); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1.1rem; }
 figure { margin: 0; padding: 1rem 1.1rem .8rem; background: var(--card); border: 1px solid var(--rule); border-radius: .6rem; }
 figcaption { margin-bottom: .4rem; font-size: .9rem; color: var(--faint); } figcaption b { color: var(--text); }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 12px; }
+svg { display: block; width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 14px; }
 svg .grid { stroke: var(--rule); } svg .raw { fill: none; stroke: var(--line); opacity: .28; }
 svg .bold { fill: none; stroke: var(--line); stroke-width: 2; stroke-linejoin: round; } svg .dot { fill: var(--dot); }
 svg .line-label { fill: var(--line); } svg .dots-label { fill: var(--dot); }

@@ -16,7 +16,7 @@
 namespace caldera {
 namespace {
 
-constexpr int kCell_px = 240, kGap_px = 20, kTextHeight_px = 92, kLine_px = 20;
+constexpr int kCell_px = 256, kGap_px = 20, kTextHeight_px = 92, kLine_px = 20;
 constexpr double kFontScale = 0.47;
 constexpr int kFont = cv::FONT_HERSHEY_SIMPLEX;
 // Blue, green, red.
