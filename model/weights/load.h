@@ -2,38 +2,43 @@
 #pragma once
 #include <cstdint>
 #include <filesystem>
-#include <map>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "model/llava.h"
 #include "model/weights/safetensors.h"
 
 namespace caldera {
 
-// Copies every tensor of `wanted` from the source, names mapped by `name_in_source` (identity if empty). Shapes must
-// match, dtypes are converted. Throws CheckpointError listing what is missing (first 5, and how many) or mis-shaped
-// (tensor, file, expected shape against got). Returns the source's names that nobody wanted.
-std::vector<std::string> load_tensors(const NamedTensors& wanted, const TensorSource& source,
-                                      const std::function<std::string(const std::string&)>& name_in_source = {});
+// Copies every tensor of `wanted` from the source, names mapped by `name_in_source` (identity if empty).
+// Shapes must match, dtypes are converted. Throws CheckpointError listing what is missing (first 5, and how
+// many) or mis-shaped (tensor, file, expected shape against got). Returns the source's names that nobody
+// wanted.
+std::vector<std::string> load_tensors(
+    const NamedTensors& wanted, const TensorSource& source,
+    const std::function<std::string(const std::string&)>& name_in_source = {});
 
-// A folder with config.json and weights, or with config.json alone where `fresh_seed` is given (then the weights are
-// initialised from it). For a GGUF file: `path` itself.
-std::unique_ptr<VisionTower> load_vision_tower(const std::filesystem::path& path, const VisionFeatures& features,
+// A folder with config.json and weights, or with config.json alone where `fresh_seed` is given (then the
+// weights are initialised from it). For a GGUF file: `path` itself.
+std::unique_ptr<VisionTower> load_vision_tower(const std::filesystem::path& path,
+                                               const VisionFeatures& features,
                                                std::optional<uint64_t> fresh_seed = {});
 std::unique_ptr<LanguageModel> load_language_model(const std::filesystem::path& path,
                                                    std::optional<uint64_t> fresh_seed = {});
 
-// Everything needed to build a model anew: where its parts come from and what was trained on top. A step's checkpoint stores
-// this (in caldera.json, "build") with its own model.safetensors as the last overlay.
+// Everything needed to build a model anew: where its parts come from and what was trained on top. A step's
+// checkpoint stores this (in caldera.json, "build") with its own model.safetensors as the last overlay.
 struct BuildSpec {
   std::string vision_tower, language_model;  // as load_vision_tower and load_language_model take them
   std::string mm_projector_type = "mlp2x_gelu";
   VisionFeatures features;
   uint64_t seed = 0;  // of whatever is fresh: the projector, and parts that have no weights
-  // Weights files or folders (classic names) laid over in this order; each gives those tensors of the named components
-  // that it holds ("projector", "language_model", "vision_tower"). A vocabulary padded on export is cut back.
+  // Weights files or folders (classic names) laid over in this order; each gives those tensors of the named
+  // components that it holds ("projector", "language_model", "vision_tower"). A vocabulary padded on export
+  // is cut back.
   struct Overlay {
     std::string path;
     std::vector<std::string> components;
@@ -44,17 +49,17 @@ Json to_json(const BuildSpec& spec);
 BuildSpec build_spec_from_json(const Json& json, const std::string& where);
 std::unique_ptr<LlavaModel> build_llava(const BuildSpec& spec);  // float32 on CPU
 
-// What `--model DIR` means: a run's output folder (its last stage's final/), a stage's folder (final/, else the newest
-// checkpoint), a step's checkpoint, or an HF folder. Returns the folder that holds config.json (or, for a step's
-// checkpoint, caldera.json). Throws CheckpointError saying what it looked for.
+// What `--model DIR` means: a run's output folder (its last stage's final/), a stage's folder (final/, else
+// the newest checkpoint), a step's checkpoint, or an HF folder. Returns the folder that holds config.json
+// (or, for a step's checkpoint, caldera.json). Throws CheckpointError saying what it looked for.
 std::filesystem::path resolve_model_folder(const std::filesystem::path& dir);
 
 // caldera.json beside the weights: what HF's config.json has no place for.
 struct ModelCard {
-  std::string conversation_template;     // "" where unknown
+  std::string conversation_template;  // "" where unknown
   std::string image_aspect_ratio = "square";
-  int64_t vocab_size = 0;   // rows of the vocabulary in training; those beyond it only pad the file (0: all)
-  Json provenance;          // base weights, data, stage, step, recipe: for people
+  int64_t vocab_size = 0;  // rows of the vocabulary in training; those beyond it only pad the file (0: all)
+  Json provenance;         // base weights, data, stage, step, recipe: for people
 };
 
 Json to_json(const ModelCard& card);
@@ -66,14 +71,15 @@ struct LoadedModel {
   std::filesystem::path folder;  // where the tokenizer is too
 };
 
-// Loads an HF LlavaForConditionalGeneration folder (classic 4.x names), one of ours with a tower that HF cannot hold, or
-// a step's checkpoint. Float32 on CPU; call model->to() afterwards.
+// Loads an HF LlavaForConditionalGeneration folder (classic 4.x names), one of ours with a tower that HF
+// cannot hold, or a step's checkpoint. Float32 on CPU; call model->to() afterwards.
 LoadedModel load_llava(const std::filesystem::path& dir);
 
-// Writes an HF folder's config.json, weights (classic names), processor_config.json, preprocessor_config.json,
-// generation_config.json and caldera.json into an existing folder. Tokenizer files and the chat template are the
-// caller's (data/ owns them). `image_token_id` is the placeholder's id; where it lies beyond the vocabulary, embedding and
-// head are padded up to it (rounded up to 64 rows, new rows the mean of the others).
+// Writes an HF folder's config.json, weights (classic names), processor_config.json,
+// preprocessor_config.json, generation_config.json and caldera.json into an existing folder. Tokenizer files
+// and the chat template are the caller's (data/ owns them). `image_token_id` is the placeholder's id; where
+// it lies beyond the vocabulary, embedding and head are padded up to it (rounded up to 64 rows, new rows the
+// mean of the others).
 struct ExportOptions {
   at::ScalarType dtype = at::kFloat;
   int64_t image_token_id = -1;

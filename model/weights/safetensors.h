@@ -2,11 +2,13 @@
 #pragma once
 #include <ATen/ATen.h>
 
+#include <cstdint>
 #include <filesystem>
-#include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/files.h"
@@ -26,22 +28,28 @@ class TensorSource {
   virtual std::string where(const std::string& name) const = 0;  // file, for messages
 };
 
-// One .safetensors file. Checks the whole header on opening: throws CheckpointError with file, tensor, expected and got.
-// Refuses besides what the reference refuses: a header beginning with white space, a duplicate name, NUL in a name.
+// One .safetensors file. Checks the whole header on opening: throws CheckpointError with file, tensor,
+// expected and got. Refuses besides what the reference refuses: a header beginning with white space, a
+// duplicate name, NUL in a name, and the types below one byte, which torch cannot hold.
 std::unique_ptr<TensorSource> open_safetensors(const std::filesystem::path& file);
 // A folder: model.safetensors, or model.safetensors.index.json with its shards.
 std::unique_ptr<TensorSource> open_weights_folder(const std::filesystem::path& folder);
+// True where open_weights_folder would find weights.
+bool has_weights(const std::filesystem::path& folder);
 // The "__metadata__" object of one file.
 std::map<std::string, std::string> safetensors_metadata(const std::filesystem::path& file);
 
-// Writes one file, atomically: header first, then each tensor's bytes as `tensors` yields them (made contiguous and
-// moved to CPU one at a time, so memory stays flat).
-void write_safetensors(const std::filesystem::path& file,
-                       const std::vector<std::pair<std::string, at::Tensor>>& tensors,
-                       const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
-// HF's sharded layout: one model.safetensors, or model-0000i-of-0000n.safetensors with an index above max_shard_bytes.
-void write_weights_folder(const std::filesystem::path& folder,
-                          const std::vector<std::pair<std::string, at::Tensor>>& tensors,
-                          int64_t max_shard_bytes = 5'000'000'000);
+using TensorList = std::vector<std::pair<std::string, at::Tensor>>;
+
+// Writes one file, atomically: header first, then each tensor's bytes as `tensors` yields them (made
+// contiguous, moved to CPU and, where a dtype is given, floats converted to it, one at a time, so memory
+// stays flat).
+void write_safetensors(const std::filesystem::path& file, const TensorList& tensors,
+                       const std::map<std::string, std::string>& metadata = {{"format", "pt"}},
+                       std::optional<at::ScalarType> dtype = {});
+// HF's sharded layout: one model.safetensors, or model-0000i-of-0000n.safetensors with an index above
+// max_shard_bytes.
+void write_weights_folder(const std::filesystem::path& folder, const TensorList& tensors,
+                          int64_t max_shard_bytes = 5'000'000'000, std::optional<at::ScalarType> dtype = {});
 
 }  // namespace caldera

@@ -1,0 +1,77 @@
+#include "base/error.h"
+#include "base/strings.h"
+#include "model/vision/towers.h"
+#include "model/weights/json_fields.h"
+
+namespace caldera {
+
+std::span<const VisionTowerSpec> vision_towers() {
+  static const std::vector<VisionTowerSpec> towers = {clip_spec(), efficientnet_lite_spec()};
+  return towers;
+}
+
+const VisionTowerSpec& find_vision_tower(const std::string& model_type, const std::string& where) {
+  std::vector<std::string> known;
+  for (const VisionTowerSpec& spec : vision_towers()) {
+    for (const std::string& type : spec.model_types) {
+      if (type == model_type) return spec;
+      known.push_back(type);
+    }
+  }
+  throw CheckpointError(fmt::format("{}: unknown vision tower model_type \"{}\"{}", where, model_type,
+                                    suggestion(model_type, known)));
+}
+
+ImageSpec image_spec_from(const Json& preprocessor, int64_t image_size) {
+  const std::string where = "preprocessor_config.json";
+  ImageSpec spec;
+  spec.image_size = image_size;
+  const auto read = [&](const char* key, std::array<float, 3>& values) {
+    if (!preprocessor.contains(key)) return;
+    const Json& list = preprocessor[key];
+    CALDERA_CHECK(list.is_array() && list.size() == 3, CheckpointError,
+                  "{}: {}: expected three numbers, got {}", where, key, json_line(list));
+    for (size_t i = 0; i < 3; ++i) {
+      CALDERA_CHECK(list[i].is_number(), CheckpointError, "{}: {}: expected three numbers, got {}", where,
+                    key, json_line(list));
+      values[i] = list[i].get<float>();
+    }
+  };
+  read("image_mean", spec.image_mean);
+  read("image_std", spec.image_std);
+  for (const float deviation : spec.image_std)
+    CALDERA_CHECK(deviation > 0, CheckpointError, "{}: image_std: expected positive numbers, got {}", where,
+                  deviation);
+  return spec;
+}
+
+void check_pixels(const at::Tensor& pixels_ICYX, const ImageSpec& spec) {
+  const int64_t size = spec.image_size;
+  CALDERA_CHECK(pixels_ICYX.dim() == 4 && pixels_ICYX.scalar_type() == at::kByte &&
+                    pixels_ICYX.size(1) == 3 && pixels_ICYX.size(2) == size && pixels_ICYX.size(3) == size,
+                DataError,
+                "the vision tower takes uint8 pixels of shape [images, 3, {}, {}], got {} of shape [{}]",
+                size, size, c10::toString(pixels_ICYX.scalar_type()), fmt::join(pixels_ICYX.sizes(), ", "));
+}
+
+at::Tensor normalize_pixels(const at::Tensor& pixels_ICYX, const ImageSpec& spec, at::ScalarType dtype) {
+  std::array<float, 3> scale{}, shift{};
+  for (size_t i = 0; i < 3; ++i) {
+    scale[i] = 1.0f / (255.0f * spec.image_std[i]);
+    shift[i] = -spec.image_mean[i] / spec.image_std[i];
+  }
+  const auto per_channel = [&](const std::array<float, 3>& values) {
+    return at::tensor(at::ArrayRef<float>(values), at::kFloat).view({1, 3, 1, 1}).to(pixels_ICYX.device());
+  };
+  return pixels_ICYX.to(at::kFloat).mul_(per_channel(scale)).add_(per_channel(shift)).to(dtype);
+}
+
+bool drops_class_token(const VisionFeatures& features) {
+  const std::string& strategy = features.vision_feature_select_strategy;
+  if (strategy == "patch" || strategy == "default") return true;
+  if (strategy == "cls_patch" || strategy == "full") return false;
+  throw ConfigError(fmt::format("vision_feature_select_strategy: unknown \"{}\"{}", strategy,
+                                suggestion(strategy, {"patch", "cls_patch"})));
+}
+
+}  // namespace caldera

@@ -1,0 +1,142 @@
+// A model from its build specification: parts, then what was trained on top.
+#include "base/error.h"
+#include "model/weights/json_fields.h"
+#include "model/weights/load.h"
+#include "model/weights/names.h"
+
+namespace caldera {
+namespace {
+
+// The rows of the vocabulary in training, as the folder's caldera.json tells; 0 where it does not.
+int64_t vocab_size_of(const fs::path& folder) {
+  const fs::path file = folder / "caldera.json";
+  if (!fs::exists(file)) return 0;
+  const Json json = read_config(file);
+  return json.contains("card") ? model_card_from_json(json["card"], file.string()).vocab_size : 0;
+}
+
+// Shows the vocabulary's matrices without the rows that an export added.
+class UnpaddedVocabulary : public TensorSource {
+ public:
+  UnpaddedVocabulary(const TensorSource& source, int64_t vocab_size)
+      : source_(source), vocab_size_(vocab_size) {}
+  std::vector<std::string> names() const override { return source_.names(); }
+  bool has(const std::string& name) const override { return source_.has(name); }
+  std::vector<int64_t> shape(const std::string& name) const override {
+    std::vector<int64_t> shape = source_.shape(name);
+    if (is_padded(name, shape)) shape[0] = vocab_size_;
+    return shape;
+  }
+  at::Tensor read(const std::string& name) const override {
+    const at::Tensor tensor = source_.read(name);
+    return is_padded(name, tensor.sizes()) ? tensor.narrow(0, 0, vocab_size_) : tensor;
+  }
+  std::string where(const std::string& name) const override { return source_.where(name); }
+
+ private:
+  bool is_padded(const std::string& name, at::IntArrayRef shape) const {
+    const bool is_vocabulary = name.ends_with("embed_tokens.weight") || name.ends_with("lm_head.weight");
+    return vocab_size_ > 0 && is_vocabulary && !shape.empty() && shape[0] > vocab_size_;
+  }
+  const TensorSource& source_;
+  int64_t vocab_size_;
+};
+
+void lay_over(LlavaModel& model, const BuildSpec::Overlay& overlay) {
+  const fs::path path = overlay.path;
+  const bool is_folder = fs::is_directory(path);
+  const std::unique_ptr<TensorSource> file = is_folder ? open_weights_folder(path) : open_safetensors(path);
+  const UnpaddedVocabulary source(*file, is_folder ? vocab_size_of(path) : 0);
+  NamedTensors held;
+  for (const std::string& component : overlay.components)
+    for (const NamedTensor& named : model.component_tensors(component))
+      if (source.has(find_llava_name(named.name, source))) held.push_back(named);
+  CALDERA_CHECK(!held.empty(), CheckpointError, "{}: holds no tensor of {}", path.string(),
+                fmt::join(overlay.components, ", "));
+  load_tensors(held, source, [&source](const std::string& name) { return find_llava_name(name, source); });
+}
+
+}  // namespace
+
+Json to_json(const BuildSpec& spec) {
+  Json overlays = Json::array();
+  for (const BuildSpec::Overlay& overlay : spec.overlays)
+    overlays.push_back({{"path", overlay.path}, {"components", overlay.components}});
+  return {{"vision_tower", spec.vision_tower},
+          {"language_model", spec.language_model},
+          {"mm_projector_type", spec.mm_projector_type},
+          {"vision_feature_layer", spec.features.vision_feature_layer},
+          {"vision_feature_select_strategy", spec.features.vision_feature_select_strategy},
+          {"seed", spec.seed},
+          {"overlays", overlays}};
+}
+
+BuildSpec build_spec_from_json(const Json& json, const std::string& where) {
+  CALDERA_CHECK(json.is_object(), CheckpointError, "{}: build: expected an object", where);
+  BuildSpec spec;
+  spec.vision_tower = text_field(json, where, "vision_tower", "");
+  spec.language_model = text_field(json, where, "language_model", "");
+  CALDERA_CHECK(!spec.vision_tower.empty() && !spec.language_model.empty(), CheckpointError,
+                "{}: build: vision_tower and language_model must be named", where);
+  spec.mm_projector_type = text_field(json, where, "mm_projector_type", spec.mm_projector_type);
+  spec.features.vision_feature_layer =
+      integer_field(json, where, "vision_feature_layer", spec.features.vision_feature_layer, -1024, 1024);
+  spec.features.vision_feature_select_strategy =
+      text_field(json, where, "vision_feature_select_strategy", spec.features.vision_feature_select_strategy);
+  if (json.contains("seed")) {
+    CALDERA_CHECK(json["seed"].is_number_unsigned(), CheckpointError,
+                  "{}: build: seed: expected an unsigned integer", where);
+    spec.seed = json["seed"].get<uint64_t>();
+  }
+  const Json overlays = json.value("overlays", Json::array());
+  CALDERA_CHECK(overlays.is_array(), CheckpointError, "{}: build: overlays: expected a list", where);
+  for (const Json& item : overlays) {
+    CALDERA_CHECK(item.is_object() && item.contains("components") && item["components"].is_array(),
+                  CheckpointError, "{}: build: overlays: expected objects with \"path\" and \"components\"",
+                  where);
+    BuildSpec::Overlay overlay;
+    overlay.path = text_field(item, where, "path", "");
+    for (const Json& component : item["components"]) {
+      const bool known =
+          component == "projector" || component == "language_model" || component == "vision_tower";
+      CALDERA_CHECK(known, CheckpointError,
+                    "{}: build: overlays: expected projector, language_model or vision_tower, got {}", where,
+                    json_line(component));
+      overlay.components.push_back(component.get<std::string>());
+    }
+    spec.overlays.push_back(std::move(overlay));
+  }
+  return spec;
+}
+
+Json to_json(const ModelCard& card) {
+  return {{"conversation_template", card.conversation_template},
+          {"image_aspect_ratio", card.image_aspect_ratio},
+          {"vocab_size", card.vocab_size},
+          {"provenance", card.provenance}};
+}
+
+ModelCard model_card_from_json(const Json& json, const std::string& where) {
+  CALDERA_CHECK(json.is_object(), CheckpointError, "{}: card: expected an object", where);
+  ModelCard card;
+  card.conversation_template = text_field(json, where, "conversation_template", "");
+  card.image_aspect_ratio = text_field(json, where, "image_aspect_ratio", card.image_aspect_ratio);
+  card.vocab_size = integer_field(json, where, "vocab_size", 0, 0, int64_t{1} << 31);
+  if (json.contains("provenance")) card.provenance = Json(json["provenance"]);
+  return card;
+}
+
+std::unique_ptr<LlavaModel> build_llava(const BuildSpec& spec) {
+  auto model = std::make_unique<LlavaModel>();
+  model->features = spec.features;
+  model->mm_projector_type = spec.mm_projector_type;
+  model->vision = load_vision_tower(spec.vision_tower, spec.features, spec.seed);
+  model->language = load_language_model(spec.language_model, spec.seed);
+  model->projector =
+      make_projector(spec.mm_projector_type, model->vision->hidden_size(), model->language->hidden_size());
+  init_projector(*model->projector, spec.seed);
+  for (const BuildSpec::Overlay& overlay : spec.overlays) lay_over(*model, overlay);
+  return model;
+}
+
+}  // namespace caldera

@@ -1,0 +1,169 @@
+// Finding a model among a run's folders, and loading what is found.
+#include "base/error.h"
+#include "base/strings.h"
+#include "model/weights/json_fields.h"
+#include "model/weights/load.h"
+#include "model/weights/names.h"
+
+namespace caldera {
+namespace {
+
+// A step's checkpoint counts only once its manifest is written: that is its last file.
+bool is_step(const fs::path& folder) {
+  return fs::exists(folder / "caldera.json") && fs::exists(folder / "manifest.json");
+}
+
+std::vector<fs::path> subfolders(const fs::path& folder) {
+  std::vector<fs::path> result;
+  if (!fs::is_directory(folder)) return result;
+  for (const auto& entry : fs::directory_iterator(folder))
+    if (entry.is_directory() && entry.path().filename().string().find(".tmp-") == std::string::npos)
+      result.push_back(entry.path());
+  std::sort(result.begin(), result.end());
+  return result;
+}
+
+// final/, else the step that "latest" names, else the highest finished step; empty where there is none.
+fs::path model_of_stage(const fs::path& stage) {
+  if (fs::exists(stage / "final" / "config.json")) return stage / "final";
+  const fs::path steps = stage / "checkpoints";
+  if (fs::is_regular_file(stage / "latest")) {
+    const std::string name = strip(read_file(stage / "latest"));
+    if (name.starts_with("step-") && fs::path(name).filename() == name && is_step(steps / name))
+      return steps / name;
+  }
+  const std::vector<fs::path> folders = subfolders(steps);
+  for (auto folder = folders.rbegin(); folder != folders.rend(); ++folder)
+    if (is_step(*folder)) return *folder;
+  return {};
+}
+
+// A run's stages in the order of stages.json; without it, whatever looks like one.
+std::vector<fs::path> stages_of_run(const fs::path& run) {
+  std::vector<fs::path> stages;
+  const fs::path file = run / "stages.json";
+  if (!fs::exists(file)) {
+    for (const fs::path& folder : subfolders(run))
+      if (!model_of_stage(folder).empty()) stages.push_back(folder);
+    CALDERA_CHECK(stages.size() <= 1, CheckpointError,
+                  "{}: several stages ({}, {}, ...) and no stages.json that orders them; name one of them",
+                  run.string(), stages[0].filename().string(), stages[1].filename().string());
+    return stages;
+  }
+  Json names;
+  try {
+    names = read_json(file);
+  } catch (const Error& error) {
+    throw CheckpointError(error.what());
+  }
+  CALDERA_CHECK(names.is_array(), CheckpointError, "{}: expected a list of stage names", file.string());
+  for (const Json& name : names) {
+    const bool plain = name.is_string() &&
+                       fs::path(name.get<std::string>()).filename() == name.get<std::string>() &&
+                       name != "." && name != "..";
+    CALDERA_CHECK(plain, CheckpointError, "{}: expected the names of folders beside it, got {}",
+                  file.string(), json_line(name));
+    stages.push_back(run / name.get<std::string>());
+  }
+  return stages;
+}
+
+int64_t feature_layer(const Json& config, const std::string& where) {
+  if (!config.contains("vision_feature_layer") || !config["vision_feature_layer"].is_array())
+    return integer_field(config, where, "vision_feature_layer", -2, -1024, 1024);
+  const Json& list = config["vision_feature_layer"];
+  CALDERA_CHECK(list.size() == 1, CheckpointError,
+                "{}: vision_feature_layer: only a single layer is supported, got {}", where, json_line(list));
+  return integer_field({{"vision_feature_layer", list[0]}}, where, "vision_feature_layer", -2, -1024, 1024);
+}
+
+Json object_field(const Json& config, const std::string& where, const char* key) {
+  CALDERA_CHECK(config.contains(key) && config[key].is_object(), CheckpointError,
+                "{}: {}: expected an object", where, key);
+  return config[key];
+}
+
+std::unique_ptr<LlavaModel> load_hf_llava(const fs::path& folder) {
+  const std::string where = (folder / "config.json").string();
+  const Json config = read_config(folder / "config.json");
+  const std::string model_type = text_field(config, where, "model_type", "");
+  CALDERA_CHECK(model_type == "llava" || model_type == "caldera_llava", CheckpointError,
+                "{}: model_type: expected llava or caldera_llava, got \"{}\"", where, model_type);
+  const std::string activation = text_field(config, where, "projector_hidden_act", "gelu");
+  CALDERA_CHECK(activation == "gelu", CheckpointError,
+                "{}: projector_hidden_act: only gelu is supported, got {}", where, activation);
+  CALDERA_CHECK(boolean_field(config, where, "multimodal_projector_bias", true), CheckpointError,
+                "{}: multimodal_projector_bias: only true is supported", where);
+
+  auto model = std::make_unique<LlavaModel>();
+  model->features.vision_feature_layer = feature_layer(config, where);
+  const std::string strategy = text_field(config, where, "vision_feature_select_strategy", "default");
+  CALDERA_CHECK(strategy == "default" || strategy == "full", CheckpointError,
+                "{}: vision_feature_select_strategy: expected default or full, got {}", where, strategy);
+  model->features.vision_feature_select_strategy = strategy == "default" ? "patch" : "cls_patch";
+  model->mm_projector_type = text_field(config, where, "mm_projector_type", "mlp2x_gelu");
+
+  const Json vision = object_field(config, where, "vision_config");
+  const VisionTowerSpec& tower = find_vision_tower(
+      text_field(vision, where, "model_type", "clip_vision_model"), where + ": vision_config");
+  model->vision = tower.make(vision, read_preprocessor_config(folder), model->features);
+
+  Json text = object_field(config, where, "text_config");
+  const bool tied = boolean_field(config, where, "tie_word_embeddings", false) ||
+                    boolean_field(text, where, "tie_word_embeddings", false);
+  text["tie_word_embeddings"] = tied;
+  model->language =
+      find_language_model(text_field(text, where, "model_type", "llama"), where + ": text_config").make(text);
+  model->projector =
+      make_projector(model->mm_projector_type, model->vision->hidden_size(), model->language->hidden_size());
+
+  const std::unique_ptr<TensorSource> source = open_weights_folder(folder);
+  const std::vector<std::string> leftovers =
+      load_tensors(model->tensors(), *source,
+                   [&source](const std::string& name) { return find_llava_name(name, *source); });
+  refuse_leftovers(leftovers, *source,
+                   [tied](const std::string& name) { return tied && name.ends_with("lm_head.weight"); });
+  return model;
+}
+
+}  // namespace
+
+fs::path resolve_model_folder(const fs::path& dir) {
+  CALDERA_CHECK(fs::is_directory(dir), CheckpointError, "{}: no such folder", dir.string());
+  if (fs::exists(dir / "config.json")) return dir;
+  if (fs::exists(dir / "caldera.json")) {
+    CALDERA_CHECK(is_step(dir), CheckpointError, "{}: not a finished checkpoint: no manifest.json",
+                  dir.string());
+    return dir;
+  }
+  if (const fs::path found = model_of_stage(dir); !found.empty()) return found;
+  const std::vector<fs::path> stages = stages_of_run(dir);
+  for (auto stage = stages.rbegin(); stage != stages.rend(); ++stage)
+    if (const fs::path found = model_of_stage(*stage); !found.empty()) return found;
+  throw CheckpointError(
+      fmt::format("{}: no model: looked for config.json, caldera.json, final/, checkpoints/step-*/ with "
+                  "manifest.json, and stages with "
+                  "these",
+                  dir.string()));
+}
+
+LoadedModel load_llava(const fs::path& dir) {
+  LoadedModel loaded;
+  loaded.folder = resolve_model_folder(dir);
+  const fs::path card_file = loaded.folder / "caldera.json";
+  Json caldera = Json::object();
+  if (fs::exists(card_file)) caldera = read_config(card_file);
+  if (caldera.contains("card")) loaded.card = model_card_from_json(caldera["card"], card_file.string());
+  if (fs::exists(loaded.folder / "config.json")) {
+    loaded.model = load_hf_llava(loaded.folder);
+    return loaded;
+  }
+  CALDERA_CHECK(caldera.contains("build"), CheckpointError, "{}: expected a \"build\" of the model",
+                card_file.string());
+  BuildSpec spec = build_spec_from_json(caldera["build"], card_file.string());
+  spec.overlays.push_back({loaded.folder.string(), {"vision_tower", "projector", "language_model"}});
+  loaded.model = build_llava(spec);
+  return loaded;
+}
+
+}  // namespace caldera

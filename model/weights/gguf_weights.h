@@ -1,0 +1,28 @@
+// A decoder's weights in a GGUF file, presented as HF would name and lay them out.
+#pragma once
+#include <filesystem>
+#include <memory>
+#include <string>
+
+#include "base/gguf.h"
+#include "base/json.h"
+#include "model/weights/safetensors.h"
+
+namespace caldera {
+
+struct GgufDecoder {
+  std::string architecture;  // GGUF's general.architecture
+  Json config;               // HF's config.json, from the metadata
+  std::unique_ptr<TensorSource>
+      weights;  // HF's names; F32, F16 and BF16 as they are, quantised types as float32
+};
+
+// Reads architecture "llama" (LLaMA, Mistral, SmolLM2, ...) with tensors of type F32, F16, BF16, Q8_0, Q4_0
+// or Q4_1. llama.cpp stores the rows of q and k in the order of its own rotary embedding; they are put back
+// into HF's. Throws CheckpointError with file, key or tensor, expected and got.
+GgufDecoder open_gguf_decoder(const std::filesystem::path& file);
+
+// One tensor's elements; quantised types become float32.
+at::Tensor dequantize(const GgufTensor& tensor, const std::string& where);
+
+}  // namespace caldera

