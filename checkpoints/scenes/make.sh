@@ -5,16 +5,19 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 caldera=${CALDERA:-build/caldera}
 data=data-cache/scenes-base
-[ -e $data/base.json ] || $caldera data make-scenes --out $data --num-train 20000 --num-test 200 --seed 1
+[ -e $data/base.json ] || $caldera data make-scenes --out $data --num-train 12000 --num-test 200 --seed 1
 
 # LLaMA's tokenizer settings on the texts of the scenes and the v1 system prompt.
 fresh=checkpoints/scenes/fresh
 if [ ! -e $fresh/language_model/tokenizer.model ]; then
   python3 - $data/base.json > $data/corpus.txt <<'PY'
 import json, sys
-print("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-      "and polite answers to the user's questions. USER: ASSISTANT:")
-for record in json.load(open(sys.argv[1])):
+# The system prompt stands before every conversation: often enough here that it takes few tokens.
+system = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+          "and polite answers to the user's questions. USER: ASSISTANT:")
+for i, record in enumerate(json.load(open(sys.argv[1]))):
+    if i % 10 == 0:
+        print(system)
     for turn in record["conversations"]:
         print(turn["value"].replace("<image>", " ").strip())
 PY
