@@ -26,11 +26,13 @@ void check(const DataCommand& command) {
   std::set<std::string> pictures;
   for (const Record& record : records) {
     num_with_picture += record.images.empty() ? 0 : 1;
-    num_answers += std::count_if(record.turns.begin(), record.turns.end(), [](const Turn& turn) { return !turn.from_human; });
+    num_answers += std::count_if(record.turns.begin(), record.turns.end(),
+                                 [](const Turn& turn) { return !turn.from_human; });
     pictures.insert(record.images.begin(), record.images.end());
   }
-  fmt::print("{}: {} records: {} with pictures ({} files), {} of text alone; {} answers\n", command.data, records.size(),
-             num_with_picture, pictures.size(), static_cast<int64_t>(records.size()) - num_with_picture, num_answers);
+  fmt::print("{}: {} records: {} with pictures ({} files), {} of text alone; {} answers\n", command.data,
+             records.size(), num_with_picture, pictures.size(),
+             static_cast<int64_t>(records.size()) - num_with_picture, num_answers);
 }
 
 // Cut as in training, then written with one placeholder an image again.
@@ -40,7 +42,8 @@ TokenizedSample cut(const Record& record, const SampleFormat& format) {
   for (size_t i = 0; i < sample.input_ids.size();) {
     kept.input_ids.push_back(sample.input_ids[i]);
     kept.labels.push_back(sample.labels[i]);
-    i += sample.input_ids[i] == kImageTokenIndex ? static_cast<size_t>(format.image_spec.num_image_tokens) : 1;
+    i +=
+        sample.input_ids[i] == kImageTokenIndex ? static_cast<size_t>(format.image_spec.num_image_tokens) : 1;
   }
   return kept;
 }
@@ -55,13 +58,15 @@ void preview(const DataCommand& command) {
   format.model_max_length = command.max_length;
   AtomicFile file(command.out);
   for (const Record& record : records) {
-    const TokenizedSample sample = command.max_length > 0 ? cut(record, format)
-                                                          : tokenize(record, *format.conversation, *format.tokenizer);
+    const TokenizedSample sample = command.max_length > 0
+                                       ? cut(record, format)
+                                       : tokenize(record, *format.conversation, *format.tokenizer);
     const auto num_images = std::count(sample.input_ids.begin(), sample.input_ids.end(), kImageTokenIndex);
     file.write(json_line({{"id", record.id},
                           {"input_ids", sample.input_ids},
                           {"labels", sample.labels},
-                          {"num_image_tokens", session.image_spec ? num_images * session.image_spec->num_image_tokens : 0}}) +
+                          {"num_image_tokens",
+                           session.image_spec ? num_images * session.image_spec->num_image_tokens : 0}}) +
                "\n");
   }
   file.commit();
@@ -78,13 +83,18 @@ void setup_preview(CLI::App& command) {
   auto options = std::make_shared<DataCommand>();
   command.add_option("--data", options->data, "LLaVA's JSON or JSONL")->required();
   command.add_option("--images", options->image_folder, "the folder of its pictures (they are not read)");
-  command.add_option("--model", options->session.model, "a model or tokenizer folder; its weights are not read")->required();
+  command
+      .add_option("--model", options->session.model, "a model or tokenizer folder; its weights are not read")
+      ->required();
   command.add_option("--template", options->session.conversation_template,
                      "conversation template (default: the model's own, else its tokenizer's)");
-  command.add_option("--max-length", options->max_length, "cut as in training, images counted in full (default: not cut)")
+  command
+      .add_option("--max-length", options->max_length,
+                  "cut as in training, images counted in full (default: not cut)")
       ->check(CLI::Range(1, 100000000));
-  command.add_option("--out", options->out,
-                     "JSONL to write: {\"id\", \"input_ids\", \"labels\", \"num_image_tokens\"} a line")
+  command
+      .add_option("--out", options->out,
+                  "JSONL to write: {\"id\", \"input_ids\", \"labels\", \"num_image_tokens\"} a line")
       ->required();
   command.callback([options] { preview(*options); });
 }
@@ -97,9 +107,15 @@ void setup_make_scenes(CLI::App& command) {
   auto options = std::make_shared<MakeScenes>();
   ScenesOptions& scenes = options->scenes;
   command.add_option("--out", options->out, "folder to write")->required();
-  command.add_option("--num-train", scenes.num_train, "pictures to train on")->check(CLI::Range(1, 10000000))->capture_default_str();
-  command.add_option("--num-test", scenes.num_test, "held-out pictures")->check(CLI::Range(1, 10000000))->capture_default_str();
-  command.add_option("--image-size", scenes.image_size_px, "edge in pixels")->check(CLI::Range(16, 4096))->capture_default_str();
+  command.add_option("--num-train", scenes.num_train, "pictures to train on")
+      ->check(CLI::Range(1, 10000000))
+      ->capture_default_str();
+  command.add_option("--num-test", scenes.num_test, "held-out pictures")
+      ->check(CLI::Range(1, 10000000))
+      ->capture_default_str();
+  command.add_option("--image-size", scenes.image_size_px, "edge in pixels")
+      ->check(CLI::Range(16, 4096))
+      ->capture_default_str();
   command.add_option("--text-only", scenes.text_only, "share of text-only records in base.json")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
@@ -116,7 +132,8 @@ void setup_data(CLI::App& command) {
   command.require_subcommand(1);
   setup_check(*command.add_subcommand("check", "read a data file and look at each of its pictures"));
   setup_preview(*command.add_subcommand("preview", "the tokens and labels of each sample"));
-  setup_make_scenes(*command.add_subcommand("make-scenes", "generate pictures of shapes with captions and questions"));
+  setup_make_scenes(
+      *command.add_subcommand("make-scenes", "generate pictures of shapes with captions and questions"));
 }
 
 }  // namespace caldera

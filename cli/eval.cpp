@@ -40,13 +40,18 @@ void setup_heldout(CLI::App& command) {
   auto options = std::make_shared<HeldoutCommand>();
   EvaluationConfig& evaluation = options->evaluation;
   add_session_options(command, options->session);
-  command.add_option("--data", evaluation.data_path, "questions with expected answers: LLaVA's JSON or JSONL")->required();
-  command.add_option("--captions", evaluation.captions_path, "samples for the loss with the right and another picture (default: --data)");
+  command
+      .add_option("--data", evaluation.data_path, "questions with expected answers: LLaVA's JSON or JSONL")
+      ->required();
+  command.add_option("--captions", evaluation.captions_path,
+                     "samples for the loss with the right and another picture (default: --data)");
   command.add_option("--images", evaluation.image_folder, "the folder of the pictures")->required();
-  command.add_option("--max-questions", evaluation.max_questions, "at most this many, drawn evenly; 0: all")->capture_default_str();
+  command.add_option("--max-questions", evaluation.max_questions, "at most this many, drawn evenly; 0: all")
+      ->capture_default_str();
   command.add_option("--max-new-tokens", evaluation.max_new_tokens, "longest answer")->capture_default_str();
   command.add_option("--num-sheet", evaluation.num_sheet, "pictures on the sheet")->capture_default_str();
-  command.add_option("--out", options->out, "folder for results.json, answers.jsonl, report.html and sheet.png");
+  command.add_option("--out", options->out,
+                     "folder for results.json, answers.jsonl, report.html and sheet.png");
   command.callback([options] { heldout(*options); });
 }
 
@@ -54,7 +59,8 @@ void setup_heldout(CLI::App& command) {
 
 void setup_eval(CLI::App& command) {
   command.require_subcommand(1);
-  setup_heldout(*command.add_subcommand("heldout", "exact match, and loss with the right and with another picture"));
+  setup_heldout(
+      *command.add_subcommand("heldout", "exact match, and loss with the right and with another picture"));
 }
 
 }  // namespace caldera

@@ -1,4 +1,5 @@
-// caldera export --model DIR --format hf --out DIR [--dtype bf16|f16|f32] [--part vision_tower|language_model]
+// caldera export --model DIR --format hf --out DIR [--dtype bf16|f16|f32] [--part
+// vision_tower|language_model]
 #include <memory>
 
 #include "base/error.h"
@@ -29,19 +30,21 @@ std::string chat_template_of(const ModelCard& card, const Tokenizer& tokenizer) 
 
 void export_model(const ExportCommand& command) {
   CALDERA_CHECK(command.format == "hf", ConfigError, "--format {}: the formats are: hf", command.format);
-  CALDERA_CHECK(command.part.empty() || command.part == "vision_tower" || command.part == "language_model", ConfigError,
-                "--part {}: expected vision_tower or language_model", command.part);
+  CALDERA_CHECK(command.part.empty() || command.part == "vision_tower" || command.part == "language_model",
+                ConfigError, "--part {}: expected vision_tower or language_model", command.part);
   const at::ScalarType dtype = dtype_of(command.dtype);
   if (!command.conversation_template.empty()) find_template(command.conversation_template);
   check_out_folder(command.out, "config.json");
 
   LoadedModel loaded = load_llava(command.model);
-  if (!command.conversation_template.empty()) loaded.card.conversation_template = command.conversation_template;
+  if (!command.conversation_template.empty())
+    loaded.card.conversation_template = command.conversation_template;
   write_folder_atomic(command.out, [&](const fs::path& folder) {
     if (command.part == "vision_tower") return save_hf_component(*loaded.model, command.part, dtype, folder);
     const auto tokenizer = load_tokenizer(tokenizer_path(loaded.folder));
     const int64_t image_token_id = tokenizer->save(folder, chat_template_of(loaded.card, *tokenizer));
-    if (command.part == "language_model") return save_hf_component(*loaded.model, command.part, dtype, folder);
+    if (command.part == "language_model")
+      return save_hf_component(*loaded.model, command.part, dtype, folder);
     save_hf_llava(*loaded.model, loaded.card,
                   {.dtype = dtype,
                    .image_token_id = image_token_id,
@@ -56,12 +59,15 @@ void export_model(const ExportCommand& command) {
 
 void setup_export(CLI::App& command) {
   auto options = std::make_shared<ExportCommand>();
-  command.add_option("--model", options->model, "a run's folder, a checkpoint, or an exported folder")->required();
+  command.add_option("--model", options->model, "a run's folder, a checkpoint, or an exported folder")
+      ->required();
   command.add_option("--format", options->format, "hf: what transformers loads")->capture_default_str();
   command.add_option("--out", options->out, "folder to write")->required();
   command.add_option("--dtype", options->dtype, "of the weights: f32, f16 or bf16")->capture_default_str();
-  command.add_option("--part", options->part, "vision_tower or language_model: that part alone, as a model of its own");
-  command.add_option("--template", options->conversation_template, "conversation template to record (default: the model's own)");
+  command.add_option("--part", options->part,
+                     "vision_tower or language_model: that part alone, as a model of its own");
+  command.add_option("--template", options->conversation_template,
+                     "conversation template to record (default: the model's own)");
   command.callback([options] { export_model(*options); });
 }
 

@@ -42,8 +42,8 @@ void generate_one(const GenerateCommand& command) {
   std::vector<at::Tensor> pixels;
   for (const Image& image : images)
     pixels.push_back(preprocess_image(image, session.format.image_spec, session.format.image_aspect_ratio));
-  const std::string text = answer(*session.model, {{.from_human = true, .value = prompt}}, pixels, session.format,
-                                  command.answer);
+  const std::string text =
+      answer(*session.model, {{.from_human = true, .value = prompt}}, pixels, session.format, command.answer);
   fmt::print("{}\n", text);
 }
 
@@ -51,8 +51,9 @@ void generate_many(const GenerateCommand& command) {
   const std::vector<Record> records = read_records(command.data);
   AtomicFile file(command.out);
   ModelSession session = open_model(command.session);
-  const std::vector<std::string> answers = answer_records(*session.model, records, command.image_folder, session.format,
-                                                          command.answer, progress_line("answers"));
+  const std::vector<std::string> answers =
+      answer_records(*session.model, records, command.image_folder, session.format, command.answer,
+                     progress_line("answers"));
   for (size_t i = 0; i < records.size(); ++i)
     file.write(json_line({{"id", records[i].id}, {"text", answers[i]}}) + "\n");
   file.commit();
@@ -63,9 +64,13 @@ void generate_many(const GenerateCommand& command) {
 void setup_generate(CLI::App& command) {
   auto options = std::make_shared<GenerateCommand>();
   add_session_options(command, options->session);
-  CLI::Option* prompt = command.add_option("--prompt", options->prompt, "the question; pictures go where it says <image>");
-  command.add_option("--image", options->images, "a picture file; may be repeated")->needs(prompt)->allow_extra_args(false);
-  CLI::Option* data = command.add_option("--data", options->data, "LLaVA's JSON or JSONL: the last question of each record");
+  CLI::Option* prompt =
+      command.add_option("--prompt", options->prompt, "the question; pictures go where it says <image>");
+  command.add_option("--image", options->images, "a picture file; may be repeated")
+      ->needs(prompt)
+      ->allow_extra_args(false);
+  CLI::Option* data =
+      command.add_option("--data", options->data, "LLaVA's JSON or JSONL: the last question of each record");
   data->excludes(prompt);
   command.add_option("--images", options->image_folder, "the folder of --data's pictures")->needs(data);
   CLI::Option* out = command.add_option("--out", options->out, "JSONL to write: {\"id\", \"text\"} a line");
@@ -77,14 +82,18 @@ void setup_generate(CLI::App& command) {
   command.add_option("--temperature", options->answer.temperature, "0: always the likeliest token")
       ->check(CLI::Range(0.0, 100.0))
       ->capture_default_str();
-  command.add_option("--top-p", options->answer.top_p, "draw among the likeliest tokens that make up this share")
+  command
+      .add_option("--top-p", options->answer.top_p, "draw among the likeliest tokens that make up this share")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
   command.add_option("--seed", options->answer.seed, "of the draws")->capture_default_str();
   command.callback([options, prompt, data] {
-    CALDERA_CHECK(*prompt || *data, ConfigError, "generate: give --prompt TEXT, or --data FILE and --out FILE");
-    if (*data) generate_many(*options);
-    else generate_one(*options);
+    CALDERA_CHECK(*prompt || *data, ConfigError,
+                  "generate: give --prompt TEXT, or --data FILE and --out FILE");
+    if (*data)
+      generate_many(*options);
+    else
+      generate_one(*options);
   });
 }
 

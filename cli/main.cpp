@@ -38,8 +38,8 @@ void check_command(int argc, char** argv) {
   if (argc < 2 || argv[1][0] == '-') return;
   std::vector<std::string> names;
   for (const Command& command : kCommands) names.push_back(command.name);
-  CALDERA_CHECK(std::find(names.begin(), names.end(), argv[1]) != names.end(), ConfigError, "unknown command \"{}\"{}",
-                argv[1], suggestion(argv[1], names));
+  CALDERA_CHECK(std::find(names.begin(), names.end(), argv[1]) != names.end(), ConfigError,
+                "unknown command \"{}\"{}", argv[1], suggestion(argv[1], names));
 }
 
 int run(int argc, char** argv) {
@@ -52,10 +52,13 @@ int run(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
-    return fail(fmt::format("{} (see {} --help)", error.what(), argc > 1 ? fmt::format("caldera {}", argv[1]) : "caldera"), 2);
+    return fail(fmt::format("{} (see {} --help)", error.what(),
+                            argc > 1 ? fmt::format("caldera {}", argv[1]) : "caldera"),
+                2);
   }
   // Results that did not reach their reader are no success.
-  CALDERA_CHECK(std::fflush(stdout) == 0 && std::ferror(stdout) == 0, Error, "cannot write to standard output");
+  CALDERA_CHECK(std::fflush(stdout) == 0 && std::ferror(stdout) == 0, Error,
+                "cannot write to standard output");
   return 0;
 }
 

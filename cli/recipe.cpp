@@ -17,8 +17,10 @@ void setup_recipe(CLI::App& command) {
   auto options = std::make_shared<CheckCommand>();
   CLI::App* check = command.add_subcommand("check", "read a recipe and print it resolved");
   check->add_option("recipe", options->recipe, "the recipe, a YAML file")->required();
-  check->add_option("overrides", options->overrides, "settings that replace the recipe's, as stages.finetune.max_steps=10");
-  check->callback([options] { fmt::print("{}", dump_recipe(read_recipe(options->recipe, options->overrides))); });
+  check->add_option("overrides", options->overrides,
+                    "settings that replace the recipe's, as stages.finetune.max_steps=10");
+  check->callback(
+      [options] { fmt::print("{}", dump_recipe(read_recipe(options->recipe, options->overrides))); });
   command.add_subcommand("reference", "print every setting of a recipe, as Markdown")->callback([] {
     fmt::print("{}", recipe_reference());
   });

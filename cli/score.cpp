@@ -37,7 +37,9 @@ void setup_score(CLI::App& command) {
   add_session_options(command, options->session);
   command.add_option("--data", options->data, "LLaVA's JSON or JSONL")->required();
   command.add_option("--images", options->image_folder, "the folder of its pictures")->capture_default_str();
-  command.add_option("--out", options->out, "JSONL to write: {\"id\", \"num_tokens\", \"num_supervised\", \"nll_sum\"} a line")
+  command
+      .add_option("--out", options->out,
+                  "JSONL to write: {\"id\", \"num_tokens\", \"num_supervised\", \"nll_sum\"} a line")
       ->required();
   command.add_option("--max-tokens", options->max_tokens, "tokens computed at once")
       ->check(CLI::Range(1, 100000000))

@@ -10,7 +10,8 @@
 namespace caldera {
 namespace {
 
-GenerateOptions generate_options(const LlavaModel& model, const SampleFormat& format, const AnswerOptions& options) {
+GenerateOptions generate_options(const LlavaModel& model, const SampleFormat& format,
+                                 const AnswerOptions& options) {
   const Tokenizer& tokenizer = *format.tokenizer;
   GenerateOptions generated;
   generated.max_new_tokens = options.max_new_tokens;
@@ -45,7 +46,8 @@ Sample make_prompt(const std::string& id, const std::vector<Turn>& turns, std::v
   const std::vector<int64_t> ids = tokenize_prompt(turns, *format.conversation, *format.tokenizer);
   const auto num_images = std::count(ids.begin(), ids.end(), kImageTokenIndex);
   CALDERA_CHECK(num_images == static_cast<int64_t>(pixels.size()), DataError,
-                "\"{}\": {} {} placeholders for {} pictures", id, num_images, kImagePlaceholder, pixels.size());
+                "\"{}\": {} {} placeholders for {} pictures", id, num_images, kImagePlaceholder,
+                pixels.size());
   const int64_t length = prompt_length(ids, format);
   CALDERA_CHECK(length < format.model_max_length, DataError,
                 "\"{}\": the prompt takes {} tokens and the model holds {}: shorten it", id, length,
@@ -53,9 +55,9 @@ Sample make_prompt(const std::string& id, const std::vector<Turn>& turns, std::v
   Sample sample;
   sample.id = id;
   for (const int64_t token : ids)
-    sample.input_ids.insert(sample.input_ids.end(),
-                            token == kImageTokenIndex ? static_cast<size_t>(format.image_spec.num_image_tokens) : 1,
-                            token);
+    sample.input_ids.insert(
+        sample.input_ids.end(),
+        token == kImageTokenIndex ? static_cast<size_t>(format.image_spec.num_image_tokens) : 1, token);
   sample.labels.assign(sample.input_ids.size(), kIgnoreIndex);
   sample.pixels = std::move(pixels);
   return sample;
@@ -66,8 +68,8 @@ std::string answer(LlavaModel& model, const std::vector<Turn>& turns, const std:
   const at::NoGradGuard no_grad;
   const Sample prompt = make_prompt("prompt", turns, pixels, format);
   GenerateOptions generated = generate_options(model, format, options);
-  generated.max_new_tokens =
-      std::min(generated.max_new_tokens, format.model_max_length - static_cast<int64_t>(prompt.input_ids.size()));
+  generated.max_new_tokens = std::min(
+      generated.max_new_tokens, format.model_max_length - static_cast<int64_t>(prompt.input_ids.size()));
   return strip(format.tokenizer->decode(generate(model, pack({prompt}).to(model.device()), generated).at(0)));
 }
 
@@ -81,32 +83,34 @@ std::vector<std::string> answer_records(LlavaModel& model, const std::vector<Rec
       .num_samples = static_cast<int64_t>(records.size()),
       .num_tokens =
           [&](int64_t index) {
-            const auto ids = tokenize_prompt(question_turns(record(index)), *format.conversation, *format.tokenizer);
+            const auto ids =
+                tokenize_prompt(question_turns(record(index)), *format.conversation, *format.tokenizer);
             return prompt_length(ids, format) + options.max_new_tokens;
           },
       .make =
           [&](int64_t index) {
             std::vector<at::Tensor> pixels;
             for (const std::string& image : record(index).images)
-              pixels.push_back(preprocess_image(load_image(image_path(image_folder, image)), format.image_spec,
-                                                format.image_aspect_ratio));
+              pixels.push_back(preprocess_image(load_image(image_path(image_folder, image)),
+                                                format.image_spec, format.image_aspect_ratio));
             return make_prompt(record(index).id, question_turns(record(index)), std::move(pixels), format);
           }};
   GenerateOptions generated = generate_options(model, format, options);
   int64_t done = 0;
-  visit_batches(source, options.max_tokens_per_batch,
-                [&](const std::vector<int64_t>& indices, const PackedBatch& batch) {
-                  int64_t longest = 0;
-                  for (size_t s = 0; s < indices.size(); ++s)
-                    longest = std::max(longest, batch.cu_seqlens[s + 1] - batch.cu_seqlens[s]);
-                  generated.max_new_tokens = std::min(options.max_new_tokens, format.model_max_length - longest);
-                  generated.seed = Rng(options.seed, indices.front()).next();  // batches draw apart from each other
-                  const auto ids = generate(model, batch.to(model.device()), generated);
-                  for (size_t s = 0; s < indices.size(); ++s)
-                    answers[static_cast<size_t>(indices[s])] = strip(format.tokenizer->decode(ids.at(s)));
-                  done += static_cast<int64_t>(indices.size());
-                  if (progress) progress(done, source.num_samples);
-                });
+  visit_batches(
+      source, options.max_tokens_per_batch,
+      [&](const std::vector<int64_t>& indices, const PackedBatch& batch) {
+        int64_t longest = 0;
+        for (size_t s = 0; s < indices.size(); ++s)
+          longest = std::max(longest, batch.cu_seqlens[s + 1] - batch.cu_seqlens[s]);
+        generated.max_new_tokens = std::min(options.max_new_tokens, format.model_max_length - longest);
+        generated.seed = Rng(options.seed, indices.front()).next();  // batches draw apart from each other
+        const auto ids = generate(model, batch.to(model.device()), generated);
+        for (size_t s = 0; s < indices.size(); ++s)
+          answers[static_cast<size_t>(indices[s])] = strip(format.tokenizer->decode(ids.at(s)));
+        done += static_cast<int64_t>(indices.size());
+        if (progress) progress(done, source.num_samples);
+      });
   return answers;
 }
 

@@ -21,15 +21,16 @@ struct AnswerOptions {
   int64_t max_tokens_per_batch = 8192;  // prompts and the room for their answers
 };
 
-// The packed form of a conversation that waits for its answer: images expanded, nothing supervised. Throws DataError where the
-// prompt leaves no room for an answer within format.model_max_length.
+// The packed form of a conversation that waits for its answer: images expanded, nothing supervised. Throws
+// DataError where the prompt leaves no room for an answer within format.model_max_length.
 Sample make_prompt(const std::string& id, const std::vector<Turn>& turns, std::vector<at::Tensor> pixels,
                    const SampleFormat& format);
 
 // The turns up to the last human one: what is asked. A final answer, if there is one, is left off.
 std::vector<Turn> question_turns(const Record& record);
 
-// The answer to the last human turn, without white space around it. `pixels`: uint8 [3, Y, X] for each <image>.
+// The answer to the last human turn, without white space around it. `pixels`: uint8 [3, Y, X] for each
+// <image>.
 std::string answer(LlavaModel& model, const std::vector<Turn>& turns, const std::vector<at::Tensor>& pixels,
                    const SampleFormat& format, const AnswerOptions& options);
 

@@ -12,8 +12,9 @@ constexpr int64_t kWindow = 256;  // samples whose pictures are in memory at onc
 constexpr int kNumThreads = 2;
 }  // namespace
 
-void visit_batches(const SampleSource& source, int64_t max_tokens,
-                   const std::function<void(const std::vector<int64_t>& indices, const PackedBatch& batch)>& visit) {
+void visit_batches(
+    const SampleSource& source, int64_t max_tokens,
+    const std::function<void(const std::vector<int64_t>& indices, const PackedBatch& batch)>& visit) {
   ThreadPool pool(kNumThreads);
   for (int64_t begin = 0; begin < source.num_samples; begin += kWindow) {
     const int64_t end = std::min(begin + kWindow, source.num_samples);

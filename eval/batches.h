@@ -18,9 +18,11 @@ struct SampleSource {
   std::function<Sample(int64_t index)> make;         // called from background threads
 };
 
-// Calls visit(indices, batch) with batches of at most `max_tokens` (a larger sample alone). Samples come once each, near their
-// order but not in it: `indices` says which ones a batch holds. Throws what making a sample threw.
-void visit_batches(const SampleSource& source, int64_t max_tokens,
-                   const std::function<void(const std::vector<int64_t>& indices, const PackedBatch& batch)>& visit);
+// Calls visit(indices, batch) with batches of at most `max_tokens` (a larger sample alone). Samples come once
+// each, near their order but not in it: `indices` says which ones a batch holds. Throws what making a sample
+// threw.
+void visit_batches(
+    const SampleSource& source, int64_t max_tokens,
+    const std::function<void(const std::vector<int64_t>& indices, const PackedBatch& batch)>& visit);
 
 }  // namespace caldera

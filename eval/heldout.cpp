@@ -37,7 +37,8 @@ std::string question_text(const Turn& turn) { return strip(replace_all(turn.valu
 const Turn& last_question(const Record& record) { return record.turns[record.turns.size() - 2]; }
 const std::string& last_answer(const Record& record) { return record.turns.back().value; }
 
-// At most `limit` records, drawn evenly from the whole file and kept in its order (files are often sorted by type).
+// At most `limit` records, drawn evenly from the whole file and kept in its order (files are often sorted by
+// type).
 std::vector<Record> draw(std::vector<Record> records, int64_t limit) {
   const auto num_records = static_cast<int64_t>(records.size());
   if (limit <= 0 || num_records <= limit) return records;
@@ -54,7 +55,8 @@ std::vector<Record> read_answered(const fs::path& file, int64_t limit) {
   CALDERA_CHECK(!records.empty(), DataError, "{}: holds no records", file.string());
   for (const Record& record : records)
     CALDERA_CHECK(record.turns.size() >= 2 && !record.turns.back().from_human, DataError,
-                  "{}: record \"{}\": expected a question and its answer last, got no answer", file.string(), record.id);
+                  "{}: record \"{}\": expected a question and its answer last, got no answer", file.string(),
+                  record.id);
   return draw(std::move(records), limit);
 }
 
@@ -135,7 +137,8 @@ std::vector<Record> with_other_pictures(const std::vector<Record>& records) {
   return others;
 }
 
-std::vector<std::string> blind_answers(const std::vector<Record>& records, const std::vector<Record>& source) {
+std::vector<std::string> blind_answers(const std::vector<Record>& records,
+                                       const std::vector<Record>& source) {
   std::unordered_map<std::string, AnswerCounts> by_question, by_type;
   for (const Record& record : source)
     for (size_t i = 0; i + 1 < record.turns.size(); i += 2)
@@ -160,7 +163,8 @@ HeldoutResult evaluate_heldout(LlavaModel& model, SampleFormat format, const Eva
   };
   format.image_spec = model.image_spec();
   format.model_max_length = model.language->max_position_embeddings();
-  if (!config.conversation_template.empty()) format.conversation = &find_template(config.conversation_template);
+  if (!config.conversation_template.empty())
+    format.conversation = &find_template(config.conversation_template);
   HeldoutResult result;
 
   // 1. Likelihood of the captions with the right picture and with another's.
@@ -169,8 +173,8 @@ HeldoutResult evaluate_heldout(LlavaModel& model, SampleFormat format, const Eva
   std::erase_if(captions, [](const Record& record) { return record.images.empty(); });
   if (!captions.empty()) {
     const auto nll = [&](const std::vector<Record>& records, const char* what) {
-      return nll_per_token(score_records(model, records, config.image_folder, format, options.max_tokens_per_batch,
-                                         progress(what)));
+      return nll_per_token(score_records(model, records, config.image_folder, format,
+                                         options.max_tokens_per_batch, progress(what)));
     };
     result.num_captions = static_cast<int64_t>(captions.size());
     result.nll_right = nll(captions, "loss with the right picture");
@@ -180,10 +184,10 @@ HeldoutResult evaluate_heldout(LlavaModel& model, SampleFormat format, const Eva
 
   // 2. Greedy answers.
   const std::vector<Record> questions = read_answered(config.data_path, config.max_questions);
-  const std::vector<std::string> given =
-      answer_records(model, questions, config.image_folder, format,
-                     {.max_new_tokens = config.max_new_tokens, .max_tokens_per_batch = options.max_tokens_per_batch},
-                     progress("answers"));
+  const std::vector<std::string> given = answer_records(
+      model, questions, config.image_folder, format,
+      {.max_new_tokens = config.max_new_tokens, .max_tokens_per_batch = options.max_tokens_per_batch},
+      progress("answers"));
   const std::vector<std::string> blind =
       blind_answers(questions, options.training != nullptr ? *options.training : questions);
   const std::unordered_map<std::string, bool> held_out = read_held_out(config.data_path);

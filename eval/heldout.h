@@ -1,5 +1,6 @@
-// What a recipe measures at its end on data it never trained on: whether the model reads the picture (loss with the right
-// picture against another's), and whether its answers are right, next to the best that never looks.
+// What a recipe measures at its end on data it never trained on: whether the model reads the picture (loss
+// with the right picture against another's), and whether its answers are right, next to the best that never
+// looks.
 #pragma once
 #include <cstdint>
 #include <filesystem>
@@ -19,16 +20,16 @@ namespace caldera {
 // One question with what was expected and what the model answered.
 struct HeldoutAnswer {
   std::string id, type;
-  std::string image;                        // relative to the image folder; "" for text alone
-  std::string question, expected, given;    // the question without its placeholder
-  std::string blind;                        // what answering without looking gives
-  std::optional<bool> held_out;             // the record's "held_out", where it has one
+  std::string image;                      // relative to the image folder; "" for text alone
+  std::string question, expected, given;  // the question without its placeholder
+  std::string blind;                      // what answering without looking gives
+  std::optional<bool> held_out;           // the record's "held_out", where it has one
   bool is_right = false, is_blind_right = false;
 };
 
 struct Tally {
   int64_t num_questions = 0, num_right = 0, num_blind_right = 0;
-  double exact_match() const;        // 0 where there are no questions
+  double exact_match() const;  // 0 where there are no questions
   double exact_match_blind() const;
 };
 
@@ -37,22 +38,23 @@ struct HeldoutResult {
   std::optional<double> nll_right, nll_shuffled;
   int64_t num_captions = 0;
   Tally all;
-  std::map<std::string, Tally> by_type;      // "" is left out
-  std::map<bool, Tally> by_held_out;         // of the records that say so
+  std::map<std::string, Tally> by_type;  // "" is left out
+  std::map<bool, Tally> by_held_out;     // of the records that say so
   std::vector<HeldoutAnswer> answers;
   double evaluation_seconds = 0;
 };
 
 struct HeldoutOptions {
-  // Where the blind baseline takes its majority answers from: the training records. Null: from the test answers themselves, which
-  // is an upper bound on what any answer without the picture can reach.
+  // Where the blind baseline takes its majority answers from: the training records. Null: from the test
+  // answers themselves, which is an upper bound on what any answer without the picture can reach.
   const std::vector<Record>* training = nullptr;
   int64_t max_tokens_per_batch = 8192;
   std::function<void(const std::string& what, int64_t done, int64_t total)> progress;
 };
 
-// Greedy answers to config.data_path and likelihoods of config.captions_path (both at most max_questions, drawn by a fixed
-// seed). `format`'s template gives way to config.conversation_template where that is set. Throws DataError with the file.
+// Greedy answers to config.data_path and likelihoods of config.captions_path (both at most max_questions,
+// drawn by a fixed seed). `format`'s template gives way to config.conversation_template where that is set.
+// Throws DataError with the file.
 HeldoutResult evaluate_heldout(LlavaModel& model, SampleFormat format, const EvaluationConfig& config,
                                const HeldoutOptions& options = {});
 
@@ -61,15 +63,18 @@ Json to_json(const HeldoutResult& result, double train_seconds);
 
 // The parts, for tests and other benchmarks.
 
-// An answer as it is compared: without white space around, in lower case (ASCII), without a final period, spaces collapsed.
+// An answer as it is compared: without white space around, in lower case (ASCII), without a final period,
+// spaces collapsed.
 std::string normalize_answer(const std::string& text);
 
-// Records with each picture replaced by the next distinct one (in order of first appearance, the last by the first): a fixed
-// derangement of the pictures. Empty where there are fewer than two distinct pictures. Text-only records stay as they are.
+// Records with each picture replaced by the next distinct one (in order of first appearance, the last by the
+// first): a fixed derangement of the pictures. Empty where there are fewer than two distinct pictures.
+// Text-only records stay as they are.
 std::vector<Record> with_other_pictures(const std::vector<Record>& records);
 
-// The answer that never looks, for each record: the majority answer (normalised; ties: the alphabetically first) to the same
-// question in `source`; for a question that `source` holds once or never, the majority answer to questions of its type in `records`.
+// The answer that never looks, for each record: the majority answer (normalised; ties: the alphabetically
+// first) to the same question in `source`; for a question that `source` holds once or never, the majority
+// answer to questions of its type in `records`.
 std::vector<std::string> blind_answers(const std::vector<Record>& records, const std::vector<Record>& source);
 
 }  // namespace caldera

@@ -14,9 +14,11 @@ namespace {
 size_t sequence_length(std::string_view text) {
   const auto byte = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
   const unsigned lead = byte(0);
-  const size_t length = lead < 0x80 ? 1 : lead >= 0xC2 && lead < 0xE0 ? 2 : lead >= 0xE0 && lead < 0xF0 ? 3
-                        : lead >= 0xF0 && lead < 0xF5                 ? 4
-                                                                      : 0;
+  const size_t length = lead < 0x80                   ? 1
+                        : lead >= 0xC2 && lead < 0xE0 ? 2
+                        : lead >= 0xE0 && lead < 0xF0 ? 3
+                        : lead >= 0xF0 && lead < 0xF5 ? 4
+                                                      : 0;
   if (length == 0 || length > text.size()) return 0;
   for (size_t i = 1; i < length; ++i)
     if ((byte(i) & 0xC0) != 0x80) return 0;
@@ -46,7 +48,8 @@ Chart::Points thin_out(const Chart::Points& points, size_t limit) {
   return thin;
 }
 
-// Centred moving average over a twenty-fifth of the curve; narrower at its ends, so that it begins and ends where the curve does.
+// Centred moving average over a twenty-fifth of the curve; narrower at its ends, so that it begins and ends
+// where the curve does.
 Chart::Points smooth(const Chart::Points& points) {
   const size_t reach = points.size() / 50;
   Chart::Points result;
@@ -60,7 +63,8 @@ Chart::Points smooth(const Chart::Points& points) {
 }
 
 void keep_finite(Chart::Points& points) {
-  std::erase_if(points, [](const auto& point) { return !std::isfinite(point.first) || !std::isfinite(point.second); });
+  std::erase_if(
+      points, [](const auto& point) { return !std::isfinite(point.first) || !std::isfinite(point.second); });
 }
 
 }  // namespace
@@ -70,12 +74,18 @@ std::string escape_html(std::string_view text) {
   while (!text.empty()) {
     const size_t length = sequence_length(text);
     const char c = text[0];
-    if (length == 0) escaped += "\xEF\xBF\xBD";
-    else if (c == '&') escaped += "&amp;";
-    else if (c == '<') escaped += "&lt;";
-    else if (c == '>') escaped += "&gt;";
-    else if (c == '"') escaped += "&quot;";
-    else if (c == '\'') escaped += "&#39;";
+    if (length == 0)
+      escaped += "\xEF\xBF\xBD";
+    else if (c == '&')
+      escaped += "&amp;";
+    else if (c == '<')
+      escaped += "&lt;";
+    else if (c == '>')
+      escaped += "&gt;";
+    else if (c == '"')
+      escaped += "&quot;";
+    else if (c == '\'')
+      escaped += "&#39;";
     else if (length > 1 || (static_cast<unsigned char>(c) >= 0x20 && c != 0x7F) || c == '\n' || c == '\t')
       escaped += text.substr(0, length);
     text.remove_prefix(std::max<size_t>(length, 1));
@@ -116,7 +126,8 @@ std::vector<double> chart_ticks(double low, double high) {
       break;
     }
   std::vector<double> ticks;
-  for (double k = std::ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k += 1) ticks.push_back(k * step);
+  for (double k = std::ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k += 1)
+    ticks.push_back(k * step);
   return ticks;
 }
 
@@ -129,7 +140,8 @@ std::string svg_chart(const Chart& chart) {
   line = thin_out(line, 500);
   const Chart::Points bold = smooth(line);
 
-  // The axis spans the smooth curve and the dots, with room for the noise near it; single spikes run out of the frame.
+  // The axis spans the smooth curve and the dots, with room for the noise near it; single spikes run out of
+  // the frame.
   double x_min = 1e300, x_max = -1e300, y_min = 1e300, y_max = -1e300;
   for (const Chart::Points* points : {&bold, static_cast<const Chart::Points*>(&dots)})
     for (const auto& [x, y] : *points) {
@@ -143,14 +155,17 @@ std::string svg_chart(const Chart& chart) {
   y_min = from_zero ? 0 : y_min - room;
   y_max += room;
   if (x_max <= x_min) x_max = x_min + 1;
-  const auto at_x = [&](double x) { return kLeft + (x - x_min) / (x_max - x_min) * (kWidth - kLeft - kRight); };
+  const auto at_x = [&](double x) {
+    return kLeft + (x - x_min) / (x_max - x_min) * (kWidth - kLeft - kRight);
+  };
   const auto at_y = [&](double y) {
     const double inside = std::clamp(y, y_min, y_max);
     return kHeight - kBottom - (inside - y_min) / (y_max - y_min) * (kHeight - kTop - kBottom);
   };
   const auto path = [&](const Chart::Points& points) {
     std::string d;
-    for (const auto& [x, y] : points) d += fmt::format("{}{:.1f} {:.1f}", d.empty() ? "M" : "L", at_x(x), at_y(y));
+    for (const auto& [x, y] : points)
+      d += fmt::format("{}{:.1f} {:.1f}", d.empty() ? "M" : "L", at_x(x), at_y(y));
     return d;
   };
 
@@ -160,24 +175,26 @@ std::string svg_chart(const Chart& chart) {
     svg += fmt::format(
         "<line class=\"grid\" x1=\"{}\" x2=\"{}\" y1=\"{:.1f}\" y2=\"{:.1f}\"/><text x=\"{}\" y=\"{:.1f}\" "
         "text-anchor=\"end\">{:.4g}</text>",
-        kLeft, kWidth - kRight, at_y(tick), at_y(tick), kLeft - 8, at_y(tick) + 4, std::abs(tick) < 1e-12 ? 0 : tick);
+        kLeft, kWidth - kRight, at_y(tick), at_y(tick), kLeft - 8, at_y(tick) + 4,
+        std::abs(tick) < 1e-12 ? 0 : tick);
   for (const double tick : chart_ticks(x_min, x_max))
     svg += fmt::format("<text x=\"{:.1f}\" y=\"{}\" text-anchor=\"middle\">{:.6g}</text>", at_x(tick),
                        kHeight - kBottom + 19, tick);
   svg += fmt::format("<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text>", kWidth - kRight, kHeight - 3,
                      escape_html(chart.x_label));
   if (!line.empty())
-    svg += fmt::format("<path class=\"raw\" d=\"{}\"/><path class=\"bold\" d=\"{}\"/>", path(line), path(bold));
+    svg +=
+        fmt::format("<path class=\"raw\" d=\"{}\"/><path class=\"bold\" d=\"{}\"/>", path(line), path(bold));
   for (const auto& [x, y] : dots)
     svg += fmt::format("<circle class=\"dot\" cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"3.5\"/>", at_x(x), at_y(y));
   double legend_x = kWidth - kRight - 8;
   if (!dots.empty() && !chart.dots_label.empty()) {
-    svg += fmt::format("<text class=\"dots-label\" x=\"{}\" y=\"{}\" text-anchor=\"end\">● {}</text>", legend_x,
-                       kTop + 12, escape_html(chart.dots_label));
+    svg += fmt::format("<text class=\"dots-label\" x=\"{}\" y=\"{}\" text-anchor=\"end\">● {}</text>",
+                       legend_x, kTop + 12, escape_html(chart.dots_label));
     legend_x -= 8.0 * static_cast<double>(chart.dots_label.size()) + 30;
   }
-  svg += fmt::format("<text class=\"line-label\" x=\"{}\" y=\"{}\" text-anchor=\"end\">— {}</text></svg>", legend_x,
-                     kTop + 12, escape_html(chart.line_label));
+  svg += fmt::format("<text class=\"line-label\" x=\"{}\" y=\"{}\" text-anchor=\"end\">— {}</text></svg>",
+                     legend_x, kTop + 12, escape_html(chart.line_label));
   return svg;
 }
 

@@ -7,7 +7,8 @@
 
 namespace caldera {
 
-// Text for an element or a quoted attribute: & < > " ' become entities, control characters vanish, broken UTF-8 becomes U+FFFD.
+// Text for an element or a quoted attribute: & < > " ' become entities, control characters vanish, broken
+// UTF-8 becomes U+FFFD.
 std::string escape_html(std::string_view text);
 
 std::string base64(std::string_view bytes);
@@ -18,8 +19,8 @@ std::string shell_quote(const std::string& word);
 // A line chart as inline SVG, coloured by the page's CSS variables (--line, --faint, --dot, --text).
 struct Chart {
   using Points = std::vector<std::pair<double, double>>;
-  Points line;             // drawn faint as measured, and bold as a moving average
-  Points dots;             // a second, sparser series
+  Points line;  // drawn faint as measured, and bold as a moving average
+  Points dots;  // a second, sparser series
   std::string line_label, dots_label, x_label;
 };
 // "" where there is nothing finite to draw.

@@ -34,7 +34,8 @@ ModelCard read_card(const fs::path& folder) {
   return caldera.contains("card") ? model_card_from_json(caldera["card"], file.string()) : ModelCard();
 }
 
-// Asks the tower itself how many tokens a picture takes, by building it without weights (memory that nobody touches).
+// Asks the tower itself how many tokens a picture takes, by building it without weights (memory that nobody
+// touches).
 std::optional<ImageSpec> read_image_spec(const fs::path& folder) {
   const Json caldera = read_json_or_empty(folder / "caldera.json");
   VisionFeatures features;
@@ -51,9 +52,12 @@ std::optional<ImageSpec> read_image_spec(const fs::path& folder) {
     const Json config = read_json_or_empty(file);
     if (!config.contains("vision_config")) return {};
     vision = config["vision_config"];
-    features.vision_feature_layer = integer_field(config, file.string(), "vision_feature_layer", -2, -1000, 1000);
-    const std::string strategy = text_field(config, file.string(), "vision_feature_select_strategy", "default");
-    features.vision_feature_select_strategy = strategy == "full" || strategy == "cls_patch" ? "cls_patch" : "patch";
+    features.vision_feature_layer =
+        integer_field(config, file.string(), "vision_feature_layer", -2, -1000, 1000);
+    const std::string strategy =
+        text_field(config, file.string(), "vision_feature_select_strategy", "default");
+    features.vision_feature_select_strategy =
+        strategy == "full" || strategy == "cls_patch" ? "cls_patch" : "patch";
   }
   CALDERA_CHECK(vision.is_object(), CheckpointError, "{}: vision_config: expected an object", file.string());
   const std::string model_type = text_field(vision, file.string(), "model_type", "clip_vision_model");
@@ -74,12 +78,15 @@ fs::path tokenizer_path(const fs::path& folder) {
 }
 
 ModelSession open_model(const SessionOptions& options) {
+  CALDERA_CHECK(options.device == "auto" || options.device == "cpu" || options.device == "cuda", ConfigError,
+                "device \"{}\": expected auto, cpu or cuda", options.device);
   const at::Device device = choose_device(options.device);
-  CALDERA_CHECK(options.dtype == "auto" || options.dtype == "float32" || options.dtype == "bfloat16", ConfigError,
-                "dtype \"{}\": expected auto, float32 or bfloat16", options.dtype);
+  CALDERA_CHECK(options.dtype == "auto" || options.dtype == "float32" || options.dtype == "bfloat16",
+                ConfigError, "dtype \"{}\": expected auto, float32 or bfloat16", options.dtype);
   const at::ScalarType dtype =
       options.dtype == "auto" ? (device.is_cuda() ? at::kBFloat16 : at::kFloat) : parse_dtype(options.dtype);
-  if (!options.conversation_template.empty()) find_template(options.conversation_template);  // fails before loading
+  if (!options.conversation_template.empty())
+    find_template(options.conversation_template);  // fails before loading
 
   LoadedModel loaded = load_llava(options.model);
   ModelSession session{std::move(loaded.model), std::move(loaded.card), std::move(loaded.folder), {}};
@@ -95,7 +102,8 @@ ModelSession open_model(const SessionOptions& options) {
 }
 
 TextSession open_text(const fs::path& folder, const std::string& conversation_template) {
-  CALDERA_CHECK(fs::exists(folder), CheckpointError, "{}: no such model or tokenizer folder", folder.string());
+  CALDERA_CHECK(fs::exists(folder), CheckpointError, "{}: no such model or tokenizer folder",
+                folder.string());
   // A tokenizer's own folder (or .gguf) is no model; take it as it is.
   const bool is_model = fs::exists(folder / "config.json") || fs::exists(folder / "caldera.json");
   const bool has_tokenizer = fs::exists(folder / "tokenizer.model") || fs::exists(folder / "tokenizer.json");

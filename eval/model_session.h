@@ -1,5 +1,5 @@
-// A model folder opened for use: weights, tokenizer, template and picture settings in one struct. Scoring, generation and
-// serving all begin here.
+// A model folder opened for use: weights, tokenizer, template and picture settings in one struct. Scoring,
+// generation and serving all begin here.
 #pragma once
 #include <filesystem>
 #include <memory>
@@ -13,10 +13,11 @@
 namespace caldera {
 
 struct SessionOptions {
-  std::filesystem::path model;         // see resolve_model_folder()
-  std::string conversation_template;   // "": the folder's own, else what the tokenizer's chat template amounts to
-  std::string dtype = "auto";          // float32, bfloat16; auto: float32 on the CPU, bfloat16 on CUDA
-  std::string device = "auto";         // cpu, cuda; auto: CUDA where there is one
+  std::filesystem::path model;  // see resolve_model_folder()
+  std::string
+      conversation_template;    // "": the folder's own, else what the tokenizer's chat template amounts to
+  std::string dtype = "auto";   // float32, bfloat16; auto: float32 on the CPU, bfloat16 on CUDA
+  std::string device = "auto";  // cpu, cuda; auto: CUDA where there is one
 };
 
 struct ModelSession {
@@ -32,12 +33,13 @@ ModelSession open_model(const SessionOptions& options);
 // The same without the weights: what tokenising needs. `folder` may also be a plain tokenizer folder.
 struct TextSession {
   ModelCard card;
-  SampleFormat format;                 // image_spec is the default where the folder names no tower
+  SampleFormat format;                  // image_spec is the default where the folder names no tower
   std::optional<ImageSpec> image_spec;  // absent where the folder names no tower
 };
 TextSession open_text(const std::filesystem::path& folder, const std::string& conversation_template);
 
-// Where the tokenizer of a resolved model folder lies: in it, or (a step's checkpoint) at the base model it names.
+// Where the tokenizer of a resolved model folder lies: in it, or (a step's checkpoint) at the base model it
+// names.
 std::filesystem::path tokenizer_path(const std::filesystem::path& folder);
 
 }  // namespace caldera

@@ -28,7 +28,8 @@ struct StageCurve {
 
 double number(const Json& json, const char* key) {
   const auto found = json.find(key);
-  return found != json.end() && found->is_number() ? found->get<double>() : std::numeric_limits<double>::quiet_NaN();
+  return found != json.end() && found->is_number() ? found->get<double>()
+                                                   : std::numeric_limits<double>::quiet_NaN();
 }
 
 StageCurve read_curve(const fs::path& output, const std::string& stage) {
@@ -53,7 +54,8 @@ StageCurve read_curve(const fs::path& output, const std::string& stage) {
 std::string percent(double share) { return fmt::format("{:.1f} %", 100 * share); }
 
 std::string tile(const std::string& value, const std::string& label) {
-  return fmt::format("<div class=\"tile\"><b>{}</b><span>{}</span></div>", escape_html(value), escape_html(label));
+  return fmt::format("<div class=\"tile\"><b>{}</b><span>{}</span></div>", escape_html(value),
+                     escape_html(label));
 }
 
 std::string tiles(const Report& report) {
@@ -64,8 +66,10 @@ std::string tiles(const Report& report) {
                  fmt::format("of {} held-out questions right", result.all.num_questions));
     html += tile(percent(result.all.exact_match_blind()), "at best without looking");
   }
-  if (result.nll_right) html += tile(fmt::format("{:.3f}", *result.nll_right), "nats per token, right picture");
-  if (result.nll_shuffled) html += tile(fmt::format("{:.3f}", *result.nll_shuffled), "nats per token, another picture");
+  if (result.nll_right)
+    html += tile(fmt::format("{:.3f}", *result.nll_right), "nats per token, right picture");
+  if (result.nll_shuffled)
+    html += tile(fmt::format("{:.3f}", *result.nll_shuffled), "nats per token, another picture");
   if (report.train_seconds > 0) html += tile(human_duration(report.train_seconds), "of training");
   return html + "</div>";
 }
@@ -94,10 +98,12 @@ std::string charts(const std::vector<StageCurve>& curves) {
 
 std::string table_row(const std::string& name, const Tally& tally, bool is_total) {
   return fmt::format(
-      "<tr{}><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td><div class=\"bar\"><i style=\"width:{:.1f}%\"></i>"
+      "<tr{}><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td><div class=\"bar\"><i "
+      "style=\"width:{:.1f}%\"></i>"
       "<u style=\"left:{:.1f}%\"></u></div></td></tr>",
-      is_total ? " class=\"total\"" : "", escape_html(name), tally.num_questions, percent(tally.exact_match()),
-      percent(tally.exact_match_blind()), 100 * tally.exact_match(), 100 * tally.exact_match_blind());
+      is_total ? " class=\"total\"" : "", escape_html(name), tally.num_questions,
+      percent(tally.exact_match()), percent(tally.exact_match_blind()), 100 * tally.exact_match(),
+      100 * tally.exact_match_blind());
 }
 
 std::string table(const HeldoutResult& result) {
@@ -105,13 +111,17 @@ std::string table(const HeldoutResult& result) {
   std::string html =
       "<h2>Held-out questions</h2><div class=\"scroll\"><table><tr><th></th><th>questions</th><th>right</th>"
       "<th>without looking</th><th></th></tr>";
-  for (const auto& [type, tally] : result.by_type) html += table_row(replace_all(type, "_", " "), tally, false);
+  for (const auto& [type, tally] : result.by_type)
+    html += table_row(replace_all(type, "_", " "), tally, false);
   for (const auto& [held_out, tally] : result.by_held_out)
-    html += table_row(held_out ? "combinations never met in training" : "combinations met in training", tally, false);
+    html += table_row(held_out ? "combinations never met in training" : "combinations met in training", tally,
+                      false);
   html += table_row("all", result.all, true);
   return html +
-         "</table></div><p class=\"faint\">Right: the same words, but for case, spaces and a final period. Without looking: "
-         "the majority answer to each question, marked in the bar; no answer that ignores the picture does better.</p>";
+         "</table></div><p class=\"faint\">Right: the same words, but for case, spaces and a final period. "
+         "Without looking: "
+         "the majority answer to each question, marked in the bar; no answer that ignores the picture does "
+         "better.</p>";
 }
 
 std::string sheet(const Report& report, const std::vector<HeldoutAnswer>& chosen) {
@@ -121,7 +131,8 @@ std::string sheet(const Report& report, const std::vector<HeldoutAnswer>& chosen
     std::string mime;
     const std::string bytes = thumbnail(image_path(report.image_folder, answer.image), kThumbnail_px, mime);
     html += fmt::format(
-        "<div class=\"item\"><img{} alt=\"{}\" src=\"data:{};base64,{}\"><div><p>{}</p><span class=\"given {}\">{} "
+        "<div class=\"item\"><img{} alt=\"{}\" src=\"data:{};base64,{}\"><div><p>{}</p><span class=\"given "
+        "{}\">{} "
         "{}</span>",
         mime == "image/png" ? " class=\"small\"" : "", escape_html(answer.id), mime, base64(bytes),
         escape_html(answer.question), answer.is_right ? "right" : "wrong", answer.is_right ? "✓" : "✗",
@@ -150,16 +161,19 @@ void write_report(const Report& report) {
 
   std::string html = fmt::format(
       "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" "
-      "content=\"width=device-width, initial-scale=1\"><title>{}</title><style>{}</style></head><body>\n<h1>{}</h1>"
+      "content=\"width=device-width, "
+      "initial-scale=1\"><title>{}</title><style>{}</style></head><body>\n<h1>{}</h1>"
       "<p class=\"faint\">{}</p>\n",
-      escape_html(report.title), kReportStyle, escape_html(report.title), escape_html(report.output.string()));
+      escape_html(report.title), kReportStyle, escape_html(report.title),
+      escape_html(report.output.string()));
   if (report.result) html += tiles(report);
   if (report.result) html += table(*report.result);
   html += charts(curves);
   html += sheet(report, chosen);
   if (!chosen.empty()) html += ask(report, chosen.front());
   if (!report.recipe_yaml.empty())
-    html += "<details><summary>The recipe, resolved</summary><pre>" + escape_html(report.recipe_yaml) + "</pre></details>";
+    html += "<details><summary>The recipe, resolved</summary><pre>" + escape_html(report.recipe_yaml) +
+            "</pre></details>";
   html += "\n</body></html>\n";
   write_file_atomic(report.output / "report.html", html);
   if (!chosen.empty()) write_sheet(report.output / "sheet.png", chosen, report.image_folder);
@@ -182,11 +196,12 @@ std::string answers_jsonl(const HeldoutResult& result) {
 std::optional<HeldoutResult> evaluate_run(
     const Recipe& recipe, const std::function<void(const std::string&, int64_t, int64_t)>& progress) {
   const fs::path output = recipe.output;
-  Report report{.output = output,
-                .model = output,
-                .title = fmt::format("Caldera: {}", fs::absolute(output).lexically_normal().filename().string()),
-                .recipe_yaml = dump_recipe(recipe),
-                .train_seconds = train_seconds(recipe)};
+  Report report{
+      .output = output,
+      .model = output,
+      .title = fmt::format("Caldera: {}", fs::absolute(output).lexically_normal().filename().string()),
+      .recipe_yaml = dump_recipe(recipe),
+      .train_seconds = train_seconds(recipe)};
   for (const StageConfig& stage : recipe.stages) report.stages.push_back(stage.name);
   if (recipe.evaluation) {
     const EvaluationConfig& config = *recipe.evaluation;

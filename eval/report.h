@@ -12,11 +12,11 @@
 namespace caldera {
 
 struct Report {
-  std::filesystem::path output;        // the run's folder: metrics are read there, the report goes there
-  std::filesystem::path model;         // what the command to ask more names
+  std::filesystem::path output;  // the run's folder: metrics are read there, the report goes there
+  std::filesystem::path model;   // what the command to ask more names
   std::string title;
-  std::vector<std::string> stages;     // whose OUTPUT/STAGE/metrics.jsonl are drawn
-  std::string recipe_yaml;             // resolved
+  std::vector<std::string> stages;      // whose OUTPUT/STAGE/metrics.jsonl are drawn
+  std::string recipe_yaml;              // resolved
   std::optional<HeldoutResult> result;  // absent: curves alone
   double train_seconds = 0;
   std::filesystem::path image_folder;  // of the result's pictures
@@ -26,10 +26,11 @@ struct Report {
 // Writes both files (the sheet only where there are answers with pictures).
 void write_report(const Report& report);
 
-// Opens the finished run's model, measures what recipe.evaluation asks, and writes OUTPUT/results.json, answers.jsonl, report.html
-// and sheet.png. Without an evaluation block: report.html alone, and an empty result.
-std::optional<HeldoutResult> evaluate_run(const Recipe& recipe,
-                                          const std::function<void(const std::string&, int64_t, int64_t)>& progress = {});
+// Opens the finished run's model, measures what recipe.evaluation asks, and writes OUTPUT/results.json,
+// answers.jsonl, report.html and sheet.png. Without an evaluation block: report.html alone, and an empty
+// result.
+std::optional<HeldoutResult> evaluate_run(
+    const Recipe& recipe, const std::function<void(const std::string&, int64_t, int64_t)>& progress = {});
 
 // One line an answer: {"id", "type", "image", "question", "expected", "given", "right"}.
 std::string answers_jsonl(const HeldoutResult& result);

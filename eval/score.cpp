@@ -18,8 +18,7 @@ std::vector<Score> score_records(LlavaModel& model, const std::vector<Record>& r
   int64_t done = 0;
   visit_batches(source, max_tokens, [&](const std::vector<int64_t>& indices, const PackedBatch& batch) {
     at::Tensor nll_K;
-    if (batch.supervised_K.numel() > 0)
-      nll_K = model.nll(batch.to(model.device())).to(at::kCPU, at::kDouble);
+    if (batch.supervised_K.numel() > 0) nll_K = model.nll(batch.to(model.device())).to(at::kCPU, at::kDouble);
     int64_t row = 0;
     for (size_t s = 0; s < indices.size(); ++s) {
       Score& score = scores[static_cast<size_t>(indices[s])];

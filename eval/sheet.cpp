@@ -20,17 +20,20 @@ constexpr int kCell_px = 256, kGap_px = 20, kTextHeight_px = 92, kLine_px = 20;
 constexpr double kFontScale = 0.47;
 constexpr int kFont = cv::FONT_HERSHEY_SIMPLEX;
 // Blue, green, red.
-const cv::Scalar kPaper(250, 251, 252), kInk(40, 34, 30), kFaint(130, 122, 115), kRight(72, 140, 30), kWrong(50, 50, 200);
+const cv::Scalar kPaper(250, 251, 252), kInk(40, 34, 30), kFaint(130, 122, 115), kRight(72, 140, 30),
+    kWrong(50, 50, 200);
 
 cv::Mat load_bgr(const fs::path& file) {
   Image image = load_image(file);
-  const cv::Mat rgb(static_cast<int>(image.height), static_cast<int>(image.width), CV_8UC3, image.pixels.data());
+  const cv::Mat rgb(static_cast<int>(image.height), static_cast<int>(image.width), CV_8UC3,
+                    image.pixels.data());
   cv::Mat bgr;
   cv::cvtColor(rgb, bgr, cv::COLOR_RGB2BGR);
   return bgr;
 }
 
-// Scaled to fit a square of `max_px`. Small pictures grow by whole factors, so that their pixels stay what they are.
+// Scaled to fit a square of `max_px`. Small pictures grow by whole factors, so that their pixels stay what
+// they are.
 cv::Mat fit(const cv::Mat& picture, int max_px, bool may_grow) {
   const int longer = std::max(picture.rows, picture.cols);
   double factor = static_cast<double>(max_px) / longer;
@@ -66,8 +69,10 @@ std::vector<std::string> wrap(const std::string& text, size_t limit, int width_p
     if (word.empty()) continue;
     while (text_width(word) > width_px && word.size() > 1) word.pop_back();
     const std::string longer = lines.back().empty() ? word : lines.back() + " " + word;
-    if (text_width(longer) <= width_px) lines.back() = longer;
-    else lines.push_back(word);
+    if (text_width(longer) <= width_px)
+      lines.back() = longer;
+    else
+      lines.push_back(word);
   }
   if (lines.size() <= limit) return lines;
   lines.resize(limit);
@@ -92,7 +97,8 @@ void draw_mark(cv::Mat& sheet, cv::Point at, bool is_right) {
 }  // namespace
 
 std::vector<HeldoutAnswer> choose_for_sheet(const std::vector<HeldoutAnswer>& answers, int64_t num) {
-  // Round robin over the types, each in an order drawn once; a picture is shown twice only when there are no others.
+  // Round robin over the types, each in an order drawn once; a picture is shown twice only when there are no
+  // others.
   std::map<std::string, std::vector<const HeldoutAnswer*>> by_type;
   for (const int64_t index : Rng(answers.size()).permutation(static_cast<int64_t>(answers.size()))) {
     const HeldoutAnswer& answer = answers[static_cast<size_t>(index)];
@@ -119,12 +125,13 @@ std::string thumbnail(const fs::path& file, int64_t max_px, std::string& mime) {
   const bool is_small = std::max(picture.rows, picture.cols) <= 128;
   mime = is_small ? "image/png" : "image/jpeg";
   std::vector<uchar> bytes;
-  CALDERA_CHECK(cv::imencode(is_small ? ".png" : ".jpg", picture, bytes), Error, "{}: cannot encode a thumbnail",
-                file.string());
+  CALDERA_CHECK(cv::imencode(is_small ? ".png" : ".jpg", picture, bytes), Error,
+                "{}: cannot encode a thumbnail", file.string());
   return std::string(bytes.begin(), bytes.end());
 }
 
-void write_sheet(const fs::path& file, const std::vector<HeldoutAnswer>& answers, const fs::path& image_folder) {
+void write_sheet(const fs::path& file, const std::vector<HeldoutAnswer>& answers,
+                 const fs::path& image_folder) {
   const int num = static_cast<int>(answers.size());
   const int num_columns = std::clamp(num, 1, 6);
   const int num_rows = std::max(1, (num + num_columns - 1) / num_columns);

@@ -14,8 +14,12 @@ namespace {
 
 using ::testing::ElementsAre;
 
-Record question(const std::string& image, const std::string& text, const std::string& answer, const std::string& type = "") {
-  return {.id = image + text, .images = {image}, .turns = {{true, "<image>\n" + text}, {false, answer}}, .type = type};
+Record question(const std::string& image, const std::string& text, const std::string& answer,
+                const std::string& type = "") {
+  return {.id = image + text,
+          .images = {image},
+          .turns = {{true, "<image>\n" + text}, {false, answer}},
+          .type = type};
 }
 
 TEST(NormalizeAnswer, ForgetsCaseSpacesAndAFinalPeriod) {
@@ -29,8 +33,9 @@ TEST(NormalizeAnswer, ForgetsCaseSpacesAndAFinalPeriod) {
 }
 
 TEST(OtherPictures, EveryRecordGetsAnotherPictureAlsoWherePicturesRepeat) {
-  const std::vector<Record> records = {question("a", "1", "x"), question("a", "2", "x"), question("b", "1", "x"),
-                                       question("c", "1", "x"), question("b", "2", "x")};
+  const std::vector<Record> records = {question("a", "1", "x"), question("a", "2", "x"),
+                                       question("b", "1", "x"), question("c", "1", "x"),
+                                       question("b", "2", "x")};
   const std::vector<Record> others = with_other_pictures(records);
   ASSERT_EQ(others.size(), records.size());
   for (size_t i = 0; i < records.size(); ++i) {
@@ -46,9 +51,9 @@ TEST(OtherPictures, NoneWhereAllShowOne) {
 }
 
 TEST(BlindAnswers, MajorityPerQuestion) {
-  const std::vector<Record> records = {question("a", "Colour?", "red"), question("b", "Colour?", "Red."),
+  const std::vector<Record> records = {question("a", "Colour?", "red"),  question("b", "Colour?", "Red."),
                                        question("c", "Colour?", "blue"), question("d", "Count?", "2"),
-                                       question("e", "Count?", "3"), question("f", "Count?", "3")};
+                                       question("e", "Count?", "3"),     question("f", "Count?", "3")};
   EXPECT_THAT(blind_answers(records, records), ElementsAre("red", "red", "red", "3", "3", "3"));
 }
 
@@ -98,7 +103,8 @@ TEST_F(Heldout, LikelihoodsAreThoseOfScoringAndAnswersAreCounted) {
   const auto per_token = [&](const std::vector<Record>& scored) {
     double sum = 0, num = 0;
     for (const Record& record : scored)  // one by one: batching must not matter
-      for (const Score& score : score_records(*session.model, {record}, config().image_folder, session.format, 1)) {
+      for (const Score& score :
+           score_records(*session.model, {record}, config().image_folder, session.format, 1)) {
         sum += score.nll_sum;
         num += static_cast<double>(score.num_supervised);
       }
@@ -116,7 +122,8 @@ TEST_F(Heldout, LikelihoodsAreThoseOfScoringAndAnswersAreCounted) {
   EXPECT_EQ(result.answers[1].expected, "yes");
 
   const Json json = to_json(result, 12.5);
-  for (const char* key : {"nll_right", "nll_shuffled", "exact_match", "exact_match_blind", "by_type", "num_questions", "train_seconds"})
+  for (const char* key : {"nll_right", "nll_shuffled", "exact_match", "exact_match_blind", "by_type",
+                          "num_questions", "train_seconds"})
     EXPECT_TRUE(json.contains(key)) << key;
   EXPECT_EQ(json["by_type"]["yes_no"]["num_questions"], 2);
   EXPECT_EQ(json["train_seconds"], 12.5);
@@ -132,7 +139,9 @@ TEST_F(Heldout, DrawsAtMostWhatWasAsked) {
 TEST_F(Heldout, ARecordWithoutAnAnswerIsNamed) {
   ModelSession session = open_model({.model = folder_->path() / "model", .device = "cpu"});
   const fs::path file = folder_->path() / "unanswered.json";
-  write_json(file, {{{"id", "lonely"}, {"image", "red.png"}, {"conversations", {{{"from", "human"}, {"value", "<image>\nWell?"}}}}}});
+  write_json(file, {{{"id", "lonely"},
+                     {"image", "red.png"},
+                     {"conversations", {{{"from", "human"}, {"value", "<image>\nWell?"}}}}}});
   EvaluationConfig unanswered = config();
   unanswered.data_path = file.string();
   try {
@@ -150,9 +159,10 @@ TEST_F(Heldout, TheReportStandsAlone) {
   result.answers[0].given = "<script>alert(1)</script>";
   const fs::path out = folder_->path() / "run";
   fs::create_directories(out / "pretrain");
-  write_file_atomic(out / "pretrain" / "metrics.jsonl",
-                    "{\"step\": 1, \"loss\": 3.5, \"step_ms\": 10, \"num_tokens\": 100}\n{\"step\": 2, \"loss\": 2.5}\n"
-                    "{\"step\": 2, \"eval_loss\": 2.75}\n{\"step\": 3, \"lo");
+  write_file_atomic(
+      out / "pretrain" / "metrics.jsonl",
+      "{\"step\": 1, \"loss\": 3.5, \"step_ms\": 10, \"num_tokens\": 100}\n{\"step\": 2, \"loss\": 2.5}\n"
+      "{\"step\": 2, \"eval_loss\": 2.75}\n{\"step\": 3, \"lo");
   write_report({.output = out,
                 .model = out,
                 .title = "Shapes & <colours>",

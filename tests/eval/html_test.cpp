@@ -10,15 +10,16 @@ namespace {
 
 TEST(EscapeHtml, NothingOfItCanBeMarkup) {
   EXPECT_EQ(escape_html("<b a=\"1\" c='2'>&"), "&lt;b a=&quot;1&quot; c=&#39;2&#39;&gt;&amp;");
-  EXPECT_EQ(escape_html("caf\xC3\xA9 \xE2\x9C\x93 \xF0\x9F\x90\x8E"), "caf\xC3\xA9 \xE2\x9C\x93 \xF0\x9F\x90\x8E");
+  EXPECT_EQ(escape_html("caf\xC3\xA9 \xE2\x9C\x93 \xF0\x9F\x90\x8E"),
+            "caf\xC3\xA9 \xE2\x9C\x93 \xF0\x9F\x90\x8E");
 }
 
 TEST(EscapeHtml, BrokenBytesBecomeReplacementCharacters) {
   const std::string bad = "\xEF\xBF\xBD";
   EXPECT_EQ(escape_html("a\xFF"), "a" + bad);
-  EXPECT_EQ(escape_html("\xC3"), bad);                          // cut off
-  EXPECT_EQ(escape_html("\xC0\xAF"), bad + bad);                // overlong "/"
-  EXPECT_EQ(escape_html("\xED\xA0\x80"), bad + bad + bad);      // a surrogate
+  EXPECT_EQ(escape_html("\xC3"), bad);                                // cut off
+  EXPECT_EQ(escape_html("\xC0\xAF"), bad + bad);                      // overlong "/"
+  EXPECT_EQ(escape_html("\xED\xA0\x80"), bad + bad + bad);            // a surrogate
   EXPECT_EQ(escape_html("\xF4\x90\x80\x80"), bad + bad + bad + bad);  // beyond Unicode
   EXPECT_EQ(escape_html(std::string("a\0b\x1B[1m", 7)), "ab[1m");
 }
@@ -54,7 +55,8 @@ TEST(ChartTicks, AreRoundAndInside) {
 TEST(SvgChart, SkipsWhatIsNotANumber) {
   constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
   EXPECT_EQ(svg_chart({.line = {{1, kNan}, {2, kNan}}}), "");
-  const std::string svg = svg_chart({.line = {{1, 3.0}, {2, kNan}, {3, 1.0}}, .dots = {{3, 1.5}}, .line_label = "a<b"});
+  const std::string svg =
+      svg_chart({.line = {{1, 3.0}, {2, kNan}, {3, 1.0}}, .dots = {{3, 1.5}}, .line_label = "a<b"});
   EXPECT_THAT(svg, ::testing::StartsWith("<svg"));
   EXPECT_THAT(svg, ::testing::EndsWith("</svg>"));
   EXPECT_THAT(svg, ::testing::Not(::testing::HasSubstr("nan")));

@@ -1,5 +1,5 @@
-// A model small enough for tests: a CLIP tower of 32-pixel pictures (4 tokens each) and a two-layer LLaMA over bytes, with fresh
-// weights, written as an HF folder.
+// A model small enough for tests: a CLIP tower of 32-pixel pictures (4 tokens each) and a two-layer LLaMA
+// over bytes, with fresh weights, written as an HF folder.
 #pragma once
 #include <unistd.h>
 
@@ -17,7 +17,8 @@ namespace caldera {
 // A folder that lives as long as the test.
 class TemporaryFolder {
  public:
-  TemporaryFolder() : path_(fs::temp_directory_path() / fmt::format("caldera-test-{}-{}", ::getpid(), ++count())) {
+  TemporaryFolder()
+      : path_(fs::temp_directory_path() / fmt::format("caldera-test-{}-{}", ::getpid(), ++count())) {
     fs::create_directories(path_);
   }
   ~TemporaryFolder() { fs::remove_all(path_); }
@@ -52,10 +53,16 @@ inline void write_byte_tokenizer(const fs::path& folder) {
   int id = 256;
   for (const char* token : {"<s>", "</s>", "<pad>"}) {
     vocab[token] = id;
-    added.push_back({{"id", id++}, {"content", token}, {"single_word", false}, {"lstrip", false}, {"rstrip", false},
-                     {"normalized", false}, {"special", true}});
+    added.push_back({{"id", id++},
+                     {"content", token},
+                     {"single_word", false},
+                     {"lstrip", false},
+                     {"rstrip", false},
+                     {"normalized", false},
+                     {"special", true}});
   }
-  const Json byte_level = {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", true}};
+  const Json byte_level = {
+      {"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", true}};
   write_json(folder / "tokenizer.json",
              {{"version", "1.0"},
               {"added_tokens", added},
@@ -64,30 +71,48 @@ inline void write_byte_tokenizer(const fs::path& folder) {
               {"post_processor", Json()},
               {"decoder", byte_level},
               {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", Json::array()}}}});
-  write_json(folder / "tokenizer_config.json", {{"bos_token", "<s>"}, {"eos_token", "</s>"}, {"pad_token", "<pad>"},
-                                                {"add_bos_token", true}, {"tokenizer_class", "PreTrainedTokenizerFast"}});
+  write_json(folder / "tokenizer_config.json", {{"bos_token", "<s>"},
+                                                {"eos_token", "</s>"},
+                                                {"pad_token", "<pad>"},
+                                                {"add_bos_token", true},
+                                                {"tokenizer_class", "PreTrainedTokenizerFast"}});
 }
 
 inline void write_tiny_model(const fs::path& folder) {
   const fs::path parts = folder.string() + "-parts";
   fs::create_directories(parts / "vision");
   fs::create_directories(parts / "language");
-  write_json(parts / "vision" / "config.json",
-             {{"model_type", "clip_vision_model"}, {"hidden_size", 16}, {"intermediate_size", 32}, {"num_hidden_layers", 2},
-              {"num_attention_heads", 2}, {"image_size", 32}, {"patch_size", 16}, {"projection_dim", 16}});
-  write_json(parts / "language" / "config.json",
-             {{"model_type", "llama"}, {"architectures", {"LlamaForCausalLM"}}, {"hidden_size", 32}, {"intermediate_size", 64},
-              {"num_hidden_layers", 2}, {"num_attention_heads", 4}, {"num_key_value_heads", 2}, {"vocab_size", 259},
-              {"max_position_embeddings", 512}, {"rms_norm_eps", 1e-5}, {"rope_theta", 10000.0}, {"hidden_act", "silu"},
-              {"tie_word_embeddings", false}});
+  write_json(parts / "vision" / "config.json", {{"model_type", "clip_vision_model"},
+                                                {"hidden_size", 16},
+                                                {"intermediate_size", 32},
+                                                {"num_hidden_layers", 2},
+                                                {"num_attention_heads", 2},
+                                                {"image_size", 32},
+                                                {"patch_size", 16},
+                                                {"projection_dim", 16}});
+  write_json(parts / "language" / "config.json", {{"model_type", "llama"},
+                                                  {"architectures", {"LlamaForCausalLM"}},
+                                                  {"hidden_size", 32},
+                                                  {"intermediate_size", 64},
+                                                  {"num_hidden_layers", 2},
+                                                  {"num_attention_heads", 4},
+                                                  {"num_key_value_heads", 2},
+                                                  {"vocab_size", 259},
+                                                  {"max_position_embeddings", 512},
+                                                  {"rms_norm_eps", 1e-5},
+                                                  {"rope_theta", 10000.0},
+                                                  {"hidden_act", "silu"},
+                                                  {"tie_word_embeddings", false}});
   write_byte_tokenizer(parts / "language");
   const auto model = build_llava({.vision_tower = (parts / "vision").string(),
                                   .language_model = (parts / "language").string(),
                                   .seed = 1});
   write_folder_atomic(folder, [&](const fs::path& out) {
     const int64_t image_token_id = load_tokenizer(parts / "language")->save(out, "");
-    save_hf_llava(*model, {.conversation_template = "v1"},
-                  {.image_token_id = image_token_id, .bos_token_id = 256, .eos_token_id = 257, .pad_token_id = 258}, out);
+    save_hf_llava(
+        *model, {.conversation_template = "v1"},
+        {.image_token_id = image_token_id, .bos_token_id = 256, .eos_token_id = 257, .pad_token_id = 258},
+        out);
   });
   fs::remove_all(parts);
 }
@@ -108,7 +133,10 @@ inline void write_tiny_data(const fs::path& folder) {
                          {"held_out", std::string(colour) == "blue"},
                          {"conversations",
                           {{{"from", "human"}, {"value", fmt::format("<image>\n{}", question)}},
-                           {{"from", "gpt"}, {"value", is_colour ? colour : std::string(colour) == "red" ? "yes" : "no"}}}}});
+                           {{"from", "gpt"},
+                            {"value", is_colour                      ? colour
+                                      : std::string(colour) == "red" ? "yes"
+                                                                     : "no"}}}}});
     }
   write_json(folder / "test.json", records);
 }
