@@ -1,0 +1,147 @@
+#include "data/template.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "base/strings.h"
+#include "base/words.h"
+#include "data/tokenizers/utf8.h"
+
+namespace caldera {
+namespace {
+
+// Python's str.strip(), which LLaVA uses: Unicode's white space and the four information separators.
+bool is_python_space(char32_t c) {
+  return (c >= 0x09 && c <= 0x0D) || (c >= 0x1C && c <= 0x20) || c == 0x85 || c == 0xA0 || c == 0x1680 ||
+         (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F ||
+         c == 0x3000;
+}
+
+std::string python_strip(std::string_view text) {
+  size_t begin = text.size(), end = text.size();
+  for (size_t offset = 0; offset < text.size();) {
+    const size_t start = offset;
+    if (is_python_space(next_code_point(text, offset))) continue;
+    begin = std::min(begin, start);
+    end = offset;
+  }
+  return begin == text.size() ? "" : std::string(text.substr(begin, end - begin));
+}
+
+// LLaVA's preprocess_multimodal.
+std::vector<Turn> image_first(std::vector<Turn> turns) {
+  for (Turn& turn : turns) {
+    if (turn.value.find(kImagePlaceholder) == std::string::npos) continue;
+    turn.value = python_strip(std::string(kImagePlaceholder) + "\n" +
+                              python_strip(replace_all(turn.value, kImagePlaceholder, "")));
+  }
+  return turns;
+}
+
+int64_t control_id(const std::string& token, const ConversationTemplate& conversation,
+                   const Tokenizer& tokenizer) {
+  const int64_t id = tokenizer.token_id(token);
+  CALDERA_CHECK(id >= 0, DataError,
+                "template {} needs the control token \"{}\", which the tokenizer does not have; choose a "
+                "template that the "
+                "language model was trained with",
+                conversation.name, token);
+  return id;
+}
+
+// Ids and labels of a rendered conversation. Adjacent text is tokenised as one string; a token belongs to the
+// segment in which it begins, so one that reaches from a question into its answer is not learned (nor could
+// the answer begin so).
+class Encoder {
+ public:
+  Encoder(const ConversationTemplate& conversation, const Tokenizer& tokenizer)
+      : conversation_(conversation), tokenizer_(tokenizer) {
+    if (tokenizer.adds_bos()) put(tokenizer.bos_id(), false);
+  }
+
+  TokenizedSample encode(const std::vector<Segment>& segments) {
+    for (const Segment& segment : segments) {
+      if (segment.kind == Segment::Kind::kText) {
+        run_ += segment.text;
+        ends_.push_back({run_.size(), segment.supervised});
+        continue;
+      }
+      flush();
+      if (segment.kind == Segment::Kind::kImage) {
+        put(kImageTokenIndex, false);
+        context_ = TextContext::kStart;
+      } else {
+        put(control_id(segment.text, conversation_, tokenizer_), segment.supervised);
+        context_ = TextContext::kAfterControl;
+      }
+    }
+    flush();
+    return std::move(sample_);
+  }
+
+ private:
+  struct End {
+    size_t offset;
+    bool supervised;
+  };
+  void put(int64_t id, bool supervised) {
+    sample_.input_ids.push_back(id);
+    sample_.labels.push_back(supervised ? id : kIgnoreIndex);
+  }
+  void flush() {
+    size_t segment = 0;
+    for (const Token& token : tokenizer_.encode(run_, context_)) {
+      while (segment + 1 < ends_.size() && static_cast<size_t>(token.begin) >= ends_[segment].offset)
+        ++segment;
+      put(token.id, ends_[segment].supervised);
+    }
+    run_.clear();
+    ends_.clear();
+  }
+
+  const ConversationTemplate& conversation_;
+  const Tokenizer& tokenizer_;
+  TextContext context_ = TextContext::kStart;
+  std::string run_;        // text not yet tokenised
+  std::vector<End> ends_;  // where its segments end
+  TokenizedSample sample_;
+};
+
+}  // namespace
+
+TokenizedSample tokenize(const Record& record, const ConversationTemplate& conversation,
+                         const Tokenizer& tokenizer) {
+  const std::vector<Turn> turns = record.images.size() > 1 ? record.turns : image_first(record.turns);
+  return Encoder(conversation, tokenizer).encode(conversation.render(turns, false));
+}
+
+std::vector<int64_t> tokenize_prompt(const std::vector<Turn>& turns, const ConversationTemplate& conversation,
+                                     const Tokenizer& tokenizer) {
+  CALDERA_CHECK(!turns.empty() && turns.back().from_human, DataError, "a prompt must end with a human turn");
+  int64_t num_images = 0;
+  for (const Turn& turn : turns)
+    num_images += static_cast<int64_t>(split(turn.value, kImagePlaceholder).size()) - 1;
+  return Encoder(conversation, tokenizer)
+      .encode(conversation.render(num_images > 1 ? turns : image_first(turns), true))
+      .input_ids;
+}
+
+std::vector<int64_t> stop_ids(const ConversationTemplate& conversation, const Tokenizer& tokenizer) {
+  std::vector<int64_t> ids;
+  for (const std::string& stop : conversation.stop_tokens) {
+    int64_t id = tokenizer.token_id(stop);
+    if (id < 0) {
+      // Plain text that ends an answer ("\n", "###"): the token it begins with in the middle of a text.
+      for (const Token& token : tokenizer.encode("a" + stop)) {
+        if (token.begin >= 1) {
+          id = token.id;
+          break;
+        }
+      }
+    }
+    if (id >= 0) ids.push_back(id);
+  }
+  return ids;
+}
+
+}  // namespace caldera

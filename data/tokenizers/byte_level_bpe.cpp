@@ -1,0 +1,150 @@
+#include "data/tokenizers/byte_level_bpe.h"
+
+#include <algorithm>
+#include <mutex>
+#include <shared_mutex>
+
+#include "base/error.h"
+#include "base/files.h"
+#include "base/words.h"
+#include "data/tokenizers/factories.h"
+#include "data/tokenizers/nfc.h"
+
+namespace caldera {
+namespace {
+
+// Words that were merged before. Real text repeats its words: nearly every look-up hits.
+class WordCache {
+ public:
+  template <class Compute>
+  void find_or(std::string_view word, std::vector<WordToken>& tokens, const Compute& compute) const {
+    {
+      const std::shared_lock lock(mutex_);
+      const auto found = words_.find(word);
+      if (found != words_.end()) {
+        tokens = found->second;
+        return;
+      }
+    }
+    tokens = compute(word);
+    if (word.size() > kMaxWordBytes) return;
+    const std::unique_lock lock(mutex_);
+    if (words_.size() >= kMaxWords) words_.clear();
+    words_.emplace(word, tokens);
+  }
+
+ private:
+  static constexpr size_t kMaxWords = 1u << 17, kMaxWordBytes = 64;
+  struct Hash {
+    using is_transparent = void;
+    size_t operator()(std::string_view text) const { return std::hash<std::string_view>()(text); }
+  };
+  mutable std::shared_mutex mutex_;
+  mutable std::unordered_map<std::string, std::vector<WordToken>, Hash, std::equal_to<>> words_;
+};
+
+class ByteLevelBpeTokenizer final : public Tokenizer {
+ public:
+  ByteLevelBpeTokenizer(BpeModel model, TokenizerConfig config, const std::string& where)
+      : model_(std::move(model)),
+        config_(std::move(config)),
+        merger_(model_, config_.added_tokens, where),
+        splitter_(model_.steps, where) {
+    for (size_t i = 0; i < model_.tokens.size(); ++i) {
+      if (!model_.tokens[i].empty()) ids_.emplace(model_.tokens[i], static_cast<int64_t>(i));
+    }
+    // HF's own flag wins over what the file's post-processor says.
+    model_.adds_bos = config_.flag("add_bos_token", model_.adds_bos);
+    for (const std::string* token : {&config_.bos_token, &config_.eos_token, &config_.pad_token}) {
+      CALDERA_CHECK(token->empty() || token_id(*token) >= 0, CheckpointError,
+                    "{}: the token \"{}\" of its configuration is not in the vocabulary", where, *token);
+    }
+    CALDERA_CHECK(!model_.adds_bos || !config_.bos_token.empty(), CheckpointError,
+                  "{}: texts begin with BOS (add_bos_token), but there is no bos_token", where);
+  }
+
+  std::vector<Token> encode(std::string_view text, TextContext) const override {
+    MappedText source = repair_utf8(text);
+    if (model_.nfc) source = compose_nfc(std::move(source));
+    std::vector<Token> tokens;
+    tokens.reserve(source.text.size() / 3);
+    std::vector<WordToken> word_tokens;
+    for (const auto& [begin, end] : splitter_.split(source.text)) {
+      cache_.find_or(std::string_view(source.text).substr(begin, end - begin), word_tokens,
+                     [&](std::string_view word) { return merger_.merge(word); });
+      for (const WordToken& token : word_tokens) {
+        tokens.push_back({token.id, source.original(begin + static_cast<size_t>(token.begin)),
+                          source.original(begin + static_cast<size_t>(token.end))});
+      }
+    }
+    return tokens;
+  }
+
+  std::string decode(std::span<const int64_t> ids) const override {
+    std::string text;
+    for (const int64_t id : ids) {
+      if (const AddedToken* added = find_added(id)) {
+        if (!added->special) text += added->content;
+      } else if (id >= 0 && id < static_cast<int64_t>(model_.tokens.size())) {
+        text += alphabet_to_bytes(model_.tokens[static_cast<size_t>(id)]);
+      }
+    }
+    return repair_utf8(text).text;
+  }
+
+  int64_t token_id(std::string_view token) const override {
+    if (const AddedToken* added = config_.find_added(token)) return added->id;
+    const auto found = ids_.find(token);
+    return found == ids_.end() ? -1 : found->second;
+  }
+
+  int64_t vocab_size() const override {
+    return std::max(static_cast<int64_t>(model_.tokens.size()),
+                    config_.added_tokens.empty() ? 0 : config_.added_tokens.back().id + 1);
+  }
+  int64_t bos_id() const override { return named_id(config_.bos_token); }
+  int64_t eos_id() const override { return named_id(config_.eos_token); }
+  int64_t pad_id() const override { return named_id(config_.pad_token); }
+  bool adds_bos() const override { return model_.adds_bos; }
+  const std::string& chat_template() const override { return config_.chat_template; }
+
+  int64_t save(const fs::path& folder, const std::string& chat_template) const override {
+    TokenizerConfig config = config_;
+    int64_t image_id = token_id(kImagePlaceholder);
+    if (image_id < 0) image_id = vocab_size();
+    config.add({image_id, kImagePlaceholder});
+    config.fields["add_bos_token"] = model_.adds_bos;
+    config.fields["add_prefix_space"] = false;
+    fs::create_directories(folder);
+    write_tokenizer_json(folder / "tokenizer.json", model_, config);
+    // The generic class takes tokenizer.json as it stands; a model's own class may put its own word splitting
+    // in.
+    write_tokenizer_config(folder, config, "PreTrainedTokenizerFast", chat_template);
+    return image_id;
+  }
+
+ private:
+  const AddedToken* find_added(int64_t id) const {
+    const auto place =
+        std::lower_bound(config_.added_tokens.begin(), config_.added_tokens.end(), id,
+                         [](const AddedToken& token, int64_t wanted) { return token.id < wanted; });
+    return place != config_.added_tokens.end() && place->id == id ? &*place : nullptr;
+  }
+  int64_t named_id(const std::string& token) const { return token.empty() ? -1 : token_id(token); }
+
+  BpeModel model_;
+  TokenizerConfig config_;
+  std::unordered_map<std::string_view, int64_t> ids_;  // views into model_.tokens
+  BpeMerger merger_;
+  WordSplitter splitter_;
+  WordCache cache_;
+};
+
+}  // namespace
+
+std::unique_ptr<Tokenizer> make_byte_level_bpe_tokenizer(BpeModel model, TokenizerConfig config,
+                                                         const std::string& where) {
+  return std::make_unique<ByteLevelBpeTokenizer>(std::move(model), std::move(config), where);
+}
+
+}  // namespace caldera

@@ -1,0 +1,43 @@
+// The small files beside a Hugging Face tokenizer: tokenizer_config.json and its older companions.
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/json.h"
+
+namespace caldera {
+
+// A token outside the model's own pieces, or one of them that is never made from text. The flags are HF's
+// (AddedToken).
+struct AddedToken {
+  int64_t id = 0;
+  std::string content;
+  bool special = true;
+  bool lstrip = false, rstrip = false, normalized = false, single_word = false;
+};
+
+struct TokenizerConfig {
+  Json fields = Json::object();  // tokenizer_config.json as it stands; empty where there is none
+  std::string bos_token, eos_token, unk_token, pad_token;  // "" where there is none
+  std::vector<AddedToken> added_tokens;                    // ascending ids
+  std::string chat_template;
+
+  bool flag(const char* name, bool fallback) const;
+  const AddedToken* find_added(std::string_view content) const;
+  // Adds the token with `id`, unless it is there; keeps ids ascending.
+  void add(AddedToken token);
+};
+
+// Reads tokenizer_config.json, special_tokens_map.json, added_tokens.json and chat_template.jinja, as far as
+// they are there. Throws CheckpointError naming the file and the field that is not what HF writes.
+TokenizerConfig read_tokenizer_config(const std::filesystem::path& folder);
+
+// Writes tokenizer_config.json, special_tokens_map.json and, unless `chat_template` is empty,
+// chat_template.jinja.
+void write_tokenizer_config(const std::filesystem::path& folder, const TokenizerConfig& config,
+                            const std::string& tokenizer_class, const std::string& chat_template);
+
+}  // namespace caldera

@@ -1,0 +1,278 @@
+// tokenizer.json, as the `tokenizers` library writes it, of the byte-level BPE kind. Read by simdjson: its
+// vocabulary is an object of more members than an ordered JSON document can hold at a reasonable speed.
+#include <simdjson.h>
+
+#include <optional>
+#include <unordered_map>
+
+#include "base/error.h"
+#include "base/files.h"
+#include "data/tokenizers/factories.h"
+
+namespace caldera {
+namespace {
+
+using simdjson::dom::element;
+
+constexpr int64_t kMaxId = int64_t{1} << 24;
+
+class Reader {
+ public:
+  Reader(const fs::path& file, TokenizerConfig& config) : where_(file.string()), config_(config) {}
+
+  BpeModel read() {
+    simdjson::dom::parser parser;
+    try {
+      const element root = parser.load(where_);
+      read_model(root["model"]);
+      read_added_tokens(root);
+      if (const auto part = member(root, "normalizer")) read_normalizer(*part);
+      if (const auto part = member(root, "pre_tokenizer")) read_pre_tokenizer(*part);
+      check(byte_level_, "its pre_tokenizer has no ByteLevel step");
+      if (const auto part = member(root, "post_processor")) read_post_processor(*part);
+    } catch (const simdjson::simdjson_error& error) {
+      throw CheckpointError(fmt::format("{}: not a tokenizer.json: {}", where_, error.what()));
+    }
+    return std::move(model_);
+  }
+
+ private:
+  // A member of an object, if it is there and not null.
+  static std::optional<element> member(element object, const char* name) {
+    element value;
+    if (object[name].get(value) == simdjson::SUCCESS && !value.is_null()) return value;
+    return std::nullopt;
+  }
+  static bool flag(element object, const char* name, bool fallback) {
+    bool value = false;
+    return object[name].get(value) == simdjson::SUCCESS ? value : fallback;
+  }
+  static std::string type_of(element object) { return std::string(std::string_view(object["type"])); }
+  void check(bool condition, const std::string& what) const {
+    CALDERA_CHECK(condition, CheckpointError,
+                  "{}: {}; supported are byte-level BPE tokenizers (GPT-2, SmolLM2, Qwen2, LLaMA 3), and "
+                  "SentencePiece models by "
+                  "their tokenizer.model",
+                  where_, what);
+  }
+  int64_t id_of(element value) const {
+    const int64_t id = value;
+    CALDERA_CHECK(id >= 0 && id < kMaxId, CheckpointError, "{}: token id {} is out of range [0, {})", where_,
+                  id, kMaxId);
+    return id;
+  }
+
+  void read_added_tokens(element root) {
+    const auto tokens = member(root, "added_tokens");
+    if (!tokens) return;
+    for (const element token : tokens->get_array()) {
+      config_.add({id_of(token["id"]), std::string(std::string_view(token["content"])),
+                   flag(token, "special", false), flag(token, "lstrip", false), flag(token, "rstrip", false),
+                   flag(token, "normalized", false), flag(token, "single_word", false)});
+    }
+  }
+
+  void read_normalizer(element normalizer) {
+    const std::string type = type_of(normalizer);
+    if (type == "Sequence") {
+      for (const element step : normalizer["normalizers"].get_array()) read_normalizer(step);
+      return;
+    }
+    check(type == "NFC", "its normalizer \"" + type + "\" is not supported");
+    model_.nfc = true;
+  }
+
+  void read_pre_tokenizer(element step) {
+    const std::string type = type_of(step);
+    if (type == "Sequence") {
+      for (const element inner : step["pretokenizers"].get_array()) read_pre_tokenizer(inner);
+      return;
+    }
+    check(!byte_level_, "its pre_tokenizer goes on after ByteLevel");
+    if (type == "ByteLevel") {
+      check(!flag(step, "add_prefix_space", true), "its ByteLevel adds a space before the text");
+      if (flag(step, "use_regex", true)) model_.steps.push_back({SplitStep::Kind::kByteLevel, ""});
+      byte_level_ = true;
+    } else if (type == "Digits") {
+      check(flag(step, "individual_digits", false), "its Digits keeps digits together");
+      model_.steps.push_back({SplitStep::Kind::kDigits, ""});
+    } else if (type == "Split") {
+      const std::string behavior{std::string_view(step["behavior"])};
+      const bool invert = flag(step, "invert", false);
+      // Keeping matches apart, or keeping nothing but the matches, is the same for patterns that leave
+      // nothing out.
+      check((behavior == "Isolated" && !invert) || (behavior == "Removed" && invert),
+            "its Split \"" + behavior + "\" is not supported");
+      std::string_view pattern;
+      check(step["pattern"]["Regex"].get(pattern) == simdjson::SUCCESS,
+            "its Split has no regular expression");
+      model_.steps.push_back({SplitStep::Kind::kSplit, std::string(pattern)});
+    } else {
+      check(false, "its pre_tokenizer \"" + type + "\" is not supported");
+    }
+  }
+
+  void read_post_processor(element processor) {
+    const std::string type = type_of(processor);
+    if (type == "Sequence") {
+      for (const element step : processor["processors"].get_array()) read_post_processor(step);
+    } else if (type == "TemplateProcessing") {
+      element first;
+      if (processor["single"].at(0)["SpecialToken"]["id"].get(first) == simdjson::SUCCESS &&
+          first.is_string()) {
+        model_.adds_bos = true;
+        if (config_.bos_token.empty()) config_.bos_token = std::string(std::string_view(first));
+      }
+    }
+  }
+
+  void read_model(element model) {
+    if (member(model, "type"))
+      check(type_of(model) == "BPE", "its model is \"" + type_of(model) + "\"");  // older files leave it out
+    check(!flag(model, "byte_fallback", false),
+          "its BPE model is a converted SentencePiece one (byte_fallback)");
+    for (const char* name : {"continuing_subword_prefix", "end_of_word_suffix", "dropout"}) {
+      const auto value = member(model, name);
+      check(!value || (value->is_string() && std::string_view(*value).empty()),
+            std::string("its model's ") + name + " is not supported");
+    }
+    model_.ignore_merges = flag(model, "ignore_merges", false);
+
+    std::unordered_map<std::string_view, int32_t> ids;
+    for (const auto field : model["vocab"].get_object()) {
+      const auto id = static_cast<size_t>(id_of(field.value));
+      if (id >= model_.tokens.size()) model_.tokens.resize(id + 1);
+      CALDERA_CHECK(!field.key.empty() && model_.tokens[id].empty(), CheckpointError,
+                    "{}: two tokens have the id {}, or one has no text", where_, id);
+      model_.tokens[id] = std::string(field.key);
+    }
+    ids.reserve(model_.tokens.size());
+    for (size_t id = 0; id < model_.tokens.size(); ++id)
+      ids.emplace(model_.tokens[id], static_cast<int32_t>(id));
+    const auto find = [&](std::string_view token) {
+      const auto found = ids.find(token);
+      CALDERA_CHECK(!token.empty() && found != ids.end(), CheckpointError,
+                    "{}: a merge names \"{}\", which is not in the vocabulary", where_, token);
+      return found->second;
+    };
+    for (const element merge : model["merges"].get_array()) {
+      if (merge.is_array()) {
+        model_.merges.emplace_back(find(merge.at(0)), find(merge.at(1)));
+        continue;
+      }
+      const std::string_view pair = merge;
+      const size_t space = pair.find(' ');
+      CALDERA_CHECK(space != std::string_view::npos, CheckpointError, "{}: the merge \"{}\" is not a pair",
+                    where_, pair);
+      model_.merges.emplace_back(find(pair.substr(0, space)), find(pair.substr(space + 1)));
+    }
+  }
+
+  std::string where_;
+  TokenizerConfig& config_;
+  BpeModel model_;
+  bool byte_level_ = false;
+};
+
+Json byte_level_json(bool use_regex) {
+  return {
+      {"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", use_regex}};
+}
+
+Json steps_json(const BpeModel& model) {
+  Json steps = Json::array();
+  bool has_byte_level = false;
+  for (const SplitStep& step : model.steps) {
+    if (step.kind == SplitStep::Kind::kDigits) {
+      steps.push_back({{"type", "Digits"}, {"individual_digits", true}});
+    } else if (step.kind == SplitStep::Kind::kByteLevel) {
+      steps.push_back(byte_level_json(true));
+      has_byte_level = true;
+    } else {
+      steps.push_back({{"type", "Split"},
+                       {"pattern", {{"Regex", step.pattern}}},
+                       {"behavior", "Isolated"},
+                       {"invert", false}});
+    }
+  }
+  if (!has_byte_level) steps.push_back(byte_level_json(false));
+  return {{"type", "Sequence"}, {"pretokenizers", steps}};
+}
+
+Json post_processor_json(const BpeModel& model, const TokenizerConfig& config) {
+  if (!model.adds_bos) return byte_level_json(true);
+  const std::string& bos = config.bos_token;
+  int64_t id = -1;
+  if (const AddedToken* added = config.find_added(bos)) id = added->id;
+  for (size_t i = 0; id < 0 && i < model.tokens.size(); ++i) {
+    if (model.tokens[i] == bos) id = static_cast<int64_t>(i);
+  }
+  const auto special = [&](int type) { return Json{{"SpecialToken", {{"id", bos}, {"type_id", type}}}}; };
+  const auto sequence = [](const char* name, int type) {
+    return Json{{"Sequence", {{"id", name}, {"type_id", type}}}};
+  };
+  return {
+      {"type", "TemplateProcessing"},
+      {"single", Json::array({special(0), sequence("A", 0)})},
+      {"pair", Json::array({special(0), sequence("A", 0), special(1), sequence("B", 1)})},
+      {"special_tokens", {{bos, {{"id", bos}, {"ids", Json::array({id})}, {"tokens", Json::array({bos})}}}}}};
+}
+
+}  // namespace
+
+BpeModel read_tokenizer_json(const fs::path& file, TokenizerConfig& config) {
+  return Reader(file, config).read();
+}
+
+void write_tokenizer_json(const fs::path& file, const BpeModel& model, const TokenizerConfig& config) {
+  Json added = Json::array();
+  for (const AddedToken& token : config.added_tokens) {
+    added.push_back({{"id", token.id},
+                     {"content", token.content},
+                     {"single_word", token.single_word},
+                     {"lstrip", token.lstrip},
+                     {"rstrip", token.rstrip},
+                     {"normalized", token.normalized},
+                     {"special", token.special}});
+  }
+  AtomicFile out(file);
+  const auto line = [&](const char* name, const Json& value) {
+    out.write(fmt::format("  \"{}\": {},\n", name, json_line(value)));
+  };
+  out.write("{\n");
+  line("version", "1.0");
+  line("truncation", nullptr);
+  line("padding", nullptr);
+  line("added_tokens", added);
+  line("normalizer", model.nfc ? Json{{"type", "NFC"}} : Json());
+  line("pre_tokenizer", steps_json(model));
+  line("post_processor", post_processor_json(model, config));
+  line("decoder", byte_level_json(true));
+  std::string text = fmt::format(
+      "  \"model\": {{\n    \"type\": \"BPE\",\n    \"dropout\": null,\n    \"unk_token\": null,\n    "
+      "\"continuing_subword_prefix\": "
+      "null,\n    \"end_of_word_suffix\": null,\n    \"fuse_unk\": false,\n    \"byte_fallback\": false,\n   "
+      " \"ignore_merges\": {},\n"
+      "    \"vocab\": {{",
+      model.ignore_merges);
+  const char* separator = "\n";
+  for (size_t id = 0; id < model.tokens.size(); ++id) {
+    if (model.tokens[id].empty()) continue;
+    text += fmt::format("{}      {}: {}", separator, json_line(model.tokens[id]), id);
+    separator = ",\n";
+  }
+  text += "\n    },\n    \"merges\": [";
+  separator = "\n";
+  for (const auto& [left, right] : model.merges) {
+    // The byte-level alphabet has no space, so this older form is unambiguous, and every version reads it.
+    text += separator;
+    text += "      " + json_line(model.tokens[static_cast<size_t>(left)] + " " +
+                                 model.tokens[static_cast<size_t>(right)]);
+    separator = ",\n";
+  }
+  text += "\n    ]\n  }\n}\n";
+  out.write(text);
+  out.commit();
+}
+
+}  // namespace caldera
