@@ -1,5 +1,6 @@
-// Parameters of the model: plain tensors with HF names. There is no module tree: a component lists its tensors once, and
-// loading, saving, initialisation, freezing, the optimizer and checkpoints all work from that list.
+// Parameters of the model: plain tensors with HF names. There is no module tree: a component lists its
+// tensors once, and loading, saving, initialisation, freezing, the optimizer and checkpoints all work from
+// that list.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -9,9 +10,9 @@
 
 namespace caldera {
 
-// One tensor of a component under its HF name. Where several HF tensors are fused into one (q, k, v in one matrix, gate
-// and up in one), each is a range of rows of the fused tensor, `owner`; otherwise it is the whole owner.
-// HF names are relative to the component: "encoder.layers.0.self_attn.q_proj.weight".
+// One tensor of a component under its HF name. Where several HF tensors are fused into one (q, k, v in one
+// matrix, gate and up in one), each is a range of rows of the fused tensor, `owner`; otherwise it is the
+// whole owner. HF names are relative to the component: "encoder.layers.0.self_attn.q_proj.weight".
 struct NamedTensor {
   std::string name;
   at::Tensor* owner = nullptr;  // the leaf that autograd and the optimizer see; lives in the component
@@ -37,13 +38,16 @@ void append(NamedTensors& list, NamedTensors more);
 
 // Sets requires_grad of every owner (float tensors only).
 void set_trainable(const NamedTensors& tensors, bool trainable);
-// Bytes and elements of the distinct owners.
+// Elements of the distinct owners.
 int64_t count_parameters(const NamedTensors& tensors);
 // Moves every owner to the device and dtype, in place (buffers listed here too).
 void convert(const NamedTensors& tensors, at::Device device, at::ScalarType dtype);
 
-// Fresh weights, HF's initialisation: normal(0, std) for matrices and embeddings, zero for biases, one for norm weights.
-// Draws from a generator of its own, seeded by (seed, name), so it does not depend on what else is made before.
+// Fresh weights, HF's initialisation: normal(0, std) for matrices and embeddings, zero for biases, one for
+// norm weights. Draws from a generator of its own, seeded by (seed, name), so it does not depend on what else
+// is made before.
 void init_normal_(at::Tensor& tensor, double std, uint64_t seed, const std::string& name);
+// The same, uniform in [-bound, bound).
+void init_uniform_(at::Tensor& tensor, double bound, uint64_t seed, const std::string& name);
 
 }  // namespace caldera

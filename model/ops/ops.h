@@ -1,36 +1,56 @@
-// The operations that the model is built from, on packed rows. Each works on CPU and CUDA, in float32 and bfloat16, and
-// is differentiable. Legend: T tokens in the packed row, S samples, D model width, H query heads, G key/value heads,
-// K head width, V vocabulary, N supervised rows.
+// The operations that the model is built from, on packed rows. Each works on CPU and CUDA, in float32 and
+// bfloat16, and is differentiable. Legend: T tokens in the packed row, S samples, D model width, H query
+// heads, G key/value heads, K head width, V vocabulary, N supervised rows.
 #pragma once
 #include <ATen/ATen.h>
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 namespace caldera {
 
-// x * rsqrt(mean(x^2) + eps) * weight, mean in float32. x [..., D], weight [D] -> [..., D]. As HF LlamaRMSNorm.
+// x * rsqrt(mean(x^2) + eps) * weight, mean in float32. x [..., D], weight [D] -> [..., D]. As HF
+// LlamaRMSNorm.
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 
-// Rotary tables for the given positions. inv_freq [K / 2] float32; positions_T int64 -> cos, sin [T, K] float32
-// (HF's "half" layout: the two halves of K repeat), times `scaling` (attention factor; 1 for plain rope).
+// Rotary tables for the given positions. inv_freq [K / 2] float32; positions_T int64 -> cos, sin [T, K]
+// float32 (HF's "half" layout: the two halves of K repeat), times `scaling` (attention factor; 1 for plain
+// rope).
 struct Rotary {
   at::Tensor cos_TK, sin_TK;
 };
-Rotary rotary_tables(const at::Tensor& inv_freq, const at::Tensor& positions_T, double scaling, at::ScalarType dtype);
+Rotary rotary_tables(const at::Tensor& inv_freq, const at::Tensor& positions_T, double scaling,
+                     at::ScalarType dtype);
 // x [T, H, K] rotated by position: x * cos + rotate_half(x) * sin.
 at::Tensor apply_rotary(const at::Tensor& x_THK, const Rotary& rotary);
 
-// Attention within each sample of the packed row. q [T, H, K]; k, v [T, G, K] with G dividing H; row offsets cu_seqlens
-// (S + 1). Softmax scale 1 / sqrt(K). -> [T, H, K].
+// SwiGLU: silu(gate) * up of the fused projection's output [T, 2F] (gate first) -> [T, F].
+at::Tensor swiglu(const at::Tensor& gate_up);
+
+// Attention within each sample of the packed row. q [T, H, K]; k, v [T, G, K] with G dividing H; row offsets
+// cu_seqlens (S + 1). Softmax scale 1 / sqrt(K). -> [T, H, K].
 at::Tensor packed_attention(const at::Tensor& q_THK, const at::Tensor& k_TGK, const at::Tensor& v_TGK,
                             const std::vector<int64_t>& cu_seqlens, bool causal);
 
-// Sum over the N rows of -log softmax(hidden . weight^T)[target], in float32: output projection and cross entropy in one,
-// in chunks of rows, so that [N, V] is never held. hidden [N, D], weight [V, D], targets int64 [N] -> scalar float32.
-// Forward computes the gradients as well (where they are wanted); backward only scales them.
-at::Tensor linear_cross_entropy(const at::Tensor& hidden_ND, const at::Tensor& weight_VD, const at::Tensor& targets_N);
+// The same for generation, without gradients: the queries of sample s are its *last* rows, and see the keys
+// and values keys[s], values[s] [L_s, G, K] (its own included) up to their own place.
+at::Tensor cached_attention(const at::Tensor& q_THK, const std::vector<at::Tensor>& keys,
+                            const std::vector<at::Tensor>& values, const std::vector<int64_t>& cu_seqlens);
+
+// Sum over the N rows of -log softmax(hidden . weight^T)[target], in float32: output projection and cross
+// entropy in one, in chunks of rows, so that [N, V] is never held. hidden [N, D], weight [V, D], targets
+// int64 [N] -> scalar float32. Forward computes the gradients as well (where they are wanted); backward only
+// scales them.
+at::Tensor linear_cross_entropy(const at::Tensor& hidden_ND, const at::Tensor& weight_VD,
+                                const at::Tensor& targets_N);
 // The same without gradients, per row: -> float32 [N].
 at::Tensor linear_nll(const at::Tensor& hidden_ND, const at::Tensor& weight_VD, const at::Tensor& targets_N);
+
+// block(x), of which nothing but x is kept for backward: there the block runs again (Chen et al., arXiv
+// 1604.06174). `parameters` are the leaves that the block uses. Gradients are bit for bit those of block(x)
+// on CPU.
+at::Tensor recompute(std::function<at::Tensor(const at::Tensor&)> block, const at::Tensor& x,
+                     const std::vector<at::Tensor>& parameters);
 
 }  // namespace caldera

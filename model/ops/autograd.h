@@ -1,0 +1,32 @@
+// What the operations' autograd functions share.
+#pragma once
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+
+namespace caldera {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Whether the hand-written CPU kernels take this tensor; everything else goes through plain ATen.
+inline bool has_cpu_kernel(const at::Tensor& x) {
+  return x.device().is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
+}
+inline bool wants_grad(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
+
+// Calls f with a null pointer of the tensor's element type, float or c10::BFloat16.
+template <class Function>
+void with_cpu_type(const at::Tensor& x, Function f) {
+  if (x.scalar_type() == at::kFloat)
+    f(static_cast<float*>(nullptr));
+  else
+    f(static_cast<c10::BFloat16*>(nullptr));
+}
+
+// Rows of this width below which work is not worth a second thread.
+inline int64_t row_grain(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width)); }
+
+}  // namespace caldera

@@ -1,0 +1,176 @@
+#include <cmath>
+#include <limits>
+
+#include "base/error.h"
+#include "model/ops/autograd.h"
+#include "model/ops/ops.h"
+#include "model/ops/simd.h"
+
+namespace caldera {
+namespace {
+
+using namespace simd;
+
+// Logits held at once. Large enough that the products run at full speed and most micro-batches need one
+// chunk.
+constexpr int64_t kChunkBytes = 96 << 20;
+
+// nll = log(sum(exp(row))) - row[target]; with `gradient`, the row becomes d nll / d row = softmax(row) -
+// onehot(target).
+template <class T>
+CALDERA_INLINE void cross_entropy_each(T* logits, const int64_t* targets, float* nll, int64_t rows,
+                                       int64_t vocab, bool gradient) {
+  for (int64_t r = 0; r < rows; ++r) {
+    T* row = logits + r * vocab;
+    Vec best = splat(-std::numeric_limits<float>::infinity());
+    int64_t i = 0;
+    for (; i + kLanes <= vocab; i += kLanes) best = simd::max(best, load(row + i));
+    float top = maximum(best);
+    const int64_t tail = i;
+    for (; i < vocab; ++i) top = std::max(top, static_cast<float>(row[i]));
+    Vec total = {};
+    for (i = 0; i < tail; i += kLanes) total += exp(load(row + i) - top);
+    float rest = 0;
+    for (; i < vocab; ++i) rest += std::exp(static_cast<float>(row[i]) - top);
+    const float log_total = std::log(sum(total) + rest) + top;
+    nll[r] = log_total - static_cast<float>(row[targets[r]]);
+    if (!gradient) continue;
+    const float at_target = -std::expm1(-nll[r]);  // 1 - p, exact where p is almost 1
+    for (i = 0; i < vocab; i += kLanes) {
+      const int64_t n = std::min(kLanes, vocab - i);
+      store(row + i, exp(load(row + i, n) - log_total), n);
+    }
+    row[targets[r]] = static_cast<T>(-at_target);
+  }
+}
+
+CALDERA_SIMD void cross_entropy_rows(float* logits, const int64_t* targets, float* nll, int64_t rows,
+                                     int64_t vocab, bool gradient) {
+  cross_entropy_each(logits, targets, nll, rows, vocab, gradient);
+}
+CALDERA_SIMD void cross_entropy_rows(c10::BFloat16* logits, const int64_t* targets, float* nll, int64_t rows,
+                                     int64_t vocab, bool gradient) {
+  cross_entropy_each(logits, targets, nll, rows, vocab, gradient);
+}
+
+// logits [n, V] -> nll [n] float32; with `gradient`, logits become its gradient (a new tensor where not on
+// the CPU path).
+at::Tensor cross_entropy(at::Tensor& logits, const at::Tensor& targets, bool gradient) {
+  if (has_cpu_kernel(logits)) {
+    at::Tensor nll = at::empty({logits.size(0)}, at::kFloat);
+    with_cpu_type(logits, [&]<class T>(T*) {
+      T* data = logits.mutable_data_ptr<T>();
+      const int64_t* target_data = targets.const_data_ptr<int64_t>();
+      float* nll_data = nll.mutable_data_ptr<float>();
+      const int64_t vocab = logits.size(1);
+      at::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
+        cross_entropy_rows(data + begin * vocab, target_data + begin, nll_data + begin, end - begin, vocab,
+                           gradient);
+      });
+    });
+    return nll;
+  }
+  const at::ScalarType dtype = logits.scalar_type();
+  at::Tensor log_p = logits.to(dtype == at::kDouble ? at::kDouble : at::kFloat).log_softmax(-1);
+  const at::Tensor index = targets.unsqueeze(1);
+  const at::Tensor nll = -log_p.gather(1, index).squeeze(1);
+  if (gradient) {
+    log_p.exp_();
+    log_p.scatter_add_(1, index, at::full_like(index, -1, log_p.options()));
+    logits = log_p.to(dtype);
+  }
+  return nll;
+}
+
+// Calls f(first row, number of rows) for each chunk.
+template <class Function>
+void for_each_chunk(const at::Tensor& hidden, const at::Tensor& weight, Function f) {
+  const int64_t row_bytes = weight.size(0) * static_cast<int64_t>(weight.element_size());
+  const int64_t chunk = std::max<int64_t>(64, kChunkBytes / std::max<int64_t>(1, row_bytes));
+  for (int64_t begin = 0; begin < hidden.size(0); begin += chunk)
+    f(begin, std::min(chunk, hidden.size(0) - begin));
+}
+
+void check(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets) {
+  CALDERA_ASSERT(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1));
+  CALDERA_ASSERT(targets.scalar_type() == at::kLong && targets.dim() == 1 &&
+                 targets.size(0) == hidden.size(0));
+  // On other devices looking would wait for the device, and ATen's gather checks by itself.
+  if (!targets.device().is_cpu() || targets.numel() == 0) return;
+  const int64_t low = targets.min().item<int64_t>(), high = targets.max().item<int64_t>(),
+                vocab = weight.size(0);
+  CALDERA_CHECK(low >= 0 && high < vocab, DataError,
+                "target id {} lies outside the model's vocabulary of {} ids: the tokenizer does not belong "
+                "to this model",
+                low < 0 ? low : high, vocab);
+}
+
+struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropyFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& hidden_in, const at::Tensor& weight,
+                            const at::Tensor& targets_in, bool wants_dhidden, bool wants_dweight) {
+    const at::Tensor hidden = hidden_in.contiguous(), targets = targets_in.contiguous();
+    const bool gradient = wants_dhidden || wants_dweight;
+    at::Tensor total = at::zeros({}, hidden.options().dtype(at::kFloat)), dhidden, dweight;
+    if (wants_dhidden) dhidden = at::empty_like(hidden);
+    for_each_chunk(hidden, weight, [&](int64_t begin, int64_t count) {
+      const at::Tensor rows = hidden.narrow(0, begin, count);
+      at::Tensor logits = rows.mm(weight.t());
+      total += cross_entropy(logits, targets.narrow(0, begin, count), gradient).sum();
+      if (wants_dhidden) {
+        at::Tensor chunk = dhidden.narrow(0, begin, count);
+        at::mm_out(chunk, logits, weight);
+      }
+      if (!wants_dweight) return;
+      if (count == hidden.size(0)) {
+        dweight = logits.t().mm(rows);
+      } else if (weight.scalar_type() == at::kFloat) {
+        if (!dweight.defined()) dweight = at::zeros_like(weight);
+        dweight.addmm_(logits.t(), rows);
+      } else {  // each chunk's product is rounded once; their sum is kept in float32
+        if (!dweight.defined()) dweight = at::zeros(weight.sizes(), weight.options().dtype(at::kFloat));
+        dweight.add_(logits.t().mm(rows));
+      }
+    });
+    if (wants_dweight)
+      dweight = dweight.defined() ? dweight.to(weight.scalar_type()) : at::zeros_like(weight);
+    // Not save_for_backward: they are neither inputs nor outputs, and backward takes them away.
+    ctx->saved_data["dhidden"] = dhidden;
+    ctx->saved_data["dweight"] = dweight;
+    return total;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto scaled = [&](const char* name) {
+      at::Tensor gradient = std::exchange(ctx->saved_data[name], at::IValue()).toTensor();
+      return gradient.defined() ? gradient.mul_(grads[0]) : gradient;  // in place: [V, D] is large
+    };
+    CALDERA_CHECK(!ctx->saved_data["dhidden"].isNone(), Error,
+                  "linear_cross_entropy: backward runs only once");
+    at::Tensor dhidden = scaled("dhidden"), dweight = scaled("dweight");
+    return {dhidden, dweight, at::Tensor(), at::Tensor(), at::Tensor()};
+  }
+};
+
+}  // namespace
+
+at::Tensor linear_cross_entropy(const at::Tensor& hidden_ND, const at::Tensor& weight_VD,
+                                const at::Tensor& targets_N) {
+  check(hidden_ND, weight_VD, targets_N);
+  return LinearCrossEntropyFunction::apply(hidden_ND, weight_VD, targets_N, wants_grad(hidden_ND),
+                                           wants_grad(weight_VD));
+}
+
+at::Tensor linear_nll(const at::Tensor& hidden_ND, const at::Tensor& weight_VD, const at::Tensor& targets_N) {
+  check(hidden_ND, weight_VD, targets_N);
+  const at::NoGradGuard no_grad;
+  const at::Tensor hidden = hidden_ND.contiguous(), targets = targets_N.contiguous();
+  at::Tensor nll = at::empty({hidden.size(0)}, hidden.options().dtype(at::kFloat));
+  for_each_chunk(hidden, weight_VD, [&](int64_t begin, int64_t count) {
+    at::Tensor logits = hidden.narrow(0, begin, count).mm(weight_VD.t());
+    nll.narrow(0, begin, count)
+        .copy_(cross_entropy(logits, targets.narrow(0, begin, count), /*gradient=*/false));
+  });
+  return nll;
+}
+
+}  // namespace caldera

@@ -1,0 +1,126 @@
+#include "base/error.h"
+#include "model/ops/autograd.h"
+#include "model/ops/ops.h"
+#include "model/ops/simd.h"
+
+namespace caldera {
+namespace {
+
+using namespace simd;
+
+// Rows whose weight gradients are summed before the sums are added up. Fixed, so that the number of threads
+// changes no bit.
+constexpr int64_t kRowsPerTask = 64;
+
+template <class T>
+CALDERA_INLINE void forward_rows(const T* x, const T* weight, T* y, float* rstd, int64_t rows, int64_t width,
+                                 float eps) {
+  for (int64_t row = 0; row < rows; ++row, x += width, y += width) {
+    Vec squares = {};
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const Vec v = load(x + i, std::min(kLanes, width - i));
+      squares += v * v;
+    }
+    rstd[row] = 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps);
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const int64_t n = std::min(kLanes, width - i);
+      store(y + i, load(x + i, n) * rstd[row] * load(weight + i, n), n);
+    }
+  }
+}
+
+// With x^ = x * rstd and g = dy * weight: dx = rstd * (g - x^ * mean(g * x^)), dweight = sum over rows of dy
+// * x^.
+template <class T>
+CALDERA_INLINE void backward_rows(const T* x, const T* weight, const float* rstd, const T* dy, T* dx,
+                                  float* dweight, int64_t rows, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row, x += width, dy += width, dx += width) {
+    const float r = rstd[row];
+    Vec products = {};
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const int64_t n = std::min(kLanes, width - i);
+      const Vec dy_x = load(dy + i, n) * load(x + i, n);
+      products += dy_x * load(weight + i, n);
+      if (dweight) store(dweight + i, load(dweight + i, n) + dy_x * r, n);
+    }
+    const float shrink = sum(products) * r * r / static_cast<float>(width);
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const int64_t n = std::min(kLanes, width - i);
+      store(dx + i, r * (load(dy + i, n) * load(weight + i, n) - load(x + i, n) * shrink), n);
+    }
+  }
+}
+
+CALDERA_SIMD void rms_forward(const float* x, const float* weight, float* y, float* rstd, int64_t rows,
+                              int64_t width, float eps) {
+  forward_rows(x, weight, y, rstd, rows, width, eps);
+}
+CALDERA_SIMD void rms_forward(const c10::BFloat16* x, const c10::BFloat16* weight, c10::BFloat16* y,
+                              float* rstd, int64_t rows, int64_t width, float eps) {
+  forward_rows(x, weight, y, rstd, rows, width, eps);
+}
+CALDERA_SIMD void rms_backward(const float* x, const float* weight, const float* rstd, const float* dy,
+                               float* dx, float* dweight, int64_t rows, int64_t width) {
+  backward_rows(x, weight, rstd, dy, dx, dweight, rows, width);
+}
+CALDERA_SIMD void rms_backward(const c10::BFloat16* x, const c10::BFloat16* weight, const float* rstd,
+                               const c10::BFloat16* dy, c10::BFloat16* dx, float* dweight, int64_t rows,
+                               int64_t width) {
+  backward_rows(x, weight, rstd, dy, dx, dweight, rows, width);
+}
+
+struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x_in, const at::Tensor& weight,
+                            double eps) {
+    const at::Tensor x = x_in.contiguous();
+    const int64_t width = x.size(-1), rows = width == 0 ? 0 : x.numel() / width;
+    at::Tensor y = at::empty_like(x), rstd = at::empty({rows}, at::kFloat);
+    with_cpu_type(x, [&]<class T>(T*) {
+      const T* x_data = x.const_data_ptr<T>();
+      const T* weight_data = weight.const_data_ptr<T>();
+      T* y_data = y.mutable_data_ptr<T>();
+      float* rstd_data = rstd.mutable_data_ptr<float>();
+      at::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
+        rms_forward(x_data + begin * width, weight_data, y_data + begin * width, rstd_data + begin,
+                    end - begin, width, static_cast<float>(eps));
+      });
+    });
+    ctx->save_for_backward({x, weight, rstd});
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor &x = saved[0], &weight = saved[1], &rstd = saved[2], dy = grads[0].contiguous();
+    const int64_t width = x.size(-1), rows = rstd.size(0), tasks = (rows + kRowsPerTask - 1) / kRowsPerTask;
+    const bool wants_dweight = ctx->needs_input_grad(1);
+    at::Tensor dx = at::empty_like(x);
+    at::Tensor partial = wants_dweight ? at::zeros({tasks, width}, at::kFloat) : at::Tensor();
+    with_cpu_type(x, [&]<class T>(T*) {
+      const T *x_data = x.const_data_ptr<T>(), *dy_data = dy.const_data_ptr<T>();
+      const T* weight_data = weight.const_data_ptr<T>();
+      T* dx_data = dx.mutable_data_ptr<T>();
+      const float* rstd_data = rstd.const_data_ptr<float>();
+      float* partial_data = wants_dweight ? partial.mutable_data_ptr<float>() : nullptr;
+      at::parallel_for(0, tasks, row_grain(kRowsPerTask * width), [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t row = task * kRowsPerTask, count = std::min(kRowsPerTask, rows - row),
+                        offset = row * width;
+          rms_backward(x_data + offset, weight_data, rstd_data + row, dy_data + offset, dx_data + offset,
+                       partial_data ? partial_data + task * width : nullptr, count, width);
+        }
+      });
+    });
+    return {dx, wants_dweight ? partial.sum(0).to(weight.scalar_type()) : at::Tensor(), at::Tensor()};
+  }
+};
+
+}  // namespace
+
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  if (has_cpu_kernel(x) && weight.scalar_type() == x.scalar_type())
+    return RmsNormFunction::apply(x, weight, eps);
+  return at::rms_norm(x, weight.sizes(), weight, eps);
+}
+
+}  // namespace caldera

@@ -1,0 +1,94 @@
+#include "base/error.h"
+#include "model/ops/autograd.h"
+#include "model/ops/ops.h"
+#include "model/ops/simd.h"
+
+namespace caldera {
+namespace {
+
+using namespace simd;
+
+CALDERA_INLINE Vec sigmoid(const Vec& x) { return 1.0f / (1.0f + exp(simd::min(-x, splat(88.0f)))); }
+
+template <class T>
+CALDERA_INLINE void forward_rows(const T* gate_up, T* y, int64_t rows, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row, gate_up += 2 * width, y += width) {
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const int64_t n = std::min(kLanes, width - i);
+      const Vec gate = load(gate_up + i, n);
+      store(y + i, gate * sigmoid(gate) * load(gate_up + width + i, n), n);
+    }
+  }
+}
+
+// d silu(g) = s + g * s * (1 - s), s = sigmoid(g).
+template <class T>
+CALDERA_INLINE void backward_rows(const T* gate_up, const T* dy, T* d_gate_up, int64_t rows, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row, gate_up += 2 * width, d_gate_up += 2 * width, dy += width) {
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const int64_t n = std::min(kLanes, width - i);
+      const Vec gate = load(gate_up + i, n), up = load(gate_up + width + i, n), grad = load(dy + i, n);
+      const Vec s = sigmoid(gate), silu = gate * s;
+      store(d_gate_up + i, grad * up * (s + silu * (1.0f - s)), n);
+      store(d_gate_up + width + i, grad * silu, n);
+    }
+  }
+}
+
+CALDERA_SIMD void swiglu_forward(const float* gate_up, float* y, int64_t rows, int64_t width) {
+  forward_rows(gate_up, y, rows, width);
+}
+CALDERA_SIMD void swiglu_forward(const c10::BFloat16* gate_up, c10::BFloat16* y, int64_t rows,
+                                 int64_t width) {
+  forward_rows(gate_up, y, rows, width);
+}
+CALDERA_SIMD void swiglu_backward(const float* gate_up, const float* dy, float* d_gate_up, int64_t rows,
+                                  int64_t width) {
+  backward_rows(gate_up, dy, d_gate_up, rows, width);
+}
+CALDERA_SIMD void swiglu_backward(const c10::BFloat16* gate_up, const c10::BFloat16* dy,
+                                  c10::BFloat16* d_gate_up, int64_t rows, int64_t width) {
+  backward_rows(gate_up, dy, d_gate_up, rows, width);
+}
+
+struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate_up_in) {
+    const at::Tensor gate_up = gate_up_in.contiguous();
+    const int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
+    at::Tensor y = at::empty({rows, width}, gate_up.options());
+    with_cpu_type(y, [&]<class T>(T*) {
+      const T* x_data = gate_up.const_data_ptr<T>();
+      T* y_data = y.mutable_data_ptr<T>();
+      at::parallel_for(0, rows, row_grain(2 * width), [&](int64_t begin, int64_t end) {
+        swiglu_forward(x_data + begin * 2 * width, y_data + begin * width, end - begin, width);
+      });
+    });
+    ctx->save_for_backward({gate_up});
+    return y;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const at::Tensor gate_up = ctx->get_saved_variables()[0], dy = grads[0].contiguous();
+    const int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
+    at::Tensor d_gate_up = at::empty_like(gate_up);
+    with_cpu_type(dy, [&]<class T>(T*) {
+      const T *x_data = gate_up.const_data_ptr<T>(), *dy_data = dy.const_data_ptr<T>();
+      T* dx_data = d_gate_up.mutable_data_ptr<T>();
+      at::parallel_for(0, rows, row_grain(2 * width), [&](int64_t begin, int64_t end) {
+        swiglu_backward(x_data + begin * 2 * width, dy_data + begin * width, dx_data + begin * 2 * width,
+                        end - begin, width);
+      });
+    });
+    return {d_gate_up};
+  }
+};
+
+}  // namespace
+
+at::Tensor swiglu(const at::Tensor& gate_up) {
+  CALDERA_ASSERT(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0);
+  if (has_cpu_kernel(gate_up)) return SwigluFunction::apply(gate_up);
+  const std::vector<at::Tensor> halves = gate_up.chunk(2, -1);
+  return at::silu(halves[0]) * halves[1];
+}
+
+}  // namespace caldera

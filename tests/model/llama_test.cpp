@@ -1,0 +1,248 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "base/error.h"
+#include "model/language/language_model.h"
+#include "model/language/rope.h"
+#include "model/ops/ops.h"
+#include "model/weights/safetensors.h"
+
+namespace caldera {
+namespace {
+
+using testing::HasSubstr;
+using testing::ThrowsMessage;
+
+const std::string kGolden = std::string(CALDERA_SOURCE_DIR) + "/tests/golden/";
+
+// Largest difference, relative to the largest value of what is expected.
+double relative_error(const at::Tensor& got, const at::Tensor& expected) {
+  EXPECT_EQ(got.sizes(), expected.sizes());
+  return ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item<double>();
+}
+
+struct Golden {
+  explicit Golden(const std::string& variant)
+      : file(open_safetensors(kGolden + "llama_" + variant + ".safetensors")),
+        config(parse_json(safetensors_metadata(kGolden + "llama_" + variant + ".safetensors").at("config"),
+                          variant)) {
+    model = find_language_model("llama", "test").make(config);
+    for (const NamedTensor& tensor : model->tensors()) tensor.value().copy_(file->read(tensor.name));
+  }
+  at::Tensor get(const std::string& name) const { return file->read("golden." + name).clone(); }
+  at::Tensor forward(const at::Tensor& rows = {}) const {
+    return model->forward(model->embed(get("ids")), positions, cu_seqlens, rows);
+  }
+  at::Tensor loss() const {
+    return linear_cross_entropy(forward(get("supervised")), model->head_weight(), get("targets"));
+  }
+
+  std::unique_ptr<TensorSource> file;
+  Json config;
+  std::unique_ptr<LanguageModel> model;
+  const std::vector<int64_t> cu_seqlens = {0, 9, 23};
+  const at::Tensor positions = at::cat({at::arange(9), at::arange(14)});
+};
+
+class LlamaGolden : public testing::TestWithParam<const char*> {};
+
+TEST_P(LlamaGolden, PackedRowGivesTheLogitsOfTransformers) {
+  const Golden golden(GetParam());
+  const at::Tensor logits = at::linear(golden.forward(), golden.model->head_weight());
+  EXPECT_LT(relative_error(logits, golden.get("logits")), 1e-5);
+}
+
+TEST_P(LlamaGolden, LossAndGradientsAreThoseOfTransformers) {
+  Golden golden(GetParam());
+  const NamedTensors tensors = golden.model->tensors();
+  set_trainable(tensors, true);
+  const at::Tensor loss = golden.loss();
+  EXPECT_LT(relative_error(loss, golden.get("loss")), 1e-5);
+  loss.backward();
+  int compared = 0;
+  for (const NamedTensor& tensor : tensors) {
+    if (!golden.file->has("golden.grad." + tensor.name)) continue;
+    EXPECT_LT(relative_error(tensor.grad(), golden.get("grad." + tensor.name)), 1e-4) << tensor.name;
+    ++compared;
+  }
+  EXPECT_GE(compared, 10);
+}
+
+TEST_P(LlamaGolden, RecomputingBlocksChangesNoBit) {
+  std::vector<std::vector<at::Tensor>> gradients;
+  for (const bool recomputes : {false, true}) {
+    Golden golden(GetParam());
+    golden.model->set_gradient_checkpointing(recomputes);
+    set_trainable(golden.model->tensors(), true);
+    golden.loss().backward();
+    gradients.emplace_back();
+    for (const NamedTensor& tensor : golden.model->tensors()) gradients.back().push_back(tensor.grad());
+  }
+  for (size_t i = 0; i < gradients[0].size(); ++i)
+    EXPECT_TRUE(at::equal(gradients[0][i], gradients[1][i])) << i;
+}
+
+TEST_P(LlamaGolden, WantedRowsAreRowsOfTheWhole) {
+  const Golden golden(GetParam());
+  const at::Tensor rows = at::tensor({0, 4, 8, 9, 22}, at::kLong);
+  EXPECT_LT(relative_error(golden.forward(rows), golden.forward().index_select(0, rows)), 1e-6);
+  EXPECT_EQ(golden.forward(at::empty({0}, at::kLong)).sizes(), (std::vector<int64_t>{0, 36}));
+}
+
+TEST_P(LlamaGolden, CachedStepsGiveTheWholeSequence) {
+  const Golden golden(GetParam());
+  const at::NoGradGuard no_grad;
+  const at::Tensor whole = golden.forward(), x = golden.model->embed(golden.get("ids"));
+  std::vector<KvCache> caches = {golden.model->make_cache(9), golden.model->make_cache(14)};
+  std::vector<KvCache*> both = {&caches[0], &caches[1]};
+  const auto piece = [&](int64_t from_a, int64_t to_a, int64_t from_b, int64_t to_b) {
+    const at::Tensor rows = at::cat({at::arange(from_a, to_a), at::arange(from_b, to_b) + 9});
+    const at::Tensor got =
+        golden.model->forward(x.index_select(0, rows), golden.positions.index_select(0, rows),
+                              {0, to_a - from_a, to_a - from_a + to_b - from_b}, {}, both);
+    EXPECT_LT(relative_error(got, whole.index_select(0, rows)), 1e-5);
+  };
+  piece(0, 4, 0, 9);    // prompts
+  piece(4, 5, 9, 10);   // one token each
+  piece(5, 9, 10, 14);  // several at once onto a filled cache
+  EXPECT_EQ(caches[0].length, 9);
+  EXPECT_EQ(caches[1].length, 14);
+}
+
+TEST_P(LlamaGolden, FrozenModelPassesGradientsOnToItsInput) {
+  const Golden golden(GetParam());
+  for (const bool recomputes : {false, true}) {
+    golden.model->set_gradient_checkpointing(recomputes);
+    const at::Tensor x = golden.model->embed(golden.get("ids")).detach().set_requires_grad(true);
+    const at::Tensor hidden =
+        golden.model->forward(x, golden.positions, golden.cu_seqlens, golden.get("supervised"));
+    linear_cross_entropy(hidden, golden.model->head_weight(), golden.get("targets")).backward();
+    EXPECT_GT(x.grad().abs().max().item<float>(), 0);
+    for (const NamedTensor& tensor : golden.model->tensors())
+      EXPECT_FALSE(tensor.grad().defined()) << tensor.name;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Variants, LlamaGolden, testing::Values("tied", "llama3", "linear"),
+                         [](const auto& variant) { return std::string(variant.param); });
+
+Json small_config() {
+  return {{"vocab_size", 50},       {"hidden_size", 32},        {"intermediate_size", 40},
+          {"num_hidden_layers", 2}, {"num_attention_heads", 4}, {"num_key_value_heads", 2}};
+}
+
+TEST(Llama, ConfigRoundTripsAndKeepsBothSpellingsOfRope) {
+  Json config = small_config();
+  config["rope_theta"] = 12345.0;  // transformers 4's spelling
+  config["rope_scaling"] = {{"type", "linear"}, {"factor", 3.0}};
+  config["eos_token_id"] = 7;
+  const LanguageModelSpec& spec = find_language_model("llama", "test");
+  const Json written = spec.make(config)->config();
+  EXPECT_EQ(written["rope_theta"], 12345.0);
+  EXPECT_EQ(written["rope_scaling"], (Json{{"rope_type", "linear"}, {"factor", 3.0}}));
+  EXPECT_EQ(written["rope_parameters"]["rope_theta"], 12345.0);
+  EXPECT_EQ(written["rope_parameters"]["rope_type"], "linear");
+  EXPECT_EQ(written["head_dim"], 8);
+  EXPECT_EQ(written["eos_token_id"], 7);
+  EXPECT_EQ(spec.make(written)->config(), written);
+  EXPECT_TRUE(spec.make(small_config())->config()["rope_scaling"].is_null());
+}
+
+TEST(Llama, TensorsHaveHfNamesAndShareFusedOwners) {
+  Json config = small_config();
+  config["tie_word_embeddings"] = true;
+  const auto model = find_language_model("llama", "test").make(config);
+  NamedTensors tensors = model->tensors();
+  EXPECT_EQ(tensors.front().name, "model.embed_tokens.weight");
+  EXPECT_EQ(tensors.back().name, "model.norm.weight");  // no lm_head: it is the embedding
+  EXPECT_EQ(tensors[3].name, "model.layers.0.self_attn.k_proj.weight");
+  EXPECT_EQ(tensors[3].owner, tensors[2].owner);
+  EXPECT_EQ(tensors[3].value().sizes(), (std::vector<int64_t>{16, 32}));
+  EXPECT_EQ(count_parameters(tensors), 50 * 32 + 2 * (64 * 32 + 32 * 32 + 3 * 40 * 32 + 2 * 32) + 32);
+}
+
+TEST(Llama, FreshWeightsDependOnSeedAndNameAlone) {
+  const LanguageModelSpec& spec = find_language_model("llama", "test");
+  const auto a = spec.make(small_config()), b = spec.make(small_config()), c = spec.make(small_config());
+  spec.init(*a, 1);
+  spec.init(*b, 1);
+  spec.init(*c, 2);
+  const NamedTensors of_a = a->tensors(), of_b = b->tensors(), of_c = c->tensors();
+  for (size_t i = 0; i < of_a.size(); ++i)
+    EXPECT_TRUE(at::equal(of_a[i].value(), of_b[i].value())) << of_a[i].name;
+  EXPECT_FALSE(at::equal(of_a[0].value(), of_c[0].value()));
+  EXPECT_NEAR(of_a[0].value().std().item<double>(), 0.02, 0.002);
+  EXPECT_FALSE(at::equal(of_a[3].value(), of_a[4].value()));  // k and v of one layer
+}
+
+TEST(Llama, TrainsInBfloat16CloseToFloat32) {
+  Golden golden("tied");
+  const double exact = golden.get("loss").item<double>();
+  convert(golden.model->tensors(), at::kCPU, at::kBFloat16);
+  set_trainable(golden.model->tensors(), true);
+  const at::Tensor loss = golden.loss();
+  EXPECT_EQ(loss.scalar_type(), at::kFloat);
+  EXPECT_NEAR(loss.item<double>(), exact, 0.05 * exact);
+  loss.backward();
+  for (const NamedTensor& tensor : golden.model->tensors()) {
+    ASSERT_EQ(tensor.grad().scalar_type(), at::kBFloat16) << tensor.name;
+    if (!golden.file->has("golden.grad." + tensor.name)) continue;
+    const at::Tensor expected = golden.get("grad." + tensor.name), got = tensor.grad().to(at::kFloat);
+    EXPECT_LT(((got - expected).norm() / expected.norm()).item<double>(), 0.1) << tensor.name;
+  }
+}
+
+TEST(Llama, RefusesConfigsItCannotObey) {
+  const auto made_with = [](const char* key, Json value) {
+    return [key, value] {
+      Json config = small_config();
+      if (value.is_null())
+        config.erase(key);
+      else
+        config[key] = value;
+      find_language_model("llama", "test").make(config);
+    };
+  };
+  EXPECT_THAT(made_with("vocab_size", {}),
+              ThrowsMessage<CheckpointError>(HasSubstr("\"vocab_size\" is missing")));
+  EXPECT_THAT(made_with("hidden_size", -1),
+              ThrowsMessage<CheckpointError>(HasSubstr("hidden_size: expected a positive integer, got -1")));
+  EXPECT_THAT(made_with("rms_norm_eps", "x"),
+              ThrowsMessage<CheckpointError>(HasSubstr("rms_norm_eps: expected a number")));
+  EXPECT_THAT(made_with("num_key_value_heads", 3),
+              ThrowsMessage<CheckpointError>(HasSubstr("must be a multiple")));
+  EXPECT_THAT(made_with("head_dim", 7),
+              ThrowsMessage<CheckpointError>(HasSubstr("expected an even number, got 7")));
+  EXPECT_THAT(made_with("hidden_act", "gelu"), ThrowsMessage<CheckpointError>(HasSubstr("only \"silu\"")));
+  EXPECT_THAT(made_with("rope_scaling", {{"rope_type", "longrope"}}),
+              ThrowsMessage<CheckpointError>(HasSubstr("rope_type \"longrope\" is not supported")));
+  EXPECT_THAT(made_with("rope_scaling", {{"rope_type", "linear"}}),
+              ThrowsMessage<CheckpointError>(HasSubstr("needs the number \"factor\"")));
+  EXPECT_THAT(made_with("rope_scaling", {{"rope_type", 3}}),
+              ThrowsMessage<CheckpointError>(HasSubstr("expected text")));
+  EXPECT_THAT(made_with("rope_theta", 0),
+              ThrowsMessage<CheckpointError>(HasSubstr("rope_theta: expected a number above 1")));
+  EXPECT_THAT(made_with("partial_rotary_factor", 0.5),
+              ThrowsMessage<CheckpointError>(HasSubstr("partial_rotary_factor")));
+  EXPECT_THAT(made_with("rope_scaling", {{"rope_type", "llama3"},
+                                         {"factor", 8},
+                                         {"low_freq_factor", 4},
+                                         {"high_freq_factor", 1},
+                                         {"original_max_position_embeddings", 8192}}),
+              ThrowsMessage<CheckpointError>(HasSubstr("low_freq_factor < high_freq_factor")));
+  EXPECT_THAT([] { find_language_model("lama", "some/config.json"); },
+              ThrowsMessage<CheckpointError>(HasSubstr(
+                  "some/config.json: language model type \"lama\" is not known; did you mean \"llama\"?")));
+}
+
+TEST(Rope, FrequenciesAreThoseOfTransformers) {
+  for (const Json& one : read_json(kGolden + "rope.json")) {
+    const Rope rope = make_rope(one, one["head_dim"], one["max_position_embeddings"]);
+    EXPECT_NEAR(rope.attention_scaling, one["attention_scaling"].get<double>(), 1e-7);
+    const auto expected = one["inv_freq"].get<std::vector<float>>();
+    EXPECT_TRUE(at::allclose(rope.inv_freq, at::tensor(expected), 1e-5, 0)) << one["rope_parameters"].dump();
+  }
+}
+
+}  // namespace
+}  // namespace caldera

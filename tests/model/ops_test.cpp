@@ -1,0 +1,248 @@
+// Each operation on the CPU kernels (float32, bfloat16) against plain ATen in double, forward and gradients.
+#include <ATen/CPUGeneratorImpl.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <functional>
+
+#include "base/error.h"
+#include "model/ops/ops.h"
+
+namespace caldera {
+namespace {
+
+using Tensors = std::vector<at::Tensor>;
+using Operation = std::function<at::Tensor(const Tensors&)>;
+
+at::Tensor random(at::IntArrayRef shape, double scale = 1) {
+  static at::Generator generator = at::detail::createCPUGenerator(17);
+  return at::randn(shape, generator, at::kDouble) * scale;
+}
+
+double error(const at::Tensor& got, const at::Tensor& expected) {
+  EXPECT_EQ(got.sizes(), expected.sizes());
+  if (expected.numel() == 0) return 0;
+  return ((got.to(at::kDouble) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+      .item<double>();
+}
+
+// Runs `fast` in each dtype and `plain` in double on the same (rounded) inputs; compares outputs and all
+// gradients.
+void expect_same(const Operation& fast, const Operation& plain, const Tensors& inputs,
+                 double float_tolerance = 2e-6) {
+  for (const auto& [dtype, tolerance] :
+       {std::pair{at::kFloat, float_tolerance}, std::pair{at::kBFloat16, 2e-2}}) {
+    Tensors leaves, doubles;
+    for (const at::Tensor& input : inputs) {
+      leaves.push_back(input.to(dtype).set_requires_grad(true));
+      doubles.push_back(leaves.back().detach().to(at::kDouble).set_requires_grad(true));
+    }
+    const at::Tensor got = fast(leaves), expected = plain(doubles);
+    EXPECT_LT(error(got.detach(), expected.detach()), tolerance) << dtype;
+    const at::Tensor upstream = random(expected.sizes()).to(dtype);
+    const Tensors gradients = torch::autograd::grad({got}, leaves, {upstream.to(got.scalar_type())});
+    const Tensors wanted = torch::autograd::grad({expected}, doubles, {upstream.to(at::kDouble)});
+    for (size_t i = 0; i < inputs.size(); ++i)
+      EXPECT_LT(error(gradients[i], wanted[i]), tolerance) << dtype << " " << i;
+  }
+}
+
+TEST(Ops, RmsNorm) {
+  for (const int64_t width : {576, 37, 16, 5}) {
+    const Operation plain = [](const Tensors& t) {
+      return t[0] * (t[0].pow(2).mean(-1, true) + 1e-5).rsqrt() * t[1];
+    };
+    const Operation fast = [](const Tensors& t) { return rms_norm(t[0], t[1], 1e-5); };
+    expect_same(fast, plain, {random({150, width}), random({width})});
+  }
+}
+
+TEST(Ops, RmsNormLeavesAFrozenWeightAlone) {
+  const at::Tensor x = random({10, 8}).to(at::kFloat).set_requires_grad(true), weight = at::ones({8});
+  rms_norm(x, weight, 1e-5).sum().backward();
+  EXPECT_TRUE(x.grad().defined());
+  EXPECT_FALSE(weight.grad().defined());
+}
+
+TEST(Ops, Swiglu) {
+  for (const int64_t width : {96, 19}) {
+    const Operation plain = [](const Tensors& t) {
+      const auto halves = t[0].chunk(2, -1);
+      return halves[0] * halves[0].sigmoid() * halves[1];
+    };
+    expect_same([](const Tensors& t) { return swiglu(t[0]); }, plain, {random({130, 2 * width}, 3)});
+  }
+  // Far out on both sides nothing overflows.
+  const at::Tensor far = at::tensor({-500.f, 500.f, 2.f, 3.f}).view({1, 4});
+  EXPECT_TRUE(at::allclose(swiglu(far), at::tensor({0.f, 1500.f}).view({1, 2})));
+}
+
+TEST(Ops, NotANumberStaysVisible) {
+  const at::Tensor x = at::full({2, 32}, std::numeric_limits<float>::quiet_NaN());
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    const at::Tensor nan = x.to(dtype), weight = at::ones({32}).to(dtype);
+    EXPECT_TRUE(rms_norm(nan, weight, 1e-5).isnan().all().item<bool>());
+    EXPECT_TRUE(swiglu(nan).isnan().all().item<bool>());
+    EXPECT_TRUE(
+        linear_nll(nan, at::ones({7, 32}).to(dtype), at::zeros({2}, at::kLong)).isnan().all().item<bool>());
+    const at::Tensor heads = nan.view({2, 2, 16});
+    EXPECT_TRUE(packed_attention(heads, heads, heads, {0, 2}, true).isnan().all().item<bool>());
+  }
+}
+
+TEST(Ops, Rotary) {
+  for (const int64_t width : {64, 6}) {
+    const at::Tensor inv_freq =
+        1.0 / at::pow(100.0, at::arange(0, width, 2).to(at::kFloat) / static_cast<double>(width));
+    const Rotary rotary = rotary_tables(inv_freq, at::arange(40), 1.1, at::kFloat);
+    EXPECT_EQ(rotary.cos_TK.sizes(), (std::vector<int64_t>{40, width}));
+    const Operation plain = [&](const Tensors& t) {
+      const at::Tensor turned =
+          at::cat({-t[0].narrow(2, width / 2, width / 2), t[0].narrow(2, 0, width / 2)}, -1);
+      return t[0] * rotary.cos_TK.unsqueeze(1) + turned * rotary.sin_TK.unsqueeze(1);
+    };
+    const Operation fast = [&](const Tensors& t) { return apply_rotary(t[0], rotary); };
+    expect_same(fast, plain, {random({40, 3, width})});
+    // A slice of a wider projection is read in place.
+    const at::Tensor wide = random({40, 5, width}).to(at::kFloat), slice = wide.narrow(1, 0, 3);
+    EXPECT_TRUE(at::equal(apply_rotary(slice, rotary), apply_rotary(slice.contiguous(), rotary)));
+  }
+}
+
+// Softmax attention written out, per sample and head.
+at::Tensor plain_attention(const Tensors& t, const std::vector<int64_t>& cu_seqlens, bool causal) {
+  const int64_t H = t[0].size(1), R = H / t[1].size(1);
+  std::vector<at::Tensor> samples;
+  for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s) {
+    const int64_t begin = cu_seqlens[s], length = cu_seqlens[s + 1] - begin;
+    std::vector<at::Tensor> heads;
+    for (int64_t h = 0; h < H; ++h) {
+      const auto pick = [&](const at::Tensor& x, int64_t head) {
+        return x.narrow(0, begin, length).select(1, head);
+      };
+      at::Tensor scores =
+          pick(t[0], h).mm(pick(t[1], h / R).t()) / std::sqrt(static_cast<double>(t[0].size(2)));
+      if (causal)
+        scores = scores.masked_fill(at::ones({length, length}, at::kBool).triu(1),
+                                    -std::numeric_limits<double>::infinity());
+      heads.push_back(scores.softmax(-1).mm(pick(t[2], h / R)));
+    }
+    samples.push_back(at::stack(heads, 1));
+  }
+  return at::cat(samples);
+}
+
+TEST(Ops, PackedAttention) {
+  // Short samples, one of a single token, one longer than a block of query rows; many samples and a single
+  // one.
+  const std::vector<std::vector<int64_t>> rows = {{0, 7, 8, 40, 57}, {0, 33}, {0, 300, 304, 320}, {0, 600}};
+  for (const std::vector<int64_t>& cu_seqlens : rows) {
+    for (const bool causal : {true, false}) {
+      const Operation plain = [&](const Tensors& t) { return plain_attention(t, cu_seqlens, causal); };
+      const Operation fast = [&](const Tensors& t) {
+        return packed_attention(t[0], t[1], t[2], cu_seqlens, causal);
+      };
+      const int64_t T = cu_seqlens.back();
+      expect_same(fast, plain, {random({T, 6, 8}), random({T, 2, 8}), random({T, 2, 8})});
+    }
+  }
+}
+
+TEST(Ops, PackedAttentionWithoutKernelsAgrees) {
+  const Tensors inputs = {random({40, 6, 8}), random({40, 2, 8}), random({40, 2, 8})};
+  const std::vector<int64_t> cu_seqlens = {0, 7, 8, 40};
+  EXPECT_LT(error(packed_attention(inputs[0], inputs[1], inputs[2], cu_seqlens, true),
+                  plain_attention(inputs, cu_seqlens, true)),
+            1e-12);
+}
+
+TEST(Ops, CachedAttentionSeesEverythingBefore) {
+  for (const auto dtype : {at::kFloat, at::kDouble}) {  // the kernels, and plain ATen
+    const at::Tensor q = random({20, 6, 8}).to(dtype), k = random({20, 2, 8}).to(dtype),
+                     v = random({20, 2, 8}).to(dtype);
+    const at::Tensor whole = packed_attention(q, k, v, {0, 20}, true);
+    const at::Tensor tail = cached_attention(q.narrow(0, 15, 5), {k}, {v}, {0, 5});
+    EXPECT_TRUE(at::allclose(tail, whole.narrow(0, 15, 5), 1e-5, 1e-6));
+    const at::Tensor last = cached_attention(q.narrow(0, 19, 1), {k}, {v}, {0, 1});
+    EXPECT_TRUE(at::allclose(last, whole.narrow(0, 19, 1), 1e-5, 1e-6));
+  }
+}
+
+TEST(Ops, LinearCrossEntropy) {
+  const at::Tensor targets = at::randint(0, 91, {33}, at::kLong);
+  const Operation plain = [&](const Tensors& t) {
+    return -(t[0].mm(t[1].t())).log_softmax(-1).gather(1, targets.unsqueeze(1)).sum();
+  };
+  const Operation fast = [&](const Tensors& t) { return linear_cross_entropy(t[0], t[1], targets); };
+  expect_same(fast, plain, {random({33, 24}), random({91, 24})});
+  const at::Tensor hidden = random({33, 24}), weight = random({91, 24});
+  const at::Tensor per_row = linear_nll(hidden.to(at::kFloat), weight.to(at::kFloat), targets);
+  EXPECT_LT(error(per_row.sum(), plain({hidden, weight})), 1e-6);
+}
+
+// A vocabulary so large that the rows go through in several chunks. The tolerance is that of a float32 matrix
+// product with an inner dimension of this size.
+TEST(Ops, LinearCrossEntropyInChunks) {
+  const int64_t vocab = 400000;
+  const at::Tensor targets = at::randint(0, vocab, {130}, at::kLong);
+  const Operation plain = [&](const Tensors& t) {
+    return -(t[0].mm(t[1].t())).log_softmax(-1).gather(1, targets.unsqueeze(1)).sum();
+  };
+  const Operation fast = [&](const Tensors& t) { return linear_cross_entropy(t[0], t[1], targets); };
+  expect_same(fast, plain, {random({130, 4}), random({vocab, 4})}, 2e-3);
+}
+
+TEST(Ops, LinearCrossEntropyComputesOnlyWhatIsWanted) {
+  const at::Tensor targets = at::zeros({5}, at::kLong);
+  const at::Tensor hidden = at::ones({5, 3}).set_requires_grad(true), weight = at::ones({7, 3});
+  const at::Tensor loss = linear_cross_entropy(hidden, weight, targets);
+  loss.backward();
+  EXPECT_TRUE(hidden.grad().defined());
+  EXPECT_FALSE(weight.grad().defined());
+  EXPECT_FALSE(linear_cross_entropy(hidden.detach(), weight, targets).requires_grad());
+}
+
+TEST(Ops, LinearCrossEntropyOfNoRowsIsZeroWithAGraph) {
+  const at::Tensor hidden = at::ones({0, 3}).set_requires_grad(true),
+                   weight = at::ones({7, 3}).set_requires_grad(true);
+  const at::Tensor loss = linear_cross_entropy(hidden, weight, at::empty({0}, at::kLong));
+  EXPECT_EQ(loss.item<float>(), 0);
+  loss.backward();
+  EXPECT_TRUE(at::equal(weight.grad(), at::zeros({7, 3})));
+}
+
+TEST(Ops, LinearCrossEntropyRefusesTargetsBeyondTheVocabulary) {
+  EXPECT_THAT(
+      [] {
+        linear_cross_entropy(at::ones({2, 3}), at::ones({7, 3}), at::tensor({1, 7}, at::kLong));
+      },
+      testing::ThrowsMessage<DataError>(
+          testing::HasSubstr("target id 7 lies outside the model's vocabulary of 7")));
+  EXPECT_THAT(
+      [] {
+        linear_nll(at::ones({1, 3}), at::ones({7, 3}), at::tensor({-100}, at::kLong));
+      },
+      testing::ThrowsMessage<DataError>(testing::HasSubstr("target id -100")));
+}
+
+TEST(Ops, RecomputeRunsTheBlockAgainAndChangesNoBit) {
+  int runs = 0;
+  const at::Tensor weight = random({8, 8}).to(at::kFloat).set_requires_grad(true), frozen = at::ones({8});
+  const auto block = [&](const at::Tensor& x) {
+    ++runs;
+    return at::gelu(rms_norm(x, frozen, 1e-5).mm(weight));
+  };
+  const at::Tensor x = random({5, 8}).to(at::kFloat).set_requires_grad(true);
+  const Tensors plain = torch::autograd::grad({block(x).sum()}, {x, weight});
+  runs = 0;
+  const at::Tensor y = recompute(block, x, {weight, frozen});
+  EXPECT_EQ(runs, 1);
+  const Tensors again = torch::autograd::grad({y.sum()}, {x, weight});
+  EXPECT_EQ(runs, 2);
+  EXPECT_TRUE(at::equal(plain[0], again[0]));
+  EXPECT_TRUE(at::equal(plain[1], again[1]));
+}
+
+}  // namespace
+}  // namespace caldera
