@@ -1,9 +1,12 @@
-// A dataset ready to be read: records with their folder, template, tokenizer and picture settings; sample order; packing.
+// A dataset ready to be read: records with their folder, template, tokenizer and picture settings; sample
+// order; packing.
 #pragma once
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "base/batch.h"
@@ -31,21 +34,39 @@ struct Sample {
   int64_t num_supervised() const;  // labels[1..] that are not kIgnoreIndex
 };
 
-// Tokenises and cuts to model_max_length. An image of which any token would be cut off is cut off whole, and so is all
-// that follows it.
-Sample make_sample_text(const Record& record, const SampleFormat& format);
-// Also decodes its pictures. Errors name the file and the record.
-Sample make_sample(const Record& record, const std::filesystem::path& image_folder, const SampleFormat& format);
+// Preprocessed pixels by image path, up to a number of bytes; what comes later is not kept. Small pictures
+// stay small, so a run of many epochs decodes each but once. For one folder and one SampleFormat; safe from
+// several threads.
+class PixelCache {
+ public:
+  explicit PixelCache(int64_t max_bytes) : bytes_left_(max_bytes) {}
+  at::Tensor find(const std::string& image) const;  // uint8 [3, Y, X]; undefined where absent
+  void insert(const std::string& image, const at::Tensor& pixels);
 
-// Packs samples into one row (see PackedBatch). Labels shift here: supervised_K are the rows *before* supervised ids.
+ private:
+  mutable std::mutex mutex_;
+  std::unordered_map<std::string, at::Tensor> pixels_;
+  int64_t bytes_left_;
+};
+
+// Tokenises and cuts to model_max_length. An image of which any token would be cut off is cut off whole, and
+// so is all that follows it.
+Sample make_sample_text(const Record& record, const SampleFormat& format);
+// Also decodes its pictures, or takes them from the cache. DataErrors name the record and the picture's file.
+Sample make_sample(const Record& record, const std::filesystem::path& image_folder,
+                   const SampleFormat& format, PixelCache* cache = nullptr);
+
+// Packs samples into one row (see PackedBatch). Labels shift here: supervised_K are the rows *before*
+// supervised ids.
 PackedBatch pack(const std::vector<Sample>& samples);
 
 // The order of samples in an epoch: a function of (seed, epoch) and the data alone.
 class Sampler {
  public:
-  // lengths: whitespace word counts, negative for text-only samples, as LLaVA's modality_lengths. Empty lengths: plain shuffle.
-  // With lengths: group_by_modality_length with megabatches of `global_batch_size`.
-  Sampler(int64_t num_samples, uint64_t seed, std::vector<int64_t> lengths = {}, int64_t global_batch_size = 1);
+  // lengths: whitespace word counts, negative for text-only samples, as LLaVA's modality_lengths. Empty
+  // lengths: plain shuffle. With lengths: group_by_modality_length with megabatches of `global_batch_size`.
+  Sampler(int64_t num_samples, uint64_t seed, std::vector<int64_t> lengths = {},
+          int64_t global_batch_size = 1);
   std::vector<int64_t> epoch_order(int64_t epoch) const;
 
  private:
@@ -56,9 +77,9 @@ class Sampler {
 };
 std::vector<int64_t> modality_lengths(const std::vector<Record>& records);
 
-// Deals samples of the given token counts into micro-batches of at most `max_tokens` each (a longer sample gets one of its
-// own): first-fit decreasing, ties by position, micro-batches and their samples in order of first position.
-// Returns indices into `lengths`.
+// Deals samples of the given token counts into micro-batches of at most `max_tokens` each (a longer sample
+// gets one of its own): first-fit decreasing, ties by position, micro-batches and their samples in order of
+// first position. Returns indices into `lengths`.
 std::vector<std::vector<int64_t>> plan_micro_batches(const std::vector<int64_t>& lengths, int64_t max_tokens);
 
 }  // namespace caldera

@@ -18,9 +18,9 @@ struct Image {
   std::vector<uint8_t> pixels;    // height * width * 3
 };
 
-// Decodes by content, not by name: JPEG, PNG, WebP, BMP, TIFF. EXIF orientation is ignored and alpha dropped, as PIL's
-// convert("RGB") does. Throws DataError "WHERE: what" for an unknown format, a truncated file, or more than 89 million
-// pixels (read from the header, before decoding).
+// Decodes by content, not by name: JPEG, PNG, WebP, BMP, TIFF. EXIF orientation is ignored and alpha dropped,
+// as PIL's convert("RGB") does. Throws DataError "WHERE: what" for an unknown format, a truncated file, or
+// more than 89 million pixels (read from the header, before decoding).
 Image decode_image(std::string_view bytes, const std::string& where);
 Image load_image(const std::filesystem::path& file);
 

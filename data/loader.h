@@ -13,8 +13,8 @@ namespace caldera {
 
 // All that one optimizer step consumes.
 struct StepData {
-  int64_t step = 0;   // from 0
-  double epoch = 0;   // position at the step's end, in epochs
+  int64_t step = 0;  // from 0
+  double epoch = 0;  // position at the step's end, in epochs
   std::vector<PackedBatch> micro_batches;
   std::vector<std::string> sample_ids;
   int64_t num_tokens = 0, num_supervised = 0, num_images = 0;
@@ -24,23 +24,24 @@ struct LoaderOptions {
   int64_t global_batch_size = 8;
   int64_t max_tokens_per_micro_batch = 8192;
   double num_epochs = 1;
-  int64_t max_steps = 0;   // > 0: overrides num_epochs
+  int64_t max_steps = 0;  // > 0: overrides num_epochs
   uint64_t seed = 0;
   bool group_by_modality_length = false;
   int num_workers = 2;
   int64_t prefetch_steps = 4;
 };
 
-// A dataset's steps from `first_step` on. The last step of an epoch holds what is left of it (as HF's Trainer does with
-// drop_last off): ceil(samples / global_batch_size) steps an epoch.
+// A dataset's steps from `first_step` on. The last step of an epoch holds what is left of it (as HF's Trainer
+// does with drop_last off): ceil(samples / global_batch_size) steps an epoch.
 class Loader {
  public:
-  Loader(std::shared_ptr<const std::vector<Record>> records, std::filesystem::path image_folder, SampleFormat format,
-         LoaderOptions options, int64_t first_step = 0);
+  Loader(std::shared_ptr<const std::vector<Record>> records, std::filesystem::path image_folder,
+         SampleFormat format, LoaderOptions options, int64_t first_step = 0);
   ~Loader();
-  int64_t num_steps() const;      // in the whole run
+  int64_t num_steps() const;  // in the whole run
   int64_t steps_per_epoch() const;
-  // The next step's data; throws what its preparation threw (DataError with file and record). Ends with step == num_steps().
+  // The next step's data; throws what its preparation threw (DataError with file and record). Ends with step
+  // == num_steps().
   bool next(StepData& data);
 
  private:
@@ -49,7 +50,8 @@ class Loader {
 };
 
 // All records in order as packed batches, for validation and scoring.
-std::vector<PackedBatch> pack_all(const std::vector<Record>& records, const std::filesystem::path& image_folder,
-                                  const SampleFormat& format, int64_t max_tokens_per_micro_batch);
+std::vector<PackedBatch> pack_all(const std::vector<Record>& records,
+                                  const std::filesystem::path& image_folder, const SampleFormat& format,
+                                  int64_t max_tokens_per_micro_batch);
 
 }  // namespace caldera

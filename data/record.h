@@ -20,16 +20,18 @@ struct Record {
   std::string type;
 };
 
-// A list in one .json, or .jsonl. Throws DataError "FILE: record N (id "..."): what, expected, got" for a broken document, an
-// unknown `from`, an order that does not alternate from human, an empty answer, or a number of <image> that is not the
-// number of images. (LLaVA drops a first turn from gpt; so do we.)
+// A list in one .json, or .jsonl. Throws DataError "FILE: record N (id "..."): what, expected, got" for a
+// broken document, an unknown `from`, an order that does not alternate from human, an empty answer, or a
+// number of <image> that is not the number of images. (LLaVA drops a first turn from gpt; so do we.)
 std::vector<Record> read_records(const std::filesystem::path& file);
 
-// Where a record's image lies: below the folder, nowhere else ("..", absolute paths and links out are refused).
+// Where a record's image lies: below the folder, nowhere else ("..", absolute paths and links out are
+// refused).
 std::filesystem::path image_path(const std::filesystem::path& folder, const std::string& image);
 
-// Every image exists and begins and ends as a picture of its kind does (signature, size, end marker); the first 10 that do
-// not are listed in one DataError.
-void check_images(const std::vector<Record>& records, const std::filesystem::path& folder, const std::string& source);
+// Every image exists and begins and ends as a picture of its kind does (signature, size, end marker); the
+// first 10 that do not are listed in one DataError.
+void check_images(const std::vector<Record>& records, const std::filesystem::path& folder,
+                  const std::string& source);
 
 }  // namespace caldera

@@ -6,18 +6,20 @@
 namespace caldera {
 
 struct ScenesOptions {
-  int64_t num_train = 8000;       // pictures
-  int64_t num_test = 500;         // pictures; half of them show a held-out combination
+  int64_t num_train = 8000;  // pictures
+  int64_t num_test = 500;    // pictures; half of them show a held-out combination
   int64_t image_size_px = 64;
   uint64_t seed = 0;
-  // Text-only records among base.json (captions and question-answer texts without their picture), as a share of it.
+  // Text-only records among base.json (captions and question-answer texts without their picture), as a share
+  // of it.
   double text_only = 0.25;
 };
 
-// Writes into the folder (atomically): images/*.png, pretrain.json (one caption a picture), finetune.json (several questions
-// a picture, multi-turn), base.json (long captions and text-only records: what the small base models learn from),
-// test.json (one question a record, "type" in {colour, shape, count, position, yes_no}, "held_out": true where the picture shows a
-// combination of colour and shape that never met in training), captions_test.json, boxes.json (LLaVA's caps_boxes form).
+// Writes into the folder (atomically): images/*.png, pretrain.json (one caption a picture), finetune.json
+// (several questions a picture, multi-turn), base.json (long captions and text-only records: what the small
+// base models learn from), test.json (one question a record, "type" in {colour, shape, count, position,
+// yes_no}, "held_out": true where the picture shows a combination of colour and shape that never met in
+// training), captions_test.json, boxes.json (LLaVA's caps_boxes form).
 void make_scenes(const std::filesystem::path& folder, const ScenesOptions& options);
 
 }  // namespace caldera

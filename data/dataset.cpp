@@ -1,0 +1,124 @@
+#include "data/dataset.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "data/image.h"
+
+namespace caldera {
+namespace {
+
+at::Tensor to_tensor(const std::vector<int64_t>& values) {
+  at::Tensor tensor = at::empty({static_cast<int64_t>(values.size())}, at::kLong);
+  std::copy(values.begin(), values.end(), tensor.data_ptr<int64_t>());
+  return tensor;
+}
+
+// Image tokens are expanded, so a sample's images are its runs of num_image_tokens placeholders.
+int64_t num_images(const Sample& sample, const SampleFormat& format) {
+  return std::count(sample.input_ids.begin(), sample.input_ids.end(), kImageTokenIndex) /
+         format.image_spec.num_image_tokens;
+}
+
+at::Tensor load_pixels(const std::filesystem::path& image_folder, const std::string& image,
+                       const SampleFormat& format) {
+  return preprocess_image(load_image(image_path(image_folder, image)), format.image_spec,
+                          format.image_aspect_ratio);
+}
+
+}  // namespace
+
+int64_t Sample::num_supervised() const {
+  if (labels.empty()) return 0;
+  return std::count_if(labels.begin() + 1, labels.end(), [](int64_t label) { return label != kIgnoreIndex; });
+}
+
+Sample make_sample_text(const Record& record, const SampleFormat& format) {
+  CALDERA_ASSERT(format.tokenizer && format.conversation && format.image_spec.num_image_tokens > 0);
+  const TokenizedSample tokenized = tokenize(record, *format.conversation, *format.tokenizer);
+  CALDERA_ASSERT(tokenized.labels.size() == tokenized.input_ids.size());
+  Sample sample;
+  sample.id = record.id;
+  const auto limit = static_cast<size_t>(format.model_max_length);
+  for (size_t i = 0; i < tokenized.input_ids.size() && sample.input_ids.size() < limit; ++i) {
+    const int64_t id = tokenized.input_ids[i];
+    const auto count = id == kImageTokenIndex ? static_cast<size_t>(format.image_spec.num_image_tokens) : 1;
+    if (sample.input_ids.size() + count > limit) break;
+    sample.input_ids.insert(sample.input_ids.end(), count, id);
+    sample.labels.insert(sample.labels.end(), count,
+                         id == kImageTokenIndex ? kIgnoreIndex : tokenized.labels[i]);
+  }
+  return sample;
+}
+
+Sample make_sample(const Record& record, const std::filesystem::path& image_folder,
+                   const SampleFormat& format, PixelCache* cache) {
+  try {
+    Sample sample = make_sample_text(record, format);
+    const auto count = static_cast<size_t>(num_images(sample, format));
+    CALDERA_CHECK(count <= record.images.size(), DataError, "{} in its text but only {} images", count,
+                  record.images.size());
+    for (size_t i = 0; i < count; ++i) {
+      const std::string& image = record.images[i];
+      at::Tensor pixels = cache ? cache->find(image) : at::Tensor();
+      if (!pixels.defined()) {
+        pixels = load_pixels(image_folder, image, format);
+        if (cache) cache->insert(image, pixels);
+      }
+      sample.pixels.push_back(std::move(pixels));
+    }
+    return sample;
+  } catch (const DataError& error) {
+    throw DataError(fmt::format("record \"{}\": {}", record.id, error.what()));
+  }
+}
+
+at::Tensor PixelCache::find(const std::string& image) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = pixels_.find(image);
+  return found == pixels_.end() ? at::Tensor() : found->second;
+}
+
+void PixelCache::insert(const std::string& image, const at::Tensor& pixels) {
+  const std::lock_guard lock(mutex_);
+  const auto num_bytes = static_cast<int64_t>(pixels.nbytes());
+  if (num_bytes > bytes_left_ || !pixels_.emplace(image, pixels).second) return;
+  bytes_left_ -= num_bytes;
+}
+
+PackedBatch pack(const std::vector<Sample>& samples) {
+  PackedBatch batch;
+  std::vector<int64_t> input_ids, position_ids, supervised, targets, image_rows;
+  std::vector<at::Tensor> pixels;
+  batch.cu_seqlens.push_back(0);
+  for (const Sample& sample : samples) {
+    const int64_t start = batch.cu_seqlens.back(), length = static_cast<int64_t>(sample.input_ids.size());
+    CALDERA_ASSERT(sample.labels.size() == sample.input_ids.size());
+    for (int64_t i = 0; i < length; ++i) {
+      const int64_t id = sample.input_ids[static_cast<size_t>(i)];
+      input_ids.push_back(id);
+      position_ids.push_back(i);
+      if (id == kImageTokenIndex) image_rows.push_back(start + i);
+      if (i + 1 == length) continue;
+      const int64_t next = sample.labels[static_cast<size_t>(i + 1)];
+      if (next == kIgnoreIndex) continue;
+      supervised.push_back(start + i);
+      targets.push_back(next);
+    }
+    batch.cu_seqlens.push_back(start + length);
+    batch.num_supervised.push_back(sample.num_supervised());
+    batch.sample_ids.push_back(sample.id);
+    pixels.insert(pixels.end(), sample.pixels.begin(), sample.pixels.end());
+  }
+  batch.input_ids_T = to_tensor(input_ids);
+  batch.position_ids_T = to_tensor(position_ids);
+  batch.supervised_K = to_tensor(supervised);
+  batch.targets_K = to_tensor(targets);
+  batch.image_rows_IP = to_tensor(image_rows);
+  batch.pixels_ICYX = pixels.empty() ? at::empty({0, 3, 0, 0}, at::kByte) : at::stack(pixels);
+  return batch;
+}
+
+}  // namespace caldera

@@ -1,0 +1,28 @@
+// What a picture file says of itself, read without decoding it.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace caldera {
+
+// LLaVA's PIL warns of a decompression bomb at this many pixels (2 GB of RGBA / 24); larger pictures are
+// refused.
+inline constexpr int64_t kMaxImagePixels = 89'478'485;
+
+enum class ImageFormat { kJpeg, kPng, kWebp, kBmp, kTiff };
+
+struct ImageHeader {
+  ImageFormat format = ImageFormat::kJpeg;
+  int64_t height = 0, width = 0;  // pixels, EXIF orientation ignored
+  int64_t bits_per_sample = 8;    // PNG only
+  bool is_gray = false;           // PNG only: one channel, no alpha
+};
+
+// Reads signature and size, and checks that the file is whole: JPEG up to its end marker (bytes after it are
+// allowed, as PIL allows them), PNG up to IEND, the length that WebP and BMP state. Touches few pages of a
+// mapped file. Throws DataError "WHERE: what" for an unknown format, a truncated file, or more than
+// kMaxImagePixels.
+ImageHeader probe_image(std::string_view bytes, const std::string& where);
+
+}  // namespace caldera

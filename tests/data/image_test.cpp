@@ -1,0 +1,171 @@
+#include "data/image.h"
+
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+
+#include "data/resize.h"
+#include "tests/data/fake_text.h"
+
+namespace caldera {
+namespace {
+
+using ::testing::HasSubstr;
+
+const fs::path kGoldens = fs::path(CALDERA_SOURCE_DIR) / "tests/golden/image";
+
+// The same noise as scripts/make_goldens_image.py makes.
+Image noise(int64_t height, int64_t width) {
+  Image image{height, width, {}};
+  uint32_t state = 12345;
+  for (int64_t i = 0; i < height * width * 3; ++i) {
+    state = state * 1103515245u + 12345u;
+    image.pixels.push_back(static_cast<uint8_t>(state >> 24));
+  }
+  return image;
+}
+
+int64_t read_int(const std::string& bytes, size_t& offset) {
+  int32_t value = 0;
+  std::memcpy(&value, bytes.data() + offset, sizeof value);
+  offset += sizeof value;
+  return value;
+}
+
+std::vector<uint8_t> read_pixels(const std::string& bytes, size_t& offset, int64_t count) {
+  const auto begin = bytes.begin() + static_cast<std::ptrdiff_t>(offset);
+  offset += static_cast<size_t>(count);
+  return {begin, begin + count};
+}
+
+std::string decode_error(std::string_view bytes) {
+  return error_of<DataError>([&] { decode_image(bytes, "pic"); });
+}
+
+}  // namespace
+
+TEST(Image, ResizeEqualsPillowBitForBit) {
+  const std::string golden = read_file(kGoldens / "resize.bin");
+  int num_cases = 0;
+  for (size_t offset = 0; offset < golden.size(); ++num_cases) {
+    const int64_t height = read_int(golden, offset), width = read_int(golden, offset);
+    const int64_t new_height = read_int(golden, offset), new_width = read_int(golden, offset);
+    const Image resized = resize_bicubic(noise(height, width), new_height, new_width);
+    EXPECT_EQ(resized.height, new_height);
+    EXPECT_EQ(resized.width, new_width);
+    EXPECT_EQ(resized.pixels, read_pixels(golden, offset, new_height * new_width * 3))
+        << height << "x" << width << " to " << new_height << "x" << new_width;
+  }
+  EXPECT_EQ(num_cases, 9);
+}
+
+TEST(Image, AWindowIsThatPartOfTheWhole) {
+  const Image image = noise(70, 45), whole = resize_bicubic(image, 50, 61);
+  const Image part = resize_bicubic_window(image, 50, 61, {7, 11, 40, 35});
+  for (int64_t y = 0; y < 40; ++y) {
+    for (int64_t i = 0; i < 35 * 3; ++i) {
+      ASSERT_EQ(part.pixels[static_cast<size_t>(y * 35 * 3 + i)],
+                whole.pixels[static_cast<size_t>(((y + 7) * 61 + 11) * 3 + i)]);
+    }
+  }
+}
+
+TEST(Image, PreprocessEqualsClipImageProcessorAndExpand2square) {
+  const std::string golden = read_file(kGoldens / "preprocess.bin");
+  ImageSpec spec;
+  spec.image_size = 24;
+  int num_cases = 0;
+  for (size_t offset = 0; offset < golden.size(); ++num_cases) {
+    const int64_t height = read_int(golden, offset), width = read_int(golden, offset);
+    const bool pad = read_int(golden, offset) != 0;
+    const at::Tensor pixels_CYX =
+        preprocess_image(noise(height, width), spec, pad ? kAspectPad : kAspectSquare);
+    ASSERT_EQ(pixels_CYX.sizes(), (at::IntArrayRef{3, 24, 24}));
+    const auto* values = pixels_CYX.data_ptr<uint8_t>();
+    EXPECT_EQ(std::vector<uint8_t>(values, values + 3 * 24 * 24), read_pixels(golden, offset, 3 * 24 * 24))
+        << height << "x" << width << (pad ? " pad" : " square");
+  }
+  EXPECT_EQ(num_cases, 12);
+}
+
+TEST(Image, DecodesAsPillowDoes) {
+  int num_cases = 0;
+  for (const auto& entry : fs::directory_iterator(kGoldens)) {
+    if (entry.path().extension() != ".rgb") continue;
+    const fs::path file = fs::path(entry.path()).replace_extension();
+    const std::string expected = read_file(entry.path());
+    const Image image = load_image(file);
+    ASSERT_EQ(image.height, 18) << file;
+    ASSERT_EQ(image.width, 24) << file;
+    int worst = 0;
+    for (size_t i = 0; i < expected.size(); ++i) {
+      worst = std::max(worst, std::abs(image.pixels[i] - static_cast<uint8_t>(expected[i])));
+    }
+    // OpenCV multiplies by ink where PIL divides by 255: one level, in CMYK alone.
+    EXPECT_LE(worst, file.stem() == "cmyk" ? 1 : 0) << file;
+    ++num_cases;
+  }
+  EXPECT_EQ(num_cases, 22);
+}
+
+TEST(Image, EveryTruncationOfAJpegOrPngIsAnError) {
+  for (const char* name :
+       {"rgb.jpg", "progressive.jpg", "rotated.jpg", "palette.png", "rgb16.png", "lossy.webp", "rgb.bmp"}) {
+    const std::string bytes = read_file(kGoldens / name);
+    ASSERT_EQ(decode_error(bytes), "") << name;
+    for (size_t size = 0; size < bytes.size(); ++size) {
+      ASSERT_THAT(decode_error(std::string_view(bytes).substr(0, size)), HasSubstr("pic: "))
+          << name << " cut at " << size;
+    }
+  }
+  const std::string jpeg = read_file(kGoldens / "rgb.jpg");
+  EXPECT_THAT(decode_error(std::string_view(jpeg).substr(0, jpeg.size() / 2)), HasSubstr("truncated"));
+}
+
+TEST(Image, TruncatedTiffIsAnError) {
+  for (const char* name : {"rgb.tiff", "lzw.tiff"}) {
+    const std::string bytes = read_file(kGoldens / name);
+    EXPECT_THAT(decode_error(std::string_view(bytes).substr(0, bytes.size() / 2)), HasSubstr("pic: "))
+        << name;
+  }
+}
+
+TEST(Image, BytesAfterTheEndAreAllowed) {
+  const std::string jpeg = read_file(kGoldens / "rgb.jpg");
+  EXPECT_EQ(decode_image(jpeg + "trailing \xFF bytes", "pic").pixels, decode_image(jpeg, "pic").pixels);
+}
+
+TEST(Image, RefusesPixelBombsBeforeDecoding) {
+  std::string png = read_file(kGoldens / "rgb.png");
+  const std::string size("\0\0\x27\x10\0\0\x27\x10", 8);  // 10000 x 10000
+  png.replace(16, 8, size);
+  EXPECT_THAT(decode_error(png), HasSubstr("10000 x 10000 pixels is more than the limit of 89478485"));
+  png.replace(16, 8, std::string("\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF", 8));
+  EXPECT_THAT(decode_error(png), HasSubstr("more than the limit"));
+  png.replace(16, 8, std::string(8, '\0'));
+  EXPECT_THAT(decode_error(png), HasSubstr("0 x 0 pixels"));
+}
+
+TEST(Image, SaysWhatAFileIsInstead) {
+  EXPECT_THAT(decode_error(read_file(kGoldens / "image.gif")), HasSubstr("a GIF, whatever its name says"));
+  EXPECT_THAT(decode_error("<html>not found</html>"), HasSubstr("not a picture"));
+  EXPECT_THAT(decode_error(""), HasSubstr("the file is empty"));
+  EXPECT_THAT(decode_error(std::string("II\x2B\0\x08\0\0\0", 8)), HasSubstr("BigTIFF"));
+  EXPECT_THAT(error_of<DataError>([] { load_image("/nowhere/a.jpg"); }), HasSubstr("/nowhere/a.jpg"));
+}
+
+TEST(Image, BrokenDataIsAnError) {
+  std::string png = read_file(kGoldens / "rgb.png");
+  const size_t data = png.find("IDAT") + 8;
+  for (size_t i = data; i < data + 8; ++i) png[i] = static_cast<char>(~png[i]);
+  EXPECT_THAT(decode_error(png), HasSubstr("pic: the picture"));
+}
+
+TEST(Image, RefusesUnknownAspect) {
+  EXPECT_THAT(error_of<ConfigError>([] { preprocess_image(noise(4, 4), {}, "anyres"); }),
+              HasSubstr("\"anyres\""));
+}
+
+}  // namespace caldera

@@ -1,0 +1,153 @@
+#include "data/loader.h"
+
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <set>
+
+#include "tests/data/fake_text.h"
+
+namespace caldera {
+namespace {
+
+using ::testing::HasSubstr;
+
+const fs::path kPictures = fs::path(CALDERA_SOURCE_DIR) / "tests/golden/image";
+
+std::shared_ptr<std::vector<Record>> make_records(int count) {
+  auto records = std::make_shared<std::vector<Record>>();
+  for (int i = 0; i < count; ++i) {
+    const std::string id = fmt::format("r{}", i), answer(static_cast<size_t>(1 + i * 7 % 20), 'x');
+    if (i % 3 == 0)
+      records->push_back(fake_record(id, "text", answer));
+    else
+      records->push_back(fake_record(id, "<image>\nq", answer, {i % 3 == 1 ? "rgb.png" : "rgb.jpg"}));
+  }
+  return records;
+}
+
+LoaderOptions make_options(int num_workers) {
+  LoaderOptions options;
+  options.global_batch_size = 4;
+  options.max_tokens_per_micro_batch = 40;
+  options.num_epochs = 2.5;
+  options.seed = 3;
+  options.num_workers = num_workers;
+  return options;
+}
+
+std::vector<StepData> run(const LoaderOptions& options, int64_t first_step = 0, int count = 22) {
+  Loader loader(make_records(count), kPictures, fake_format(), options, first_step);
+  std::vector<StepData> steps;
+  for (StepData data; loader.next(data);) steps.push_back(std::move(data));
+  return steps;
+}
+
+void expect_equal(const StepData& a, const StepData& b) {
+  EXPECT_EQ(a.step, b.step);
+  EXPECT_EQ(a.epoch, b.epoch);
+  EXPECT_EQ(a.sample_ids, b.sample_ids);
+  EXPECT_EQ(a.num_tokens, b.num_tokens);
+  ASSERT_EQ(a.micro_batches.size(), b.micro_batches.size());
+  for (size_t i = 0; i < a.micro_batches.size(); ++i) {
+    const PackedBatch &x = a.micro_batches[i], &y = b.micro_batches[i];
+    EXPECT_TRUE(at::equal(x.input_ids_T, y.input_ids_T));
+    EXPECT_TRUE(at::equal(x.pixels_ICYX, y.pixels_ICYX));
+    EXPECT_EQ(x.sample_ids, y.sample_ids);
+  }
+}
+
+}  // namespace
+
+TEST(Loader, AnEpochIsEverySampleOnce) {
+  const std::vector<StepData> steps = run(make_options(2));
+  ASSERT_EQ(steps.size(), 15u);  // ceil(2.5 * 6)
+  std::multiset<std::string> seen;
+  for (size_t i = 0; i < 6; ++i) {
+    EXPECT_EQ(steps[i].step, static_cast<int64_t>(i));
+    EXPECT_EQ(steps[i].sample_ids.size(), i < 5 ? 4u : 2u);
+    seen.insert(steps[i].sample_ids.begin(), steps[i].sample_ids.end());
+  }
+  EXPECT_EQ(std::set<std::string>(seen.begin(), seen.end()).size(), 22u);
+  EXPECT_DOUBLE_EQ(steps[0].epoch, 4.0 / 22);
+  EXPECT_DOUBLE_EQ(steps[5].epoch, 1.0);
+  EXPECT_DOUBLE_EQ(steps[6].epoch, 1 + 4.0 / 22);
+}
+
+TEST(Loader, CountsWhatAStepHolds) {
+  for (const StepData& step : run(make_options(2))) {
+    int64_t num_tokens = 0, num_supervised = 0, num_images = 0;
+    std::multiset<std::string> ids;
+    for (const PackedBatch& batch : step.micro_batches) {
+      EXPECT_LE(batch.num_tokens(), 40);
+      num_tokens += batch.num_tokens();
+      num_supervised += batch.supervised_K.numel();
+      num_images += batch.num_images();
+      ids.insert(batch.sample_ids.begin(), batch.sample_ids.end());
+    }
+    EXPECT_EQ(step.num_tokens, num_tokens);
+    EXPECT_EQ(step.num_supervised, num_supervised);
+    EXPECT_EQ(step.num_images, num_images);
+    EXPECT_EQ(ids, std::multiset<std::string>(step.sample_ids.begin(), step.sample_ids.end()));
+  }
+}
+
+TEST(Loader, TheNumberOfWorkersChangesNothing) {
+  for (const bool grouped : {false, true}) {
+    LoaderOptions one = make_options(1), many = make_options(5);
+    one.group_by_modality_length = many.group_by_modality_length = grouped;
+    many.prefetch_steps = 9;
+    const std::vector<StepData> a = run(one), b = run(many);
+    ASSERT_EQ(a.size(), b.size());
+    for (size_t i = 0; i < a.size(); ++i) expect_equal(a[i], b[i]);
+  }
+}
+
+TEST(Loader, ResumingGoesOnWhereItWas) {
+  const std::vector<StepData> whole = run(make_options(2)), rest = run(make_options(3), /*first_step=*/8);
+  ASSERT_EQ(rest.size(), 7u);
+  for (size_t i = 0; i < rest.size(); ++i) expect_equal(whole[i + 8], rest[i]);
+  EXPECT_TRUE(run(make_options(2), /*first_step=*/15).empty());
+}
+
+TEST(Loader, MaxStepsOverridesEpochs) {
+  LoaderOptions options = make_options(2);
+  options.max_steps = 20;
+  EXPECT_EQ(run(options).size(), 20u);
+}
+
+TEST(Loader, ABrokenPictureIsAnErrorOfItsStep) {
+  for (const int num_workers : {1, 4}) {
+    auto records = make_records(8);
+    (*records)[5].images = {"missing.png"};
+    LoaderOptions options = make_options(num_workers);
+    options.global_batch_size = 8;
+    Loader loader(records, kPictures, fake_format(), options);
+    StepData data;
+    EXPECT_THAT(error_of<DataError>([&] { loader.next(data); }), HasSubstr("record \"r5\""));
+  }
+  EXPECT_THAT(error_of<DataError>([] {
+                Loader(std::make_shared<std::vector<Record>>(), kPictures, fake_format(), make_options(1));
+              }),
+              HasSubstr("no records"));
+}
+
+TEST(Loader, MayBeLeftAtAnyTime) {
+  Loader loader(make_records(22), kPictures, fake_format(), make_options(3));
+  StepData data;
+  EXPECT_TRUE(loader.next(data));
+}
+
+TEST(Loader, PackAllKeepsTheOrder) {
+  const auto records = make_records(10);
+  std::vector<std::string> ids;
+  for (const PackedBatch& batch : pack_all(*records, kPictures, fake_format(), 40)) {
+    EXPECT_LE(batch.num_tokens(), 40);
+    ids.insert(ids.end(), batch.sample_ids.begin(), batch.sample_ids.end());
+  }
+  ASSERT_EQ(ids.size(), 10u);
+  for (size_t i = 0; i < 10; ++i) EXPECT_EQ(ids[i], fmt::format("r{}", i));
+}
+
+}  // namespace caldera
