@@ -52,7 +52,7 @@ python=.deps/venv/bin/python
 pip=("$python" -m pip --disable-pip-version-check --no-input -q)
 if ! "$python" -c 'import numpy, PIL, resvg_py, safetensors' 2> /dev/null; then
   echo "stamps: installing Python packages into .deps/venv"
-  "${pip[@]}" install numpy pillow resvg-py==0.5.0 safetensors
+  "${pip[@]}" install numpy pillow==13.0.0 resvg-py==0.5.0 safetensors
 fi
 
 # --- Weights
