@@ -68,21 +68,24 @@ if [ "$cuda" = AUTO ]; then
   cuda=OFF
   if command -v nvcc > /dev/null || [ -x "${CUDA_PATH:-/usr/local/cuda}/bin/nvcc" ]; then cuda=ON; fi
 fi
-has() { compgen -G ".deps/venv/lib/python3*/site-packages/$1" > /dev/null; }
 if [ -z "${LIBTORCH:-}" ]; then
   python=.deps/venv/bin/python
-  [ -x "$python" ] || quietly "making .deps/venv" python3 -m venv .deps/venv
-  pip=("$python" -m pip install --disable-pip-version-check --no-input)
-  if ! has "torch-$TORCH_VERSION*.dist-info" || ! has torch/lib/libtorch_cpu.so; then
-    quietly "installing LibTorch $TORCH_VERSION (some 500 MB)" "${pip[@]}" --no-deps "torch==$TORCH_VERSION"
-  fi
+  "$python" -m pip --version > /dev/null 2>&1 || quietly "making .deps/venv" python3 -m venv .deps/venv
+  # install_once NAME TITLE PACKAGES: a mark beside them says that all of them arrived.
+  install_once() {
+    local mark=.deps/venv/.installed-$1 title=$2
+    shift 2
+    [ -e "$mark" ] && return
+    quietly "$title" "$python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@"
+    touch "$mark"
+  }
   if [ "$cuda" = ON ]; then
-    has 'nvidia/cudnn/lib/libcudnn.so.9' ||
-      quietly "installing the CUDA libraries of LibTorch (some 2 GB)" "${pip[@]}" "torch==$TORCH_VERSION"
-  else
-    has 'nvidia/cu13/lib/libcupti.so.13' && has 'nvidia/cu13/lib/libcudart.so.13' ||
-      quietly "installing what LibTorch links to" "${pip[@]}" --no-deps "nvidia-cuda-cupti==$CUDA_RUNTIME_VERSION" \
-        "nvidia-cuda-runtime==$CUDA_RUNTIME_VERSION"
+    install_once "torch-$TORCH_VERSION-cuda" "installing LibTorch $TORCH_VERSION with its CUDA libraries (some 3 GB)" \
+      "torch==$TORCH_VERSION"
+  elif [ ! -e ".deps/venv/.installed-torch-$TORCH_VERSION-cuda" ]; then
+    # (Python itself could not import this torch; nobody asks it to.)
+    install_once "torch-$TORCH_VERSION-cpu" "installing LibTorch $TORCH_VERSION (some 600 MB)" --no-deps \
+      "torch==$TORCH_VERSION" "nvidia-cuda-cupti==$CUDA_RUNTIME_VERSION" "nvidia-cuda-runtime==$CUDA_RUNTIME_VERSION"
   fi
 fi
 

@@ -134,8 +134,8 @@ std::string recipe_reference() {
       "are refused. The resolved\n"
       "recipe, defaults filled in, is written to the run's folder as `recipe.yaml`; reading it gives the "
       "same run.\n\n"
-      "This page is made from the declarations in `train/recipe_fields.h`; `CALDERA_UPDATE=1 "
-      "build/train_recipe_test` renews it.\n";
+      "This page is made from the declarations in `train/recipe_fields.h`; `build/caldera recipe reference > "
+      "docs/recipe.md` renews it.\n";
   for (const FieldReference::Section& section : reference_sections()) {
     text +=
         fmt::format("\n## {}\n\n", section.path.empty() ? "The recipe" : fmt::format("`{}`", section.path));
