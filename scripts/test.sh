@@ -14,7 +14,7 @@ if [ $# -eq 0 ] && [ -e tests/parity/run.py ]; then
   echo "test: the Python reference (scripts/requirements-test.txt)"
   .deps/venv/bin/python -m pip install --disable-pip-version-check --no-input -q "torch==$TORCH_VERSION" \
     -r scripts/requirements-test.txt
-  .deps/venv/bin/python tests/parity/run.py || parity=$?
+  .deps/venv/bin/python tests/parity/run.py "$PWD/build/caldera" || parity=$?
 fi
 ctest --test-dir build --output-on-failure -j "$(nproc)" "$@"
 if [ "$parity" != 0 ]; then
