@@ -116,7 +116,7 @@ class ByteLevelBpeTokenizer final : public Tokenizer {
     config.fields["add_bos_token"] = model_.adds_bos;
     config.fields["add_prefix_space"] = false;
     fs::create_directories(folder);
-    write_tokenizer_json(folder / "tokenizer.json", model_, config);
+    write_tokenizer_json(folder / "tokenizer.json", model_, config, bos_id());
     // The generic class takes tokenizer.json as it stands; a model's own class may put its own word splitting
     // in.
     write_tokenizer_config(folder, config, "PreTrainedTokenizerFast", chat_template);

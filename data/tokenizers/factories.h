@@ -3,11 +3,13 @@
 #include <filesystem>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "base/gguf.h"
 #include "data/tokenizer.h"
 #include "data/tokenizers/byte_level_bpe.h"
 #include "data/tokenizers/hf_config.h"
+#include "data/tokenizers/sentencepiece_model.h"
 
 namespace caldera {
 
@@ -23,7 +25,17 @@ std::unique_ptr<Tokenizer> make_byte_level_bpe_tokenizer(BpeModel model, Tokeniz
 // `config`.
 BpeModel read_tokenizer_json(const std::filesystem::path& file, TokenizerConfig& config);
 void write_tokenizer_json(const std::filesystem::path& file, const BpeModel& model,
-                          const TokenizerConfig& config);
+                          const TokenizerConfig& config, int64_t bos_id);
+
+struct SentencePieceFlags {
+  bool legacy = true, add_bos = true, add_prefix = true;
+  int64_t bos_id = -1;
+};
+// The tokenizer.json of a SentencePiece BPE model, for programs that read no tokenizer.model, or that guess
+// the order of its merges by ids (transformers 5 does: "▁▁" has a low id in LLaMA's model and the lowest
+// score).
+void write_sentencepiece_json(const std::filesystem::path& file, const std::vector<Piece>& pieces,
+                              const TokenizerConfig& config, const SentencePieceFlags& flags);
 
 // The tokenizer in a GGUF file's metadata: tokenizer.ggml.model "gpt2" (byte-level BPE) or "llama"
 // (SentencePiece).

@@ -17,7 +17,7 @@ class SentencePieceTokenizer final : public Tokenizer {
  public:
   SentencePieceTokenizer(std::string model, TokenizerConfig config, const std::string& where)
       : model_(std::move(model)), config_(std::move(config)) {
-    check_sentencepiece_model(model_, where);
+    is_bpe_ = check_sentencepiece_model(model_, where);
     legacy_ = config_.flag("legacy", true);
     add_bos_ = config_.flag("add_bos_token", true);
     add_prefix_ = config_.flag("add_prefix_space", true);
@@ -128,6 +128,10 @@ class SentencePieceTokenizer final : public Tokenizer {
     if (!config.fields.contains("add_eos_token")) config.fields["add_eos_token"] = false;
     fs::create_directories(folder);
     write_file_atomic(folder / "tokenizer.model", model_);
+    if (is_bpe_) {
+      write_sentencepiece_json(folder / "tokenizer.json", pieces(), config,
+                               {legacy_, add_bos_, add_prefix_, bos_id()});
+    }
     write_tokenizer_config(folder, config, "LlamaTokenizer", chat_template);
     return image_id;
   }
@@ -139,12 +143,24 @@ class SentencePieceTokenizer final : public Tokenizer {
     }
     return nullptr;
   }
+  std::vector<Piece> pieces() const {
+    std::vector<Piece> pieces;
+    for (int id = 0; id < static_cast<int>(num_pieces_); ++id) {
+      const PieceType type = processor_.IsUnknown(id)   ? PieceType::kUnknown
+                             : processor_.IsControl(id) ? PieceType::kControl
+                             : processor_.IsUnused(id)  ? PieceType::kUnused
+                             : processor_.IsByte(id)    ? PieceType::kByte
+                                                        : PieceType::kNormal;
+      pieces.push_back({processor_.IdToPiece(id), processor_.GetScore(id), type});
+    }
+    return pieces;
+  }
   int64_t named_id(const std::string& token) const { return token.empty() ? -1 : token_id(token); }
 
   std::string model_;  // as it was read, for save()
   TokenizerConfig config_;
   sentencepiece::SentencePieceProcessor processor_;
-  bool legacy_ = true, add_bos_ = true, add_prefix_ = true;
+  bool is_bpe_ = true, legacy_ = true, add_bos_ = true, add_prefix_ = true;
   int64_t num_pieces_ = 0;
   size_t num_unk_pieces_ = 0;
 };

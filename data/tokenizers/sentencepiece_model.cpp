@@ -97,7 +97,7 @@ PieceType check_piece(std::string_view message, const std::string& where,
   return type;
 }
 
-void check_trainer(std::string_view message, const std::string& where) {
+bool check_trainer(std::string_view message, const std::string& where) {
   ProtoReader reader(message, where);
   uint64_t model_type = 1;
   while (reader.next()) {
@@ -109,6 +109,7 @@ void check_trainer(std::string_view message, const std::string& where) {
   CALDERA_CHECK(model_type == 1 || model_type == 2, CheckpointError,
                 "{}: SentencePiece model type {} is not supported; expected BPE (2) or unigram (1)", where,
                 model_type);
+  return model_type == 2;
 }
 
 // The compiled normalisation table is a trie whose offsets the library follows unchecked. LLaMA's kind has
@@ -142,10 +143,11 @@ void put_bytes(std::string& bytes, uint64_t field, std::string_view value) {
 
 }  // namespace
 
-void check_sentencepiece_model(std::string_view proto, const std::string& where) {
+bool check_sentencepiece_model(std::string_view proto, const std::string& where) {
   ProtoReader reader(proto, where);
   std::unordered_set<std::string_view> seen;
   size_t num_unknown = 0;
+  bool is_bpe = false;  // the format's default is unigram
   while (reader.next()) {
     if (reader.number < 1 || reader.number > 5) continue;
     reader.expect(2);
@@ -153,13 +155,14 @@ void check_sentencepiece_model(std::string_view proto, const std::string& where)
       reader.check(seen.size() < kMaxPieces, "it has more than two million pieces");
       if (check_piece(reader.data, where, seen) == PieceType::kUnknown) ++num_unknown;
     } else if (reader.number == 2) {
-      check_trainer(reader.data, where);
+      is_bpe = check_trainer(reader.data, where);
     } else if (reader.number == 3 || reader.number == 5) {
       check_normalizer(reader.data, where);
     }
   }
   reader.check(!seen.empty(), "it has no pieces");
   reader.check(num_unknown == 1, "it has not exactly one unknown piece");
+  return is_bpe;
 }
 
 std::string make_sentencepiece_model(const std::vector<Piece>& pieces, bool add_dummy_prefix) {

@@ -26,8 +26,8 @@ struct Piece {
 
 // Throws CheckpointError "WHERE: what" unless the bytes are a BPE or unigram model with an identity
 // normaliser (LLaMA's kind) whose every field lies inside the file, with one unknown piece and a sane number
-// of distinct, non-empty pieces.
-void check_sentencepiece_model(std::string_view proto, const std::string& where);
+// of distinct, non-empty pieces. Returns whether it is a BPE model.
+bool check_sentencepiece_model(std::string_view proto, const std::string& where);
 
 // A BPE model with LLaMA's flags from pieces that came from elsewhere (GGUF).
 std::string make_sentencepiece_model(const std::vector<Piece>& pieces, bool add_dummy_prefix);

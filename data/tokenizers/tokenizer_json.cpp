@@ -174,105 +174,10 @@ class Reader {
   bool byte_level_ = false;
 };
 
-Json byte_level_json(bool use_regex) {
-  return {
-      {"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", use_regex}};
-}
-
-Json steps_json(const BpeModel& model) {
-  Json steps = Json::array();
-  bool has_byte_level = false;
-  for (const SplitStep& step : model.steps) {
-    if (step.kind == SplitStep::Kind::kDigits) {
-      steps.push_back({{"type", "Digits"}, {"individual_digits", true}});
-    } else if (step.kind == SplitStep::Kind::kByteLevel) {
-      steps.push_back(byte_level_json(true));
-      has_byte_level = true;
-    } else {
-      steps.push_back({{"type", "Split"},
-                       {"pattern", {{"Regex", step.pattern}}},
-                       {"behavior", "Isolated"},
-                       {"invert", false}});
-    }
-  }
-  if (!has_byte_level) steps.push_back(byte_level_json(false));
-  return {{"type", "Sequence"}, {"pretokenizers", steps}};
-}
-
-Json post_processor_json(const BpeModel& model, const TokenizerConfig& config) {
-  if (!model.adds_bos) return byte_level_json(true);
-  const std::string& bos = config.bos_token;
-  int64_t id = -1;
-  if (const AddedToken* added = config.find_added(bos)) id = added->id;
-  for (size_t i = 0; id < 0 && i < model.tokens.size(); ++i) {
-    if (model.tokens[i] == bos) id = static_cast<int64_t>(i);
-  }
-  const auto special = [&](int type) { return Json{{"SpecialToken", {{"id", bos}, {"type_id", type}}}}; };
-  const auto sequence = [](const char* name, int type) {
-    return Json{{"Sequence", {{"id", name}, {"type_id", type}}}};
-  };
-  return {
-      {"type", "TemplateProcessing"},
-      {"single", Json::array({special(0), sequence("A", 0)})},
-      {"pair", Json::array({special(0), sequence("A", 0), special(1), sequence("B", 1)})},
-      {"special_tokens", {{bos, {{"id", bos}, {"ids", Json::array({id})}, {"tokens", Json::array({bos})}}}}}};
-}
-
 }  // namespace
 
 BpeModel read_tokenizer_json(const fs::path& file, TokenizerConfig& config) {
   return Reader(file, config).read();
-}
-
-void write_tokenizer_json(const fs::path& file, const BpeModel& model, const TokenizerConfig& config) {
-  Json added = Json::array();
-  for (const AddedToken& token : config.added_tokens) {
-    added.push_back({{"id", token.id},
-                     {"content", token.content},
-                     {"single_word", token.single_word},
-                     {"lstrip", token.lstrip},
-                     {"rstrip", token.rstrip},
-                     {"normalized", token.normalized},
-                     {"special", token.special}});
-  }
-  AtomicFile out(file);
-  const auto line = [&](const char* name, const Json& value) {
-    out.write(fmt::format("  \"{}\": {},\n", name, json_line(value)));
-  };
-  out.write("{\n");
-  line("version", "1.0");
-  line("truncation", nullptr);
-  line("padding", nullptr);
-  line("added_tokens", added);
-  line("normalizer", model.nfc ? Json{{"type", "NFC"}} : Json());
-  line("pre_tokenizer", steps_json(model));
-  line("post_processor", post_processor_json(model, config));
-  line("decoder", byte_level_json(true));
-  std::string text = fmt::format(
-      "  \"model\": {{\n    \"type\": \"BPE\",\n    \"dropout\": null,\n    \"unk_token\": null,\n    "
-      "\"continuing_subword_prefix\": "
-      "null,\n    \"end_of_word_suffix\": null,\n    \"fuse_unk\": false,\n    \"byte_fallback\": false,\n   "
-      " \"ignore_merges\": {},\n"
-      "    \"vocab\": {{",
-      model.ignore_merges);
-  const char* separator = "\n";
-  for (size_t id = 0; id < model.tokens.size(); ++id) {
-    if (model.tokens[id].empty()) continue;
-    text += fmt::format("{}      {}: {}", separator, json_line(model.tokens[id]), id);
-    separator = ",\n";
-  }
-  text += "\n    },\n    \"merges\": [";
-  separator = "\n";
-  for (const auto& [left, right] : model.merges) {
-    // The byte-level alphabet has no space, so this older form is unambiguous, and every version reads it.
-    text += separator;
-    text += "      " + json_line(model.tokens[static_cast<size_t>(left)] + " " +
-                                 model.tokens[static_cast<size_t>(right)]);
-    separator = ",\n";
-  }
-  text += "\n    ]\n  }\n}\n";
-  out.write(text);
-  out.commit();
 }
 
 }  // namespace caldera

@@ -193,6 +193,18 @@ TEST_F(TokenizerTest, SavedFoldersLoadAsTheSameTokenizerWithAnImageToken) {
   }
 }
 
+TEST_F(TokenizerTest, ASavedSentencePieceModelHasATokenizerJsonWhoseMergesFollowScores) {
+  const auto tokenizer = load_tokenizer(kGolden / "text_sentencepiece");
+  tokenizer->save(folder_, "");
+  const std::string json = read_file(folder_ / "tokenizer.json");
+  // Of the golden model's best-scored pieces: "▁▁" is 10, "USER" is 1 ("US" "ER" is the only way to make it).
+  EXPECT_LT(json.find("\"▁ ▁\""), json.find("\"US ER\""));
+  EXPECT_NE(json.find("\"US ER\""), std::string::npos);
+  // Read without its model, it is refused with a word on what is missing.
+  fs::remove(folder_ / "tokenizer.model");
+  expect_load_error(folder_, "SentencePiece models by their tokenizer.model");
+}
+
 TEST_F(TokenizerTest, ThreadsShareATokenizer) {
   const Json golden = read_json(kGolden / "text_bpe.json");
   const auto tokenizer = load_tokenizer(kGolden / "text_bpe_smollm");
@@ -288,7 +300,7 @@ TEST_F(TokenizerTest, ConfigurationErrorsNameTheField) {
 
 TEST_F(TokenizerTest, DamagedSentencePieceModelsAreRefusedNotLoaded) {
   const std::string model = read_file(kGolden / "text_sentencepiece/tokenizer.model");
-  check_sentencepiece_model(model, "model");
+  EXPECT_TRUE(check_sentencepiece_model(model, "model"));
   // Cut off anywhere, it is an error or still a sound (shorter) model; never a crash.
   for (size_t length = 0; length < model.size(); length += 97) {
     try {

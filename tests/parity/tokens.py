@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -78,12 +79,13 @@ def mixed_lines(count: int) -> list[str]:
     return lines
 
 
-def saved_folder(build, folder, tokenizer, template, name, lines, legacy_llama=False) -> None:
+def saved_folder(build, folder, tokenizer, template, name, lines, images=True) -> None:
     """transformers loads what save() wrote, with the same ids, <image> as one token, and our prompts from the Jinja template."""
+    shutil.rmtree(folder / "saved", ignore_errors=True)
     rng = random.Random(11)
     conversations = []
     for _ in range(30):
-        values = [texts.sentence(rng) for _ in range(2 if template == "plain" else rng.choice([2, 4]))]
+        values = [texts.sentence(rng).strip() for _ in range(2 if template == "plain" else rng.choice([2, 4]))]
         if template == "plain" or rng.random() < 0.6:
             values[0] = "<image>\n" + values[0]
         conversations.append(values)
@@ -107,7 +109,9 @@ def saved_folder(build, folder, tokenizer, template, name, lines, legacy_llama=F
         samples.append([out["image_id"] if i == -200 else i for i in sample["ids"]])
         ids.append(hf(want[-2]).input_ids)
     compare(f"{name}: prompts by the saved chat template", ours, want, ours)
-    compare(f"{name}: ids of whole conversations in transformers", want[::2], samples, ids)
+    kept = [i for i, sample in enumerate(samples) if images or out["image_id"] not in sample]
+    compare(f"{name}: ids of whole conversations in transformers", [want[2 * i] for i in kept], [samples[i] for i in kept],
+            [ids[i] for i in kept])
 
 
 GOLDEN_TURNS = ["<image>\nWhat is in the image?", "A cat.", "What color?", "Black."]
@@ -119,7 +123,6 @@ GOLDEN_TAIL[True] = [i for token in GOLDEN_TAIL[False] for i in ([3148, 1001] if
 
 
 def llama(build, folder, path) -> None:
-    import shutil
     for legacy in (True, False):
         source = folder / f"llama-{legacy}"
         source.mkdir()
@@ -147,7 +150,8 @@ def llama(build, folder, path) -> None:
         # transformers 5 drops a text's own leading space, which the slow tokenizer of before keeps: not compared.
         lines = [line for line in mixed_lines(500) if line[:1] not in (" ", "▁")]
         for template in ("v1", "llava_llama_2"):
-            saved_folder(build, folder, source, template, f"llama, legacy {legacy}, {template}", lines)
+            # Not legacy, transformers' fast tokenizer has no "▁" after <image>, where LLaVA has one: those are left out.
+            saved_folder(build, folder, source, template, f"llama, legacy {legacy}, {template}", lines, images=legacy)
 
 
 def main() -> None:
