@@ -270,6 +270,54 @@ TEST_F(Cli, EvalWritesResultsAndReport) {
   EXPECT_TRUE(fs::exists(at("evaluation/sheet.png")));
 }
 
+TEST_F(Cli, ARunEndsWithItsEvaluationAndItsCheckpointsServeAsModels) {
+  write_tiny_parts(at("parts"));
+  std::string recipe =
+      fmt::format("model: {{vision_tower: {0}/vision, language_model: {0}/language}}\noutput: {1}\nstages:\n",
+                  at("parts"), at("run"));
+  for (const char* stage : {"pretrain", "finetune"})
+    recipe += fmt::format(
+        "  - name: {0}\n    trainable: [projector]\n    global_batch_size: 2\n    max_steps: 3\n    "
+        "save_steps: 2\n    data:\n"
+        "      data_path: {1}\n      image_folder: {2}\n      conversation_template: v1\n      "
+        "model_max_length: 400\n",
+        stage, at("test.json"), at("images"));
+  recipe += fmt::format(
+      "evaluation: {{data_path: {}, image_folder: {}, conversation_template: v1, max_new_tokens: 3}}\n",
+      at("test.json"), at("images"));
+  write_file_atomic(at("run.yaml"), recipe);
+  const Outcome trained = run({"train", at("run.yaml")});
+  ASSERT_EQ(trained.exit_code, 0) << trained.err;
+  EXPECT_THAT(trained.out, IsEmpty());
+  const Json results = read_json(at("run/results.json"));
+  EXPECT_EQ(results["num_questions"], 4);
+  EXPECT_GT(results["train_seconds"], 0);
+  EXPECT_THAT(read_file(at("run/report.html")), HasSubstr("finetune"));
+  EXPECT_EQ(read_json(at("run/finetune/final/caldera.json"))["card"]["conversation_template"], "v1");
+
+  // A run's folder means its last stage's end; so does the last checkpoint, whose step is the last.
+  const auto score = [&](const std::string& model) {
+    const Outcome outcome = run({"score", "--model", at(model), "--data", at("test.json"), "--images",
+                                 at("images"), "--out", at("run_scores.jsonl")});
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+    return read_file(at("run_scores.jsonl"));
+  };
+  const std::string scores = score("run");
+  EXPECT_EQ(scores, score("run/finetune"));
+  EXPECT_EQ(scores, score("run/finetune/final"));
+  EXPECT_NE(scores, score("run/pretrain"));
+  fs::path step;
+  for (const auto& entry : fs::directory_iterator(at("run/finetune/checkpoints"))) step = entry.path();
+  ASSERT_FALSE(step.empty());
+  EXPECT_NE(score(fs::relative(step, at("")).string()), "");
+  EXPECT_EQ(
+      run({"data", "preview", "--data", at("test.json"), "--model", step.string(), "--out", at("step.jsonl")})
+          .exit_code,
+      0);
+  EXPECT_EQ(lines("step.jsonl").at(0)["num_image_tokens"], 4);
+  expect_no_leftovers();
+}
+
 TEST_F(Cli, ScenesAreMadeOnceForASeed) {
   const auto make = [&](const std::string& name, const char* seed) {
     return run({"data", "make-scenes", "--out", at(name), "--num-train", "6", "--num-test", "4", "--seed",

@@ -78,8 +78,8 @@ inline void write_byte_tokenizer(const fs::path& folder) {
                                                 {"tokenizer_class", "PreTrainedTokenizerFast"}});
 }
 
-inline void write_tiny_model(const fs::path& folder) {
-  const fs::path parts = folder.string() + "-parts";
+// vision/ and language/: configurations without weights, as a recipe may name them.
+inline void write_tiny_parts(const fs::path& parts) {
   fs::create_directories(parts / "vision");
   fs::create_directories(parts / "language");
   write_json(parts / "vision" / "config.json", {{"model_type", "clip_vision_model"},
@@ -104,6 +104,11 @@ inline void write_tiny_model(const fs::path& folder) {
                                                   {"hidden_act", "silu"},
                                                   {"tie_word_embeddings", false}});
   write_byte_tokenizer(parts / "language");
+}
+
+inline void write_tiny_model(const fs::path& folder) {
+  const fs::path parts = folder.string() + "-parts";
+  write_tiny_parts(parts);
   const auto model = build_llava({.vision_tower = (parts / "vision").string(),
                                   .language_model = (parts / "language").string(),
                                   .seed = 1});
