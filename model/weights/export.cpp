@@ -71,7 +71,7 @@ Json llava_config(const LlavaModel& model, const ExportOptions& options, int64_t
   text["dtype"] = text["torch_dtype"] = dtype_name(options.dtype);
   text["bos_token_id"] = options.bos_token_id;
   text["eos_token_id"] = options.eos_token_id;
-  text["pad_token_id"] = options.pad_token_id;
+  if (options.pad_token_id >= 0) text["pad_token_id"] = options.pad_token_id;
   Json config = {{"architectures", {hf ? "LlavaForConditionalGeneration" : "CalderaLlava"}},
                  {"model_type", hf ? "llava" : "caldera_llava"},
                  {"dtype", dtype_name(options.dtype)},
@@ -83,10 +83,10 @@ Json llava_config(const LlavaModel& model, const ExportOptions& options, int64_t
                  {"multimodal_projector_bias", true},
                  {"vision_feature_layer", model.features.vision_feature_layer},
                  {"vision_feature_select_strategy", hf_select_strategy(model)},
-                 {"pad_token_id", options.pad_token_id},
                  {"tie_word_embeddings", text.value("tie_word_embeddings", false)},
                  {"text_config", text},
                  {"vision_config", model.vision->config()}};
+  if (options.pad_token_id >= 0) config["pad_token_id"] = options.pad_token_id;
   if (!hf) config["mm_projector_type"] = model.mm_projector_type;
   return config;
 }
@@ -124,10 +124,11 @@ void save_hf_llava(LlavaModel& model, const ModelCard& card, const ExportOptions
               {"patch_size", patch_size_of(model)},
               {"num_additional_image_tokens", 1},  // CLS
               {"vision_feature_select_strategy", hf_select_strategy(model)}});
-  write_json(folder / "generation_config.json", {{"_from_model_config", true},
-                                                 {"bos_token_id", options.bos_token_id},
-                                                 {"eos_token_id", options.eos_token_id},
-                                                 {"pad_token_id", options.pad_token_id}});
+  Json generation = {{"_from_model_config", true},
+                     {"bos_token_id", options.bos_token_id},
+                     {"eos_token_id", options.eos_token_id}};
+  if (options.pad_token_id >= 0) generation["pad_token_id"] = options.pad_token_id;
+  write_json(folder / "generation_config.json", generation);
   ModelCard written = card;
   if (written.vocab_size == 0) written.vocab_size = trained_vocab;
   write_json(folder / "caldera.json", {{"card", to_json(written)}});

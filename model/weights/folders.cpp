@@ -4,6 +4,7 @@
 #include "model/weights/json_fields.h"
 #include "model/weights/load.h"
 #include "model/weights/names.h"
+#include "model/weights/vocabulary.h"
 
 namespace caldera {
 namespace {
@@ -83,7 +84,7 @@ Json object_field(const Json& config, const std::string& where, const char* key)
   return config[key];
 }
 
-std::unique_ptr<LlavaModel> load_hf_llava(const fs::path& folder) {
+std::unique_ptr<LlavaModel> load_hf_llava(const fs::path& folder, int64_t vocab_size) {
   const std::string where = (folder / "config.json").string();
   const Json config = read_config(folder / "config.json");
   const std::string model_type = text_field(config, where, "model_type", "");
@@ -112,16 +113,17 @@ std::unique_ptr<LlavaModel> load_hf_llava(const fs::path& folder) {
   const bool tied = boolean_field(config, where, "tie_word_embeddings", false) ||
                     boolean_field(text, where, "tie_word_embeddings", false);
   text["tie_word_embeddings"] = tied;
+  if (vocab_size > 0) text["vocab_size"] = vocab_size;
   model->language =
       find_language_model(text_field(text, where, "model_type", "llama"), where + ": text_config").make(text);
   model->projector =
       make_projector(model->mm_projector_type, model->vision->hidden_size(), model->language->hidden_size());
 
-  const std::unique_ptr<TensorSource> source = open_weights_folder(folder);
-  const std::vector<std::string> leftovers =
-      load_tensors(model->tensors(), *source,
-                   [&source](const std::string& name) { return find_llava_name(name, *source); });
-  refuse_leftovers(leftovers, *source,
+  const std::unique_ptr<TensorSource> file = open_weights_folder(folder);
+  const UnpaddedVocabulary source(*file, vocab_size);
+  const std::vector<std::string> leftovers = load_tensors(
+      model->tensors(), source, [&source](const std::string& name) { return find_llava_name(name, source); });
+  refuse_leftovers(leftovers, source,
                    [tied](const std::string& name) { return tied && name.ends_with("lm_head.weight"); });
   return model;
 }
@@ -155,7 +157,7 @@ LoadedModel load_llava(const fs::path& dir) {
   if (fs::exists(card_file)) caldera = read_config(card_file);
   if (caldera.contains("card")) loaded.card = model_card_from_json(caldera["card"], card_file.string());
   if (fs::exists(loaded.folder / "config.json")) {
-    loaded.model = load_hf_llava(loaded.folder);
+    loaded.model = load_hf_llava(loaded.folder, loaded.card.vocab_size);
     return loaded;
   }
   CALDERA_CHECK(caldera.contains("build"), CheckpointError, "{}: expected a \"build\" of the model",

@@ -159,6 +159,12 @@ Json make_config(const GgufFile& file) {
   };
 
   const int64_t width = read.size("embedding_length"), layers = read.size("block_count");
+  const auto embedding = tensors.find("token_embd.weight");
+  CALDERA_CHECK(embedding != tensors.end() && embedding->second->shape.size() == 2, CheckpointError,
+                "{}: token_embd.weight is missing or no matrix", where);
+  const int64_t vocab = embedding->second->shape[0];
+  // What the metadata claim is held against the tensors before anything is allocated by it.
+  expect_shape("token_embd.weight", {vocab, width});
   const int64_t heads = read.size("attention.head_count"),
                 kv_heads = read.size("attention.head_count_kv", heads);
   const int64_t head_dim = read.size("attention.key_length", width / heads);
@@ -170,12 +176,6 @@ Json make_config(const GgufFile& file) {
                 CheckpointError, "{}: mixtures of experts are not supported", where);
   CALDERA_CHECK(!tensors.contains("rope_freqs.weight"), CheckpointError,
                 "{}: rope_freqs.weight: rotary frequencies scaled one by one are not supported", where);
-  const auto embedding = tensors.find("token_embd.weight");
-  CALDERA_CHECK(embedding != tensors.end() && embedding->second->shape.size() == 2, CheckpointError,
-                "{}: token_embd.weight is missing or no matrix", where);
-  const int64_t vocab = embedding->second->shape[0];
-  // What the metadata claim is held against the tensors before anything is allocated by it.
-  expect_shape("token_embd.weight", {vocab, width});
   const int64_t mlp_width = read.size("feed_forward_length");
   expect_shape("blk.0.ffn_gate.weight", {mlp_width, width});
   expect_shape("blk.0.attn_q.weight", {heads * head_dim, width});
