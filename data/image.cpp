@@ -32,9 +32,14 @@ void quieten_opencv() {
 Image pad_to_square(const Image& image, const std::array<float, 3>& mean) {
   const int64_t side = std::max(image.height, image.width);
   const int64_t top = (side - image.height) / 2, left = (side - image.width) / 2;
-  Image square{side, side, std::vector<uint8_t>(static_cast<size_t>(side * side * kChannels))};
-  for (size_t i = 0; i < square.pixels.size(); ++i) {
+  Image square{side, side, {}};
+  square.pixels.resize(static_cast<size_t>(side * side * kChannels));
+  const auto row = static_cast<size_t>(side * kChannels);
+  for (size_t i = 0; i < row; ++i) {
     square.pixels[i] = static_cast<uint8_t>(static_cast<double>(mean[i % 3]) * 255);
+  }
+  for (size_t filled = row; filled < square.pixels.size(); filled += row) {
+    std::copy_n(square.pixels.begin(), row, square.pixels.begin() + static_cast<std::ptrdiff_t>(filled));
   }
   for (int64_t y = 0; y < image.height; ++y) {
     std::copy_n(image.pixels.begin() + y * image.width * kChannels, image.width * kChannels,

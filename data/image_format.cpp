@@ -129,7 +129,7 @@ ImageHeader probe_bmp(const Reader& file, const std::string&) {
   header.height = std::abs(static_cast<int64_t>(rows));  // negative: top to bottom
   const auto bits = static_cast<int64_t>(is_old ? file.little(24, 2) : file.little(28, 2));
   const uint64_t compression = is_old ? 0 : file.little(30, 4);
-  if (compression == 0 && header.width <= kMaxImagePixels && header.height <= kMaxImagePixels) {
+  if (compression == 0 && header.height > 0 && header.width <= kMaxImagePixels / header.height) {
     const auto begin = static_cast<int64_t>(file.little(10, 4));
     if (begin + (header.width * bits + 31) / 32 * 4 * header.height > file.size()) file.truncated();
   }

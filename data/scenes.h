@@ -15,11 +15,14 @@ struct ScenesOptions {
   double text_only = 0.25;
 };
 
-// Writes into the folder (atomically): images/*.png, pretrain.json (one caption a picture), finetune.json
-// (several questions a picture, multi-turn), base.json (long captions and text-only records: what the small
-// base models learn from), test.json (one question a record, "type" in {colour, shape, count, position,
-// yes_no}, "held_out": true where the picture shows a combination of colour and shape that never met in
-// training), captions_test.json, boxes.json (LLaVA's caps_boxes form).
+// Writes into the folder (atomically): images/*.png (the image folder of every file here), pretrain.json (one
+// short caption a picture), finetune.json (5 to 8 questions a picture, in one conversation), base.json (a
+// long caption and a conversation a picture, and text-only records: what the small base models learn from),
+// test.json (one question a record, two a picture, "type" in {colour, shape, count, position, yes_no} evenly,
+// "held_out": true where the picture shows a combination of colour and shape that never met in training),
+// captions_test.json, boxes.json (LLaVA's caps_boxes form, with "split": train or test). A picture and its
+// texts depend on the seed and its number alone. Replaces scenes that are there; throws ConfigError for a
+// folder that holds something else.
 void make_scenes(const std::filesystem::path& folder, const ScenesOptions& options);
 
 }  // namespace caldera
