@@ -406,6 +406,10 @@ TEST_F(ExportTest, WritesForTheParityScript) {
   fs::create_directories(dir);
   save_hf_llava(*model, {"v1", "pad", 0, {}}, options(100), dir);
   const LoadedModel loaded = load_llava(dir);
+  for (const char* part : {"vision_tower", "language_model"}) {
+    fs::create_directories(fs::path(dir) / part);
+    save_hf_component(*loaded.model, part, at::kFloat, fs::path(dir) / part);
+  }
 
   const int64_t P = 16, num_images = 2, before = 3, after = 6;
   const int64_t length = before + P + after;

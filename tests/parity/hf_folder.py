@@ -13,9 +13,17 @@ import pathlib
 
 import safetensors.torch
 import torch
-from transformers import AutoConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration
 
 IMAGE_TOKEN_INDEX = -200
+
+
+def load(kind, folder: pathlib.Path):
+    model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not info[problem], f"{folder}: {problem}: {sorted(info[problem])[:5]}"
+    print(f"{folder}: loads; {sum(p.numel() for p in model.parameters()):,} parameters")
+    return model.eval()
 
 
 def main() -> None:
@@ -25,13 +33,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    model, info = LlavaForConditionalGeneration.from_pretrained(args.dir, dtype=torch.float32, output_loading_info=True)
-    model.eval()
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        assert not info[kind], f"{kind}: {sorted(info[kind])[:5]}"
+    model = load(LlavaForConditionalGeneration, args.dir)
     config = AutoConfig.from_pretrained(args.dir)
     assert config.model_type == "llava" and config.image_token_index < config.text_config.vocab_size
-    print(f"{args.dir}: loads; {sum(p.numel() for p in model.parameters()):,} parameters")
+    for part, kind in (("vision_tower", CLIPVisionModel), ("language_model", LlamaForCausalLM)):
+        if (args.dir / part).is_dir():
+            load(kind, args.dir / part)
     if args.batch is None:
         return
 
