@@ -25,12 +25,6 @@ std::string majority(const AnswerCounts& counts) {
   return most == counts.end() ? "" : most->first;
 }
 
-int64_t total(const AnswerCounts& counts) {
-  int64_t sum = 0;
-  for (const auto& [answer, count] : counts) sum += count;
-  return sum;
-}
-
 std::string question_text(const Turn& turn) { return strip(replace_all(turn.value, kImagePlaceholder, "")); }
 
 // The last question and its expected answer; records without an answer have no place here.
@@ -140,14 +134,17 @@ std::vector<Record> with_other_pictures(const std::vector<Record>& records) {
 std::vector<std::string> blind_answers(const std::vector<Record>& records,
                                        const std::vector<Record>& source) {
   std::unordered_map<std::string, AnswerCounts> by_question, by_type;
+  size_t num_asked = 0;
   for (const Record& record : source)
-    for (size_t i = 0; i + 1 < record.turns.size(); i += 2)
+    for (size_t i = 0; i + 1 < record.turns.size(); i += 2, ++num_asked)
       by_question[question_text(record.turns[i])][normalize_answer(record.turns[i + 1].value)] += 1;
+  // Where no question is ever repeated, each would be its own majority and blindness would be perfect.
+  if (by_question.size() == num_asked) by_question.clear();
   for (const Record& record : records) by_type[record.type][normalize_answer(last_answer(record))] += 1;
   std::vector<std::string> answers;
   for (const Record& record : records) {
-    const AnswerCounts& counts = by_question[question_text(last_question(record))];
-    answers.push_back(majority(total(counts) >= 2 ? counts : by_type.at(record.type)));
+    const auto known = by_question.find(question_text(last_question(record)));
+    answers.push_back(majority(known != by_question.end() ? known->second : by_type.at(record.type)));
   }
   return answers;
 }

@@ -73,8 +73,8 @@ std::string normalize_answer(const std::string& text);
 std::vector<Record> with_other_pictures(const std::vector<Record>& records);
 
 // The answer that never looks, for each record: the majority answer (normalised; ties: the alphabetically
-// first) to the same question in `source`; for a question that `source` holds once or never, the majority
-// answer to questions of its type in `records`.
+// first) to the same question in `source`. For a question that `source` does not hold, and where no question
+// of `source` is ever repeated, it is the majority answer to questions of its type in `records`.
 std::vector<std::string> blind_answers(const std::vector<Record>& records, const std::vector<Record>& source);
 
 }  // namespace caldera

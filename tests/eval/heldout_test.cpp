@@ -62,12 +62,25 @@ TEST(BlindAnswers, ATieGoesToTheFirstInTheAlphabet) {
   EXPECT_THAT(blind_answers(records, records), ElementsAre("no", "no"));
 }
 
-TEST(BlindAnswers, QuestionsAskedOnceFallBackToTheirType) {
+TEST(BlindAnswers, WhereAllQuestionsDifferTheirTypeDecides) {
   const std::vector<Record> records = {question("a", "Is the cat black?", "yes", "yes_no"),
                                        question("b", "Is the dog brown?", "yes", "yes_no"),
                                        question("c", "Is the hen white?", "no", "yes_no"),
                                        question("d", "What is that?", "a boat", "object")};
   EXPECT_THAT(blind_answers(records, records), ElementsAre("yes", "yes", "yes", "a boat"));
+}
+
+TEST(BlindAnswers, OneQuestionAmongRepeatedOnesIsItsOwnMajority) {
+  const std::vector<Record> records = {question("a", "Colour?", "red"), question("b", "Colour?", "red"),
+                                       question("c", "Count?", "2")};
+  EXPECT_THAT(blind_answers(records, records), ElementsAre("red", "red", "2"));
+}
+
+TEST(BlindAnswers, AQuestionThatTrainingNeverAskedFallsBackToItsType) {
+  const std::vector<Record> records = {question("a", "New?", "no", "yes_no"),
+                                       question("b", "Newer?", "no", "yes_no")};
+  const std::vector<Record> training = {question("t", "Old?", "yes"), question("u", "Old?", "yes")};
+  EXPECT_THAT(blind_answers(records, training), ElementsAre("no", "no"));
 }
 
 TEST(BlindAnswers, TrainingAnswersDecideWhereGiven) {
