@@ -82,6 +82,43 @@ CALDERA_SIMD void softmax_backward_rows(const c10::BFloat16* p, c10::BFloat16* d
   softmax_backward_each(p, dp, rows, num_keys, scale);
 }
 
+// One query row q [H, K] against keys and values [L, G, K], read where they lie in the cache. p [L] is
+// scratch.
+template <class T>
+CALDERA_INLINE void attend_one_each(const T* q, const T* k, const T* v, T* out, float* p, int64_t num_keys,
+                                    int64_t H, int64_t G, int64_t K) {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(K));
+  for (int64_t h = 0; h < H; ++h, q += K, out += K) {
+    const int64_t head = h / (H / G) * K;
+    for (int64_t j = 0; j < num_keys; ++j) {
+      const T* key = k + j * G * K + head;
+      Vec products = {};
+      for (int64_t i = 0; i < K; i += kLanes) {
+        const int64_t n = std::min(kLanes, K - i);
+        products += load(q + i, n) * load(key + i, n);
+      }
+      p[j] = sum(products);
+    }
+    softmax_each(p, 0, 1, 1, num_keys, scale, /*causal=*/false, 0);
+    for (int64_t i = 0; i < K; i += kLanes) {
+      const int64_t n = std::min(kLanes, K - i);
+      Vec total = {};
+      for (int64_t j = 0; j < num_keys; ++j) total += p[j] * load(v + j * G * K + head + i, n);
+      store(out + i, total, n);
+    }
+  }
+}
+
+CALDERA_SIMD void attend_one(const float* q, const float* k, const float* v, float* out, float* p,
+                             int64_t num_keys, int64_t H, int64_t G, int64_t K) {
+  attend_one_each(q, k, v, out, p, num_keys, H, G, K);
+}
+CALDERA_SIMD void attend_one(const c10::BFloat16* q, const c10::BFloat16* k, const c10::BFloat16* v,
+                             c10::BFloat16* out, float* p, int64_t num_keys, int64_t H, int64_t G,
+                             int64_t K) {
+  attend_one_each(q, k, v, out, p, num_keys, H, G, K);
+}
+
 // [L, G, K] -> [G, L, K], dense.
 at::Tensor heads_first(const at::Tensor& x) { return x.transpose(0, 1).contiguous(); }
 // [N, H, K] -> [G, R * N, K], dense: all queries of a key head in one matrix, so that keys and values are
@@ -172,11 +209,11 @@ class SampleAttention {
 };
 
 // Runs f(0) .. f(count - 1), each on one thread while the matrix products inside stay serial; where that
-// would leave threads idle, or q has too few elements to share, one after another.
+// would leave threads idle, or there are too few elements to share, one after another.
 template <class Function>
-void for_each_sample(int64_t count, const at::Tensor& q, Function f) {
+void for_each_sample(int64_t count, int64_t num_elements, Function f) {
   const int64_t threads = at::get_num_threads();
-  if (count < threads || q.numel() < row_grain(1)) {
+  if (count < threads || num_elements < row_grain(1)) {
     for (int64_t s = 0; s < count; ++s) f(s);
     return;
   }
@@ -191,7 +228,7 @@ struct PackedAttentionFunction : torch::autograd::Function<PackedAttentionFuncti
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k,
                             const at::Tensor& v, const std::vector<int64_t>& cu_seqlens, bool causal) {
     at::Tensor out = at::empty(q.sizes(), q.options());
-    for_each_sample(static_cast<int64_t>(cu_seqlens.size()) - 1, q, [&](int64_t s) {
+    for_each_sample(static_cast<int64_t>(cu_seqlens.size()) - 1, q.numel(), [&](int64_t s) {
       const auto rows = [&](const at::Tensor& x) { return slice(x, cu_seqlens, s); };
       SampleAttention(rows(q), rows(k), rows(v), causal).forward(rows(out));
     });
@@ -208,7 +245,7 @@ struct PackedAttentionFunction : torch::autograd::Function<PackedAttentionFuncti
     const bool causal = ctx->saved_data["causal"].toBool();
     at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()),
                dv = at::empty(v.sizes(), v.options());
-    for_each_sample(static_cast<int64_t>(cu_seqlens.size()) - 1, q, [&](int64_t s) {
+    for_each_sample(static_cast<int64_t>(cu_seqlens.size()) - 1, q.numel(), [&](int64_t s) {
       const auto rows = [&](const at::Tensor& x) { return slice(x, cu_seqlens, s); };
       SampleAttention(rows(q), rows(k), rows(v), causal)
           .backward(rows(grads[0]), rows(dq), rows(dk), rows(dv));
@@ -285,16 +322,26 @@ at::Tensor cached_attention(const at::Tensor& q_THK, const std::vector<at::Tenso
                             const std::vector<at::Tensor>& values, const std::vector<int64_t>& cu_seqlens) {
   check_shapes(q_THK, cu_seqlens);
   CALDERA_ASSERT(keys.size() == cu_seqlens.size() - 1 && values.size() == keys.size());
-  at::Tensor out = at::empty(q_THK.sizes(), q_THK.options());
-  for_each_sample(static_cast<int64_t>(keys.size()), q_THK, [&](int64_t s) {
+  const at::Tensor q = q_THK.contiguous();
+  at::Tensor out = at::empty_like(q);
+  int64_t num_elements = 0;
+  for (const at::Tensor& key : keys) num_elements += key.numel();
+  for_each_sample(static_cast<int64_t>(keys.size()), num_elements, [&](int64_t s) {
     const auto i = static_cast<size_t>(s);
-    const auto rows = [&](const at::Tensor& x) {
-      return x.narrow(0, cu_seqlens[i], cu_seqlens[i + 1] - cu_seqlens[i]);
-    };
-    if (has_cpu_kernel(q_THK))
-      SampleAttention(rows(q_THK), keys[i], values[i], /*causal=*/true).forward(rows(out));
-    else
-      rows(out).copy_(plain_attention(rows(q_THK), keys[i], values[i], /*causal=*/true));
+    const int64_t begin = cu_seqlens[i], count = cu_seqlens[i + 1] - begin;
+    const at::Tensor q_s = q.narrow(0, begin, count), out_s = out.narrow(0, begin, count), &k = keys[i],
+                     &v = values[i];
+    if (!has_cpu_kernel(q)) {
+      out_s.copy_(plain_attention(q_s, k, v, /*causal=*/true));
+    } else if (count == 1 && k.is_contiguous() && v.is_contiguous()) {
+      std::vector<float> scratch(static_cast<size_t>(k.size(0)));
+      with_cpu_type(q, [&]<class T>(T*) {
+        attend_one(q_s.const_data_ptr<T>(), k.const_data_ptr<T>(), v.const_data_ptr<T>(),
+                   out_s.mutable_data_ptr<T>(), scratch.data(), k.size(0), q.size(1), k.size(1), q.size(2));
+      });
+    } else {
+      SampleAttention(q_s, k, v, /*causal=*/true).forward(out_s);
+    }
   });
   return out;
 }

@@ -64,9 +64,15 @@ CALDERA_INLINE void store(c10::BFloat16* x, const Vec& v, int64_t n = kLanes) {
 CALDERA_INLINE Vec max(const Vec& a, const Vec& b) { return a > b ? a : b; }
 CALDERA_INLINE Vec min(const Vec& a, const Vec& b) { return a < b ? a : b; }
 CALDERA_INLINE float sum(const Vec& v) {
-  float total = 0;
-  for (int64_t i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+  using Half = float __attribute__((vector_size(32)));
+  using Quarter = float __attribute__((vector_size(16)));
+  Half halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  const Half half = halves[0] + halves[1];
+  Quarter quarters[2];
+  std::memcpy(quarters, &half, sizeof half);
+  const Quarter quarter = quarters[0] + quarters[1];
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 CALDERA_INLINE float maximum(const Vec& v) {
   float best = v[0];

@@ -164,8 +164,10 @@ TEST(Ops, CachedAttentionSeesEverythingBefore) {
     const at::Tensor whole = packed_attention(q, k, v, {0, 20}, true);
     const at::Tensor tail = cached_attention(q.narrow(0, 15, 5), {k}, {v}, {0, 5});
     EXPECT_TRUE(at::allclose(tail, whole.narrow(0, 15, 5), 1e-5, 1e-6));
-    const at::Tensor last = cached_attention(q.narrow(0, 19, 1), {k}, {v}, {0, 1});
-    EXPECT_TRUE(at::allclose(last, whole.narrow(0, 19, 1), 1e-5, 1e-6));
+    // Steps of one token, two sequences at once.
+    const at::Tensor steps =
+        cached_attention(q.slice(0, 9, 20, 10), {k.narrow(0, 0, 10), k}, {v.narrow(0, 0, 10), v}, {0, 1, 2});
+    EXPECT_TRUE(at::allclose(steps, whole.slice(0, 9, 20, 10), 1e-5, 1e-6));
   }
 }
 
