@@ -7,7 +7,7 @@
 
 #include <cerrno>
 #include <cstring>
-#include <fstream>
+#include <vector>
 
 #include "base/error.h"
 
@@ -28,6 +28,24 @@ void flush_path(const fs::path& path, int flags) {
 
 void flush_folder(const fs::path& folder) {
   flush_path(folder.empty() ? fs::path(".") : folder, O_RDONLY | O_DIRECTORY);
+}
+
+// Everything below the folder to disk: file by file, or, for thousands of small files (pictures), the file system at once.
+void flush_tree(const fs::path& folder) {
+  constexpr size_t kMany = 100;
+  std::vector<fs::path> files, folders = {folder};
+  for (const auto& entry : fs::recursive_directory_iterator(folder))
+    (entry.is_directory() ? folders : files).push_back(entry.path());
+  if (files.size() > kMany) {
+    const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY);
+    if (descriptor < 0) fail("open for flushing", folder);
+    const int result = ::syncfs(descriptor);
+    ::close(descriptor);
+    if (result != 0) fail("flush", folder);
+    return;
+  }
+  for (const fs::path& file : files) flush_path(file, O_RDONLY);
+  for (const fs::path& path : folders) flush_folder(path);
 }
 
 fs::path temporary_name(const fs::path& path) { return fmt::format("{}.tmp-{}", path.string(), ::getpid()); }
@@ -101,9 +119,7 @@ void write_folder_atomic(const fs::path& path, const std::function<void(const fs
   fs::create_directories(temporary);
   try {
     fill(temporary);
-    for (const auto& entry : fs::recursive_directory_iterator(temporary))
-      entry.is_directory() ? flush_folder(entry.path()) : flush_path(entry.path(), O_RDONLY);
-    flush_folder(temporary);
+    flush_tree(temporary);
     if (fs::exists(path)) {
       // Two renames: a folder cannot replace a full one. Between them `path` is absent, never mixed.
       const fs::path old = fmt::format("{}.tmp-old-{}", path.string(), ::getpid());

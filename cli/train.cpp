@@ -6,6 +6,7 @@
 #include "base/strings.h"
 #include "cli/command.h"
 #include "cli/train_progress.h"
+#include "eval/html.h"
 #include "eval/report.h"
 #include "train/run.h"
 
@@ -45,9 +46,10 @@ void print_summary(const Recipe& recipe, const HeldoutResult& result) {
   const fs::path output = recipe.output;
   fmt::print(stderr, "\n  {}\n  {}\n", (output / "report.html").string(), (output / "sheet.png").string());
   if (!result.answers.empty())
-    fmt::print(stderr, "\nask it more:\n  caldera generate --model {} --image {} --prompt \"{}\"\n", output.string(),
-               (fs::path(recipe.evaluation->image_folder) / result.answers.front().image).string(),
-               result.answers.front().question);
+    fmt::print(stderr, "\nask it more:\n  build/caldera generate --model {} --image {} --prompt {}\n",
+               shell_quote(output.string()),
+               shell_quote((fs::path(recipe.evaluation->image_folder) / result.answers.front().image).string()),
+               shell_quote(result.answers.front().question));
 }
 
 void train(const TrainCommand& command) {

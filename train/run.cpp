@@ -15,9 +15,8 @@ namespace caldera {
 namespace {
 
 StageData prepare_data(const Recipe& recipe, const StageConfig& stage) {
-  const std::string tokenizer = recipe.model.tokenizer.empty() ? recipe.model.language_model : recipe.model.tokenizer;
   StageData data;
-  data.format.tokenizer = load_tokenizer(tokenizer);
+  data.format.tokenizer = load_tokenizer(tokenizer_of(recipe));
   data.format.conversation = &find_template(stage.data.conversation_template);
   data.format.image_aspect_ratio = stage.data.image_aspect_ratio;
   data.format.model_max_length = stage.data.model_max_length;

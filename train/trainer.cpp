@@ -89,6 +89,10 @@ std::string recipe_part(const Recipe& recipe, const StageConfig& stage) {
   return dump_recipe(part);
 }
 
+std::string tokenizer_of(const Recipe& recipe) {
+  return fs::absolute(recipe.model.tokenizer.empty() ? recipe.model.language_model : recipe.model.tokenizer).string();
+}
+
 Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::optional<fs::path> checkpoint,
                  TrainingObserver& observer, std::function<bool()> stop_requested)
     : recipe_(recipe),
@@ -239,7 +243,7 @@ Json Trainer::describe() const {
                                       {"trained", stage_.trainable},
                                       {"data", stage_.data.data_path},
                                       {"recipe", dump_recipe(recipe_)}}};
-  return {{"build", to_json(build_)}, {"card", to_json(card)}};
+  return {{"build", to_json(build_)}, {"card", to_json(card)}, {"tokenizer", tokenizer_of(recipe_)}};
 }
 
 void Trainer::save_checkpoint() {

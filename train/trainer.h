@@ -85,6 +85,8 @@ at::Device choose_device(const std::string& device);
 at::ScalarType parse_dtype(const std::string& dtype);  // "float32" or "bfloat16"
 // How the model of a stage is built: the recipe's parts, and what earlier stages trained laid over.
 BuildSpec build_spec_of(const Recipe& recipe, size_t stage_index);
+// Where the recipe's tokenizer is: its own, else the language model's.
+std::string tokenizer_of(const Recipe& recipe);
 // The part of a recipe that a stage's checkpoints were made under: model, stage and seed, as YAML.
 std::string recipe_part(const Recipe& recipe, const StageConfig& stage);
 

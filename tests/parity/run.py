@@ -1,15 +1,38 @@
 #!/usr/bin/env python3
-"""Runs every live parity check (they need transformers and the built binary). Usage: run.py CALDERA"""
-import pathlib, subprocess, sys, time
+"""Runs every live parity check (they need transformers, the built binary and the built tests). Usage: run.py CALDERA
+
+gguf_nll.py needs a real model's GGUF file; it runs where CALDERA_GGUF names one."""
+import os, pathlib, subprocess, sys, tempfile, time
 
 folder = pathlib.Path(__file__).resolve().parent
+caldera = pathlib.Path(sys.argv[1]).resolve()
+build = caldera.parent
+work = pathlib.Path(tempfile.mkdtemp(prefix="caldera_parity_"))
+
+
+def python(script, *arguments):
+    return [sys.executable, folder / script, *arguments]
+
+
+# Name, extra environment, the commands in order.
+checks = [
+    ("tokens", {}, [python("tokens.py", "--build", build)]),
+    ("trajectory", {}, [python("trajectory.py", caldera)]),
+    ("hf_folder", {"CALDERA_PARITY_DIR": str(work)},
+     [[build / "model_export_test"], python("hf_folder.py", work, "--batch", work / "batch.safetensors")]),
+]
+if "CALDERA_GGUF" in os.environ:
+    expected = work / "nll.safetensors"
+    checks.append(("gguf_nll", {"CALDERA_GGUF_EXPECTED": str(expected)},
+                   [python("gguf_nll.py", os.environ["CALDERA_GGUF"], expected),
+                    [build / "model_weights_test", "--gtest_filter=*RealModel"]]))
+
 failed = []
-scripts = sorted(path for path in folder.glob("*.py") if path.name != "run.py")
-for script in scripts:
-    print(f"-- {script.name}", flush=True)
+for name, environment, commands in checks:
+    print(f"-- {name}", flush=True)
     start = time.time()
-    if subprocess.run([sys.executable, script, *sys.argv[1:]]).returncode != 0:
-        failed.append(script.name)
+    if any(subprocess.run(command, env={**os.environ, **environment}).returncode != 0 for command in commands):
+        failed.append(name)
     print(f"   {time.time() - start:.0f} s", flush=True)
-print(f"parity: {len(scripts) - len(failed)} passed, {len(failed)} failed {' '.join(failed)}")
+print(f"parity: {len(checks) - len(failed)} passed, {len(failed)} failed {' '.join(failed)}".rstrip())
 sys.exit(bool(failed))
