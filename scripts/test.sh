@@ -8,6 +8,9 @@ cd "$(dirname "$0")/.."
 . scripts/versions.env
 scripts/setup.sh --tests
 
+# Tests run beside each other: threads that wait must sleep, not spin on a core that another test needs.
+export OMP_WAIT_POLICY=passive
+
 parity=0
 if [ $# -eq 0 ] && [ -e tests/parity/run.py ]; then
   [ -x .deps/venv/bin/python ] || python3 -m venv .deps/venv
