@@ -78,27 +78,28 @@ double between(Rng& rng, double low, double high) { return low + (high - low) * 
 
 SceneObject place_object(Rng& rng, int colour, int shape, int place) {
   SceneObject object{colour, shape, place};
-  // Of a side of 64 pixels: radius 7.5 to 11.5 for a circle; the centre leaves its quadrant's middle by at
-  // most 5, and nothing leaves its quadrant.
-  object.radius = between(rng, 7.5, 11.5) / 64 * kReach[static_cast<size_t>(shape)];
-  const double slack = std::min(5.0 / 64, 15.5 / 64 - object.radius);
+  // Of a side of 64 pixels: radius 9.5 to 11 for a circle; the centre leaves its quadrant's middle by at
+  // most 1: a tower this small learns places quickly, and outlines that move about slowly.
+  object.radius = between(rng, 9.5, 11) / 64 * kReach[static_cast<size_t>(shape)];
+  const double slack = std::clamp(15.5 / 64 - object.radius, 0.0, 1.0 / 64);
   object.center_x = (place % 2 == 0 ? 0.25 : 0.75) + between(rng, -slack, slack);
   object.center_y = (place / 2 == 0 ? 0.25 : 0.75) + between(rng, -slack, slack);
-  object.angle = between(rng, -0.26, 0.26);
+  object.angle = between(rng, -0.1, 0.1);
   return object;
 }
 
 // Grey with a tint, so that no background is mistaken for a shape's colour.
 std::array<double, 3> background_colour(Rng& rng) {
-  const double grey = between(rng, 15, 240);
+  const double grey = between(rng, 10, 60);
   return {grey + between(rng, -14, 14), grey + between(rng, -14, 14), grey + between(rng, -14, 14)};
 }
 
-// Plain, a gradient in any direction, or noise.
+// Plain, a gradient in any direction, or noise; always darker than the shapes, so that a small tower can tell figure from
+// ground without having to learn both polarities of every outline.
 cv::Mat draw_background(Rng& rng, int size_px) {
   const std::array<double, 3> from = background_colour(rng), to = background_colour(rng);
   const uint64_t kind = rng.below(3);
-  const double direction = between(rng, 0, 2 * std::numbers::pi), noise = between(rng, 6, 22);
+  const double direction = between(rng, 0, 2 * std::numbers::pi), noise = between(rng, 4, 12);
   cv::Mat picture(size_px, size_px, CV_8UC3);
   for (int y = 0; y < size_px; ++y) {
     for (int x = 0; x < size_px; ++x) {

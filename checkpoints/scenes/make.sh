@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 caldera=${CALDERA:-build/caldera}
 data=data-cache/scenes-base
-[ -e $data/base.json ] || $caldera data make-scenes --out $data --num-train 12000 --num-test 200 --seed 1
+[ -e $data/base.json ] || $caldera data make-scenes --out $data --num-train 40000 --num-test 200 --seed 1
 
 # LLaMA's tokenizer settings on the texts of the scenes and the v1 system prompt.
 fresh=checkpoints/scenes/fresh
