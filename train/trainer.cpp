@@ -10,6 +10,7 @@
 
 #include "base/error.h"
 #include "base/log.h"
+#include "base/strings.h"
 #include "train/checkpoint.h"
 #include "train/schedule.h"
 #ifdef CALDERA_CUDA
@@ -250,7 +251,7 @@ void Trainer::save_checkpoint() {
   write_checkpoint(folder_,
                    {.step = steps_done_, .seed = recipe_.seed, .recipe = recipe_part(recipe_, stage_), .caldera = describe()},
                    *optimizer_, stage_.save_total_limit);
-  observer_.on_checkpoint(folder_ / "checkpoints" / read_file(folder_ / "latest"));
+  observer_.on_checkpoint(folder_ / "checkpoints" / strip(read_file(folder_ / "latest")));
 }
 
 void Trainer::save_final() {
