@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the small base models in checkpoints/scenes anew (about half an hour on two cores): data, tokenizer, training,
+# Makes the small base models in checkpoints/scenes anew (about ten minutes on two cores): data, tokenizer, training,
 # export. Needs Debian's package `sentencepiece` for spm_train. Run it in the repository's root after scripts/setup.sh.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
