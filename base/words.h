@@ -22,6 +22,9 @@ struct ImageSpec {
   std::array<float, 3> image_mean = {0.48145466f, 0.4578275f, 0.40821073f};  // RGB, of values in [0, 1]
   std::array<float, 3> image_std = {0.26862954f, 0.26130258f, 0.27577711f};
   int64_t num_image_tokens = 576;  // rows of features that one image takes in the packed row
+  // true (CLIP): the shorter edge is resized to image_size and the centre kept; false (SigLIP): both edges are
+  // resized to it.
+  bool keeps_aspect = true;
 };
 
 // How a picture that is not square becomes one. "square" (LLaVA's name): resize the shorter edge, crop the centre.

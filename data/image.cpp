@@ -49,8 +49,9 @@ Image pad_to_square(const Image& image, const std::array<float, 3>& mean) {
 }
 
 // CLIPImageProcessor: the shorter edge becomes `size`, the longer one int(size * long / short); then the
-// centre.
-Image resize_and_crop(const Image& image, int64_t size) {
+// centre. SiglipImageProcessor: both edges become `size`.
+Image resize_to_square(const Image& image, int64_t size, bool keeps_aspect) {
+  if (!keeps_aspect) return resize_bicubic(image, size, size);
   const int64_t shorter = std::min(image.height, image.width), longer = std::max(image.height, image.width);
   const auto scaled = static_cast<int64_t>(static_cast<double>(size * longer) / static_cast<double>(shorter));
   const int64_t height = image.height <= image.width ? size : scaled;
@@ -106,7 +107,8 @@ at::Tensor preprocess_image(const Image& image, const ImageSpec& spec,
                 "image_aspect_ratio: expected \"{}\" or \"{}\", got \"{}\"", kAspectSquare, kAspectPad,
                 image_aspect_ratio);
   const bool pad = image_aspect_ratio == kAspectPad && image.height != image.width;
-  const Image square = resize_and_crop(pad ? pad_to_square(image, spec.image_mean) : image, spec.image_size);
+  const Image square = resize_to_square(pad ? pad_to_square(image, spec.image_mean) : image, spec.image_size,
+                                        spec.keeps_aspect);
   at::Tensor pixels_CYX = at::empty({kChannels, spec.image_size, spec.image_size}, at::kByte);
   auto* planes = pixels_CYX.data_ptr<uint8_t>();
   const auto plane_size = static_cast<size_t>(spec.image_size * spec.image_size);

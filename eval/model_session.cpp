@@ -28,43 +28,6 @@ Json read_json_or_empty(const fs::path& file) {
   return json;
 }
 
-ModelCard read_card(const fs::path& folder) {
-  const fs::path file = folder / "caldera.json";
-  const Json caldera = read_json_or_empty(file);
-  return caldera.contains("card") ? model_card_from_json(caldera["card"], file.string()) : ModelCard();
-}
-
-// Asks the tower itself how many tokens a picture takes, by building it without weights (memory that nobody
-// touches).
-std::optional<ImageSpec> read_image_spec(const fs::path& folder) {
-  const Json caldera = read_json_or_empty(folder / "caldera.json");
-  VisionFeatures features;
-  fs::path file = folder / "config.json";
-  Json vision;
-  if (caldera.contains("build")) {
-    const BuildSpec build = build_spec_from_json(caldera["build"], (folder / "caldera.json").string());
-    features = build.features;
-    file = fs::path(build.vision_tower) / "config.json";
-    if (!fs::exists(file)) return {};
-    vision = read_json_or_empty(file);
-    if (vision.contains("vision_config")) vision = Json(vision["vision_config"]);
-  } else {
-    const Json config = read_json_or_empty(file);
-    if (!config.contains("vision_config")) return {};
-    vision = config["vision_config"];
-    features.vision_feature_layer =
-        integer_field(config, file.string(), "vision_feature_layer", -2, -1000, 1000);
-    const std::string strategy =
-        text_field(config, file.string(), "vision_feature_select_strategy", "default");
-    features.vision_feature_select_strategy =
-        strategy == "full" || strategy == "cls_patch" ? "cls_patch" : "patch";
-  }
-  CALDERA_CHECK(vision.is_object(), CheckpointError, "{}: vision_config: expected an object", file.string());
-  const std::string model_type = text_field(vision, file.string(), "model_type", "clip_vision_model");
-  const Json preprocessor = read_json_or_empty(file.parent_path() / "preprocessor_config.json");
-  return find_vision_tower(model_type, file.string()).make(vision, preprocessor, features)->image_spec();
-}
-
 }  // namespace
 
 fs::path tokenizer_path(const fs::path& folder) {
@@ -111,7 +74,7 @@ TextSession open_text(const fs::path& folder, const std::string& conversation_te
   const fs::path resolved = is_tokenizer ? folder : resolve_model_folder(folder);
   TextSession session;
   if (!is_tokenizer) {
-    session.card = read_card(resolved);
+    session.card = read_model_card(resolved);
     session.image_spec = read_image_spec(resolved);
   }
   SampleFormat& format = session.format;

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Makes tests/golden/vision_*.safetensors: what transformers' CLIPVisionModel and the package efficientnet-lite-pytorch compute.
+"""Makes tests/golden/vision_*.safetensors: what transformers' CLIPVisionModel and SiglipVisionModel and the package
+efficientnet-lite-pytorch compute.
 
     pip install torch transformers safetensors efficientnet-lite-pytorch
     scripts/make_goldens_vision.py
@@ -10,10 +11,12 @@ import pathlib
 import numpy as np
 import safetensors.torch
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
 
 def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -28,9 +31,7 @@ def make_clip() -> None:
     sizes = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=30, patch_size=7)
     out = {}
     pixels = torch.randint(0, 256, (2, 3, 30, 30), dtype=torch.uint8)
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
-    normal = (pixels.float() / 255 - mean) / std
+    normal = (pixels.float() / 255 - MEAN) / STD
     model = CLIPVisionModel(CLIPVisionConfig(**sizes, hidden_act="quick_gelu"))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -55,6 +56,46 @@ def make_clip() -> None:
             out["weights." + classic(name)] = tensor
     out["pixels"] = pixels
     save("vision_clip.safetensors", out)
+
+
+def make_interpolated() -> None:
+    """Of the tower of make_clip, pictures of other sizes than its own: hidden_states[-2] with interpolate_pos_encoding."""
+    golden = safetensors.torch.load_file(GOLDEN / "vision_clip.safetensors")
+    model = CLIPVisionModel(CLIPVisionConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3,
+                                             image_size=30, patch_size=7)).eval()
+    weights = {name.removeprefix("weights."): tensor for name, tensor in golden.items() if name.startswith("weights.")}
+    model.load_state_dict({own: weights[classic(own)] for own in model.state_dict()})
+    out = {}
+    for size in (16, 49):
+        pixels = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8)
+        normal = (pixels.float() / 255 - MEAN) / STD
+        hidden = model(normal, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
+        out |= {f"pixels.{size}": pixels, f"hidden.{size}": hidden[-2]}
+    save("vision_clip_sizes.safetensors", out)
+
+
+def make_siglip() -> None:
+    """As make_clip, of SigLIP; and hidden_states[-2] of pictures of another size with interpolate_pos_encoding."""
+    torch.manual_seed(1)
+    model = SiglipVisionModel(SiglipVisionConfig(hidden_size=20, intermediate_size=36, num_hidden_layers=3, num_attention_heads=2,
+                                                 image_size=30, patch_size=7)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    out = {"pixels": torch.randint(0, 256, (2, 3, 30, 30), dtype=torch.uint8)}
+    hidden = model((out["pixels"].float() / 255 - 0.5) / 0.5, output_hidden_states=True).hidden_states
+    assert len(hidden) == 4
+    for layer, state in enumerate(hidden):
+        out[f"hidden.{layer}"] = state
+    out["cotangent"] = torch.randn(2, 16, 20)
+    (hidden[-2] * out["cotangent"]).sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and ("layers.0." in name or "embeddings" in name):
+            out["grad." + classic(name)] = parameter.grad
+        out["weights." + classic(name)] = parameter
+    out["large.pixels"] = torch.randint(0, 256, (1, 3, 43, 43), dtype=torch.uint8)
+    out["large.hidden"] = model((out["large.pixels"].float() / 255 - 0.5) / 0.5, output_hidden_states=True,
+                                interpolate_pos_encoding=True).hidden_states[-2]
+    save("vision_siglip.safetensors", out)
 
 
 def classic(name: str) -> str:
@@ -102,5 +143,7 @@ if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     with torch.random.fork_rng():
         make_clip()
+        make_interpolated()
+        make_siglip()
     with torch.no_grad():
         make_efficientnet()

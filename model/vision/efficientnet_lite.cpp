@@ -104,9 +104,8 @@ class EfficientNetLite : public VisionTower {
                     coefficient);
     drops_class_token(
         features);  // there is no class token: either choice gives all patches, a third is refused
-    spec_ = image_spec_from(preprocessor, image_size_);
-    const int64_t grid = (image_size_ + kTotalStride - 1) / kTotalStride;
-    spec_.num_image_tokens = grid * grid;
+    spec_ = image_spec_from(preprocessor, {});
+    set_image_size(image_size_);
     build();
   }
 
@@ -132,6 +131,13 @@ class EfficientNetLite : public VisionTower {
     }
     head_.list(all, "head");
     return all;
+  }
+
+  void set_image_size(int64_t image_size) override {  // a convolution has no positions
+    check_image_size(image_size, kTotalStride);
+    image_size_ = spec_.image_size = image_size;
+    const int64_t grid = (image_size + kTotalStride - 1) / kTotalStride;
+    spec_.num_image_tokens = grid * grid;
   }
 
   ImageSpec image_spec() const override { return spec_; }

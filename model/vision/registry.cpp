@@ -6,7 +6,7 @@
 namespace caldera {
 
 std::span<const VisionTowerSpec> vision_towers() {
-  static const std::vector<VisionTowerSpec> towers = {clip_spec(), efficientnet_lite_spec()};
+  static const std::vector<VisionTowerSpec> towers = {clip_spec(), siglip_spec(), efficientnet_lite_spec()};
   return towers;
 }
 
@@ -22,10 +22,13 @@ const VisionTowerSpec& find_vision_tower(const std::string& model_type, const st
                                     suggestion(model_type, known)));
 }
 
-ImageSpec image_spec_from(const Json& preprocessor, int64_t image_size) {
+Json vision_part(const Json& config) {
+  const auto part = config.find("vision_config");
+  return part != config.end() && part->is_object() ? Json(*part) : config;
+}
+
+ImageSpec image_spec_from(const Json& preprocessor, ImageSpec spec) {
   const std::string where = "preprocessor_config.json";
-  ImageSpec spec;
-  spec.image_size = image_size;
   const auto read = [&](const char* key, std::array<float, 3>& values) {
     if (!preprocessor.contains(key)) return;
     const Json& list = preprocessor[key];
@@ -39,10 +42,21 @@ ImageSpec image_spec_from(const Json& preprocessor, int64_t image_size) {
   };
   read("image_mean", spec.image_mean);
   read("image_std", spec.image_std);
+  // CLIP's "size" is a shortest edge, as an object or (older files) a number; SigLIP's a height and a width.
+  const auto size = preprocessor.find("size");
+  if (size != preprocessor.end() && (size->is_number() || size->contains("shortest_edge")))
+    spec.keeps_aspect = true;
+  if (size != preprocessor.end() && size->contains("height")) spec.keeps_aspect = false;
   for (const float deviation : spec.image_std)
     CALDERA_CHECK(deviation > 0, CheckpointError, "{}: image_std: expected positive numbers, got {}", where,
                   deviation);
   return spec;
+}
+
+void check_image_size(int64_t image_size, int64_t patch_size) {
+  CALDERA_CHECK(image_size >= patch_size && image_size <= 8192, ConfigError,
+                "image_size: expected a size from {} (the tower's patch) to 8192 pixels, got {}", patch_size,
+                image_size);
 }
 
 void check_pixels(const at::Tensor& pixels_ICYX, const ImageSpec& spec) {

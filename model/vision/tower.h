@@ -29,9 +29,14 @@ class VisionTower {
   virtual at::Tensor forward(const at::Tensor& pixels_ICYX) = 0;
   // As in HF's classic files: "vision_model.embeddings.class_embedding", ...
   virtual NamedTensors tensors() = 0;
+  // Takes pictures of another size from now on: position embeddings are interpolated as HF's
+  // interpolate_pos_encoding does, once, so that every file written later holds them for that size. Throws
+  // ConfigError for a size that the tower cannot take.
+  virtual void set_image_size(int64_t image_size) = 0;
   virtual ImageSpec image_spec() const = 0;
   virtual int64_t hidden_size() const = 0;  // D
-  virtual Json config() const = 0;          // what its config.json holds (for CLIP: HF's CLIPVisionConfig)
+  virtual bool has_class_token() const { return false; }
+  virtual Json config() const = 0;  // what its config.json holds (for CLIP: HF's CLIPVisionConfig)
   virtual const char* id() const = 0;
 };
 

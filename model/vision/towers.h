@@ -9,10 +9,18 @@
 namespace caldera {
 
 const VisionTowerSpec& clip_spec();
+const VisionTowerSpec& siglip_spec();
 const VisionTowerSpec& efficientnet_lite_spec();
 
-// Mean and deviation of preprocessor_config.json (CLIP's where it has none); the size is the tower's own.
-ImageSpec image_spec_from(const Json& preprocessor, int64_t image_size);
+// The tower's own configuration: a CLIPModel's or SiglipModel's config.json holds it as one part of two.
+Json vision_part(const Json& config);
+
+// The tower's defaults with mean, deviation and the kind of resizing that preprocessor_config.json states, if
+// it does. The size stays the tower's own.
+ImageSpec image_spec_from(const Json& preprocessor, ImageSpec defaults);
+
+// Throws ConfigError unless at least one patch and at most 8192 pixels.
+void check_image_size(int64_t image_size, int64_t patch_size);
 
 // Throws DataError unless the pixels are uint8 [I, 3, image_size, image_size].
 void check_pixels(const at::Tensor& pixels_ICYX, const ImageSpec& spec);

@@ -3,8 +3,10 @@
 #include "base/strings.h"
 #include "model/weights/gguf_weights.h"
 #include "model/weights/json_fields.h"
+#include "model/weights/llava_config.h"
 #include "model/weights/load.h"
 #include "model/weights/names.h"
+#include "model/weights/vocabulary.h"
 
 namespace caldera {
 namespace {
@@ -16,6 +18,43 @@ bool weights_or_seed(const fs::path& path, std::optional<uint64_t> fresh_seed) {
   if (has_weights(path)) return true;
   if (!fresh_seed) open_weights_folder(path);  // throws, naming what it looked for
   return false;
+}
+
+// A whole LLaVA's folder also serves as the source of one of its parts.
+bool is_llava(const Json& config) { return is_hf_llava(config) || is_original_llava(config); }
+
+Json tower_config(const Json& config, const std::string& where) {
+  CALDERA_CHECK(
+      !is_original_llava(config), CheckpointError,
+      "{}: the original LLaVA's folder names its tower (mm_vision_tower) and does not describe it: use that "
+      "tower's own folder",
+      where);
+  if (!is_hf_llava(config)) return config;
+  Json vision = config["vision_config"];
+  CALDERA_CHECK(vision.is_object(), CheckpointError, "{}: vision_config: expected an object", where);
+  if (!vision.contains("model_type")) vision["model_type"] = "clip_vision_model";
+  return vision;
+}
+
+// The decoder's part of a LLaVA's configuration, else all of it. The vocabulary is that of training: an
+// export may have padded it.
+Json decoder_config(const fs::path& folder, const Json& config) {
+  if (!is_llava(config)) return config;
+  Json text =
+      is_original_llava(config) ? read_original_llava(folder, config).text : Json(config["text_config"]);
+  CALDERA_CHECK(text.is_object(), CheckpointError, "{}: text_config: expected an object", folder.string());
+  if (!text.contains("model_type")) text["model_type"] = "llama";
+  const std::string where = (folder / "config.json").string();
+  if (boolean_field(config, where, "tie_word_embeddings", false)) text["tie_word_embeddings"] = true;
+  if (const int64_t vocab_size = read_model_card(folder).vocab_size; vocab_size > 0)
+    text["vocab_size"] = vocab_size;
+  return text;
+}
+
+// One part of a LLaVA's folder; the others' tensors are none of its business.
+void load_part(const NamedTensors& tensors, const std::string& prefix, const TensorSource& source) {
+  load_tensors(tensors, source,
+               [&](const std::string& name) { return find_llava_name(prefix + name, source); });
 }
 
 }  // namespace
@@ -55,31 +94,45 @@ std::vector<std::string> load_tensors(const NamedTensors& wanted, const TensorSo
   return names;
 }
 
-std::unique_ptr<VisionTower> load_vision_tower(const fs::path& path, const VisionFeatures& features,
-                                               std::optional<uint64_t> fresh_seed) {
+std::unique_ptr<VisionTower> make_vision_tower(const fs::path& path, const VisionFeatures& features,
+                                               int64_t image_size) {
   const fs::path config_file = path / "config.json";
   const Json config = read_config(config_file);
-  const VisionTowerSpec& spec =
-      find_vision_tower(text_field(config, config_file.string(), "model_type", ""), config_file.string());
-  std::unique_ptr<VisionTower> tower = spec.make(config, read_preprocessor_config(path), features);
+  const Json vision = tower_config(config, config_file.string());
+  std::unique_ptr<VisionTower> tower =
+      find_vision_tower(text_field(vision, config_file.string(), "model_type", ""), config_file.string())
+          .make(vision, read_preprocessor_config(path), features);
+  if (image_size > 0) tower->set_image_size(image_size);
+  return tower;
+}
+
+std::unique_ptr<VisionTower> load_vision_tower(const fs::path& path, const VisionFeatures& features,
+                                               std::optional<uint64_t> fresh_seed, int64_t image_size) {
+  std::unique_ptr<VisionTower> tower = make_vision_tower(path, features);
   if (!weights_or_seed(path, fresh_seed)) {
-    spec.init(*tower, *fresh_seed);
-    return tower;
-  }
-  const std::unique_ptr<TensorSource> source = open_weights_folder(path);
-  // transformers 5 saves CLIPVisionModel without its "vision_model." prefix; a CLIPModel holds a text tower
-  // besides.
-  const std::string prefix = "vision_model.";
-  const bool stripped =
-      !source->has(prefix + "embeddings.class_embedding") && source->has("embeddings.class_embedding");
-  const std::vector<std::string> leftovers =
-      load_tensors(tower->tensors(), *source, [&](const std::string& name) {
-        return stripped && name.starts_with(prefix) ? name.substr(prefix.size()) : name;
+    find_vision_tower(text_field(tower->config(), path.string(), "model_type", ""), path.string())
+        .init(*tower, *fresh_seed);
+  } else {
+    const std::unique_ptr<TensorSource> source = open_weights_folder(path);
+    const Json config = read_config(path / "config.json");
+    if (is_llava(config)) {
+      load_part(tower->tensors(), "vision_tower.", *source);
+    } else {
+      // transformers 5 saves CLIPVisionModel without its "vision_model." prefix; a CLIPModel holds a text
+      // tower besides.
+      const std::string prefix = "vision_model.", probe = "embeddings.patch_embedding.weight";
+      const bool stripped = !source->has(prefix + probe) && source->has(probe);
+      const std::vector<std::string> leftovers =
+          load_tensors(tower->tensors(), *source, [&](const std::string& name) {
+            return stripped && name.starts_with(prefix) ? name.substr(prefix.size()) : name;
+          });
+      refuse_leftovers(leftovers, *source, [](const std::string& name) {
+        return name.starts_with("text_model.") || name == "logit_scale" || name == "logit_bias" ||
+               name == "text_projection.weight" || name == "visual_projection.weight";
       });
-  refuse_leftovers(leftovers, *source, [](const std::string& name) {
-    return name.starts_with("text_model.") || name == "logit_scale" || name == "text_projection.weight" ||
-           name == "visual_projection.weight";
-  });
+    }
+  }
+  if (image_size > 0) tower->set_image_size(image_size);
   return tower;
 }
 
@@ -95,14 +148,19 @@ std::unique_ptr<LanguageModel> load_language_model(const fs::path& path, std::op
   }
   const fs::path config_file = path / "config.json";
   const Json config = read_config(config_file);
+  const Json text = decoder_config(path, config);
   const LanguageModelSpec& spec =
-      find_language_model(text_field(config, config_file.string(), "model_type", ""), config_file.string());
-  std::unique_ptr<LanguageModel> model = spec.make(config);
+      find_language_model(text_field(text, config_file.string(), "model_type", ""), config_file.string());
+  std::unique_ptr<LanguageModel> model = spec.make(text);
   if (!weights_or_seed(path, fresh_seed)) {
     spec.init(*model, *fresh_seed);
     return model;
   }
   const std::unique_ptr<TensorSource> source = open_weights_folder(path);
+  if (is_llava(config)) {
+    load_part(model->tensors(), "language_model.", UnpaddedVocabulary(*source, model->vocab_size()));
+    return model;
+  }
   const std::vector<std::string> leftovers = load_tensors(model->tensors(), *source);
   // A tied head is the embedding; some files store it all the same.
   const bool tied = boolean_field(config, config_file.string(), "tie_word_embeddings", false);

@@ -1,11 +1,11 @@
 #include "model/weights/safetensors.h"
 
+#include <algorithm>
 #include <cstring>
 #include <set>
 
 #include "base/error.h"
 #include "base/strings.h"
-#include "model/weights/json_fields.h"
 #include "model/weights/safetensors_types.h"
 
 namespace caldera {
@@ -195,74 +195,11 @@ class SafetensorsFile : public TensorSource {
   Header header_;
 };
 
-// Several files behind one index.
-class ShardedWeights : public TensorSource {
- public:
-  explicit ShardedWeights(const fs::path& index) : index_(index) {
-    const Json json = read_config(index);
-    CALDERA_CHECK(json.is_object() && json.contains("weight_map") && json["weight_map"].is_object(),
-                  CheckpointError, "{}: expected an object with a \"weight_map\"", index.string());
-    for (const auto& [name, file] : json["weight_map"].items()) {
-      CALDERA_CHECK(file.is_string(), CheckpointError, "{}: weight_map: {}: expected a file name",
-                    index.string(), name);
-      const std::string file_name = file.get<std::string>();
-      // A shard lies beside its index: a name that leads elsewhere is refused.
-      CALDERA_CHECK(!file_name.empty() && fs::path(file_name).filename() == file_name && file_name != ".." &&
-                        file_name != "." && file_name.find('\0') == std::string::npos,
-                    CheckpointError, "{}: weight_map: {}: \"{}\" is not a plain file name", index.string(),
-                    name, file_name);
-      std::unique_ptr<TensorSource>& shard = shards_[file_name];
-      if (shard == nullptr) shard = open_safetensors(index.parent_path() / file_name);
-      CALDERA_CHECK(shard->has(name), CheckpointError, "{}: tensor {} is not in {}", index.string(), name,
-                    file_name);
-      tensors_[name] = shard.get();
-    }
-  }
-  std::vector<std::string> names() const override {
-    std::vector<std::string> result;
-    for (const auto& [name, shard] : tensors_) result.push_back(name);
-    return result;
-  }
-  bool has(const std::string& name) const override { return tensors_.contains(name); }
-  std::vector<int64_t> shape(const std::string& name) const override { return shard(name).shape(name); }
-  at::Tensor read(const std::string& name) const override { return shard(name).read(name); }
-  std::string where(const std::string& name) const override {
-    return has(name) ? shard(name).where(name) : index_.string();
-  }
-
- private:
-  const TensorSource& shard(const std::string& name) const {
-    const auto found = tensors_.find(name);
-    CALDERA_CHECK(found != tensors_.end(), CheckpointError, "{}: no tensor {}", index_.string(), name);
-    return *found->second;
-  }
-  fs::path index_;
-  std::map<std::string, std::unique_ptr<TensorSource>> shards_;
-  std::map<std::string, const TensorSource*> tensors_;
-};
-
-constexpr const char* kSingleFile = "model.safetensors";
-constexpr const char* kIndexFile = "model.safetensors.index.json";
-
 }  // namespace
 
 std::unique_ptr<TensorSource> open_safetensors(const fs::path& file) {
   CALDERA_CHECK(fs::is_regular_file(file), CheckpointError, "{}: no such file", file.string());
   return std::make_unique<SafetensorsFile>(file);
-}
-
-bool has_weights(const fs::path& folder) {
-  return fs::exists(folder / kSingleFile) || fs::exists(folder / kIndexFile);
-}
-
-std::unique_ptr<TensorSource> open_weights_folder(const fs::path& folder) {
-  if (fs::exists(folder / kSingleFile)) return open_safetensors(folder / kSingleFile);
-  CALDERA_CHECK(fs::exists(folder / kIndexFile), CheckpointError, "{}: holds neither {} nor {}{}",
-                folder.string(), kSingleFile, kIndexFile,
-                fs::exists(folder / "pytorch_model.bin")
-                    ? "; pytorch_model.bin is a pickle, which is not read: convert it to safetensors"
-                    : "");
-  return std::make_unique<ShardedWeights>(folder / kIndexFile);
 }
 
 std::map<std::string, std::string> safetensors_metadata(const fs::path& file) {

@@ -32,7 +32,10 @@ class TensorSource {
 // expected and got. Refuses besides what the reference refuses: a header beginning with white space, a
 // duplicate name, NUL in a name, and the types below one byte, which torch cannot hold.
 std::unique_ptr<TensorSource> open_safetensors(const std::filesystem::path& file);
-// A folder: model.safetensors, or model.safetensors.index.json with its shards.
+// One file of weights: safetensors where its name says so, else what torch.save wrote (torch_pickle.h).
+std::unique_ptr<TensorSource> open_weights_file(const std::filesystem::path& file);
+// A folder: model.safetensors, or model.safetensors.index.json with its shards, or the same of
+// pytorch_model.bin.
 std::unique_ptr<TensorSource> open_weights_folder(const std::filesystem::path& folder);
 // True where open_weights_folder would find weights.
 bool has_weights(const std::filesystem::path& folder);

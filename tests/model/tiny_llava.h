@@ -18,6 +18,7 @@ class TinyTower : public VisionTower {
     return x.flatten(2).transpose(1, 2).matmul(weight_);
   }
   NamedTensors tensors() override { return {{"weight", &weight_}}; }
+  void set_image_size(int64_t) override {}
   ImageSpec image_spec() const override { return {.image_size = 8, .num_image_tokens = 4}; }
   int64_t hidden_size() const override { return 3; }
   Json config() const override { return {{"model_type", "tiny"}}; }

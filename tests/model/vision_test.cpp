@@ -146,7 +146,7 @@ TEST(Clip, RefusesWithReason) {
     return "accepted";
   };
   EXPECT_EQ(message(Json::object()), "accepted");
-  EXPECT_THAT(message({{"hidden_act", "relu"}}), HasSubstr("expected quick_gelu or gelu, got relu"));
+  EXPECT_THAT(message({{"hidden_act", "relu"}}), HasSubstr("hidden_act: expected quick_gelu, gelu or gelu_pytorch_tanh, got relu"));
   EXPECT_THAT(message({{"hidden_size", "24"}}), HasSubstr("hidden_size: expected an integer"));
   EXPECT_THAT(message({{"hidden_size", 25}}), HasSubstr("no multiple of num_attention_heads"));
   EXPECT_THAT(message({{"num_hidden_layers", 1000000}}), HasSubstr("from 1 to 1024"));

@@ -1,0 +1,169 @@
+#include "model/vision/vit.h"
+
+#include <cmath>
+
+#include "base/error.h"
+#include "model/vision/towers.h"
+#include "model/weights/json_fields.h"
+
+namespace caldera {
+namespace {
+
+// x * sigmoid(1.702 x). Without a graph x itself takes the result.
+at::Tensor quick_gelu(at::Tensor x) {
+  return x.requires_grad() ? x * at::sigmoid(x * 1.702) : x.mul_((x * 1.702).sigmoid_());
+}
+
+at::Tensor gelu(at::Tensor x, const char* approximate) {
+  return x.requires_grad() ? at::gelu(x, approximate) : at::gelu_(x, approximate);
+}
+
+at::Tensor activate(at::Tensor x, const std::string& hidden_act) {
+  if (hidden_act == "quick_gelu") return quick_gelu(std::move(x));
+  return gelu(std::move(x), hidden_act == "gelu" ? "none" : "tanh");
+}
+
+at::Tensor add_residual(at::Tensor x, const at::Tensor& residual) {
+  return residual.requires_grad() || x.requires_grad() ? residual + x : x.add_(residual);
+}
+
+}  // namespace
+
+VitConfig parse_vit_config(const Json& json, const char* where, VitConfig c) {
+  c.hidden_size = integer_field(json, where, "hidden_size", c.hidden_size, 1, 1 << 16);
+  c.intermediate_size = integer_field(json, where, "intermediate_size", c.intermediate_size, 1, 1 << 18);
+  c.num_hidden_layers = integer_field(json, where, "num_hidden_layers", c.num_hidden_layers, 1, 1 << 10);
+  c.num_attention_heads =
+      integer_field(json, where, "num_attention_heads", c.num_attention_heads, 1, 1 << 10);
+  c.image_size = integer_field(json, where, "image_size", c.image_size, 1, 1 << 13);
+  c.patch_size = integer_field(json, where, "patch_size", c.patch_size, 1, c.image_size);
+  c.layer_norm_eps = number_field(json, where, "layer_norm_eps", c.layer_norm_eps);
+  c.hidden_act = text_field(json, where, "hidden_act", c.hidden_act);
+  CALDERA_CHECK(integer_field(json, where, "num_channels", 3, 1, 16) == 3, CheckpointError,
+                "{}: num_channels: only 3 (RGB) is supported", where);
+  CALDERA_CHECK(c.hidden_act == "quick_gelu" || c.hidden_act == "gelu" || c.hidden_act == "gelu_pytorch_tanh",
+                CheckpointError, "{}: hidden_act: expected quick_gelu, gelu or gelu_pytorch_tanh, got {}",
+                where, c.hidden_act);
+  CALDERA_CHECK(c.hidden_size % c.num_attention_heads == 0, CheckpointError,
+                "{}: hidden_size {} is no multiple of num_attention_heads {}", where, c.hidden_size,
+                c.num_attention_heads);
+  return c;
+}
+
+Json to_json(const VitConfig& config) {
+  return {{"hidden_size", config.hidden_size},
+          {"intermediate_size", config.intermediate_size},
+          {"num_hidden_layers", config.num_hidden_layers},
+          {"num_attention_heads", config.num_attention_heads},
+          {"num_channels", 3},
+          {"image_size", config.image_size},
+          {"patch_size", config.patch_size},
+          {"hidden_act", config.hidden_act},
+          {"layer_norm_eps", config.layer_norm_eps},
+          {"attention_dropout", 0.0}};
+}
+
+int64_t num_blocks_before(int64_t layer, int64_t layers) {
+  CALDERA_CHECK(layer >= -(layers + 1) && layer <= layers, ConfigError,
+                "vision_feature_layer: the tower has hidden states {} to {}, got {}", -(layers + 1), layers,
+                layer);
+  return layer < 0 ? layers + 1 + layer : layer;
+}
+
+at::Tensor embed_patches(const at::Tensor& pixels_ICYX, const ImageSpec& spec, const at::Tensor& weight,
+                         const at::Tensor& bias) {
+  const int64_t num_images = pixels_ICYX.size(0), D = weight.size(0), patch = weight.size(2),
+                grid = pixels_ICYX.size(2) / patch;
+  const at::Tensor patches_IPV = normalize_pixels(pixels_ICYX, spec, weight.scalar_type())
+                                     .narrow(2, 0, grid * patch)
+                                     .narrow(3, 0, grid * patch)
+                                     .reshape({num_images, 3, grid, patch, grid, patch})
+                                     .permute({0, 2, 4, 1, 3, 5})
+                                     .reshape({num_images, grid * grid, 3 * patch * patch});
+  return at::linear(patches_IPV, weight.reshape({D, 3 * patch * patch}), bias);
+}
+
+at::Tensor resize_positions(const at::Tensor& positions_ND, int64_t num_other, int64_t to) {
+  const at::NoGradGuard no_grad;
+  const int64_t D = positions_ND.size(1), num_patches = positions_ND.size(0) - num_other;
+  const auto from = static_cast<int64_t>(std::lround(std::sqrt(static_cast<double>(num_patches))));
+  CALDERA_ASSERT(from * from == num_patches);
+  if (from == to) return positions_ND;
+  const at::Tensor grid_1DYX =
+      positions_ND.narrow(0, num_other, num_patches).to(at::kFloat).view({1, from, from, D});
+  const at::Tensor resized_1DYX =
+      at::upsample_bicubic2d(grid_1DYX.permute({0, 3, 1, 2}), {to, to}, /*align_corners=*/false);
+  const at::Tensor patches_PD = resized_1DYX.permute({0, 2, 3, 1}).reshape({to * to, D});
+  return at::cat({positions_ND.narrow(0, 0, num_other), patches_PD.to(positions_ND.scalar_type())});
+}
+
+VitBlocks::VitBlocks(const VitConfig& config)
+    : config_(config), blocks_(static_cast<size_t>(config.num_hidden_layers)) {
+  const int64_t D = config.hidden_size, F = config.intermediate_size;
+  for (Block& block : blocks_) {
+    for (at::Tensor* norm : {&block.norm1_weight, &block.norm1_bias, &block.norm2_weight, &block.norm2_bias})
+      *norm = at::empty({D});
+    block.qkv_weight = at::empty({3 * D, D});
+    block.qkv_bias = at::empty({3 * D});
+    block.out_weight = at::empty({D, D});
+    block.out_bias = at::empty({D});
+    block.fc1_weight = at::empty({F, D});
+    block.fc1_bias = at::empty({F});
+    block.fc2_weight = at::empty({D, F});
+    block.fc2_bias = at::empty({D});
+  }
+}
+
+at::Tensor VitBlocks::forward(at::Tensor x_IND, int64_t num_blocks) const {
+  for (int64_t i = 0; i < num_blocks; ++i) x_IND = run(blocks_[static_cast<size_t>(i)], x_IND);
+  return x_IND;
+}
+
+NamedTensors VitBlocks::tensors(const std::string& prefix) {
+  const int64_t D = config_.hidden_size;
+  NamedTensors list;
+  const auto add = [&list](const std::string& name, at::Tensor& weight, at::Tensor& bias) {
+    list.push_back({name + ".weight", &weight});
+    list.push_back({name + ".bias", &bias});
+  };
+  for (size_t i = 0; i < blocks_.size(); ++i) {
+    Block& block = blocks_[i];
+    const std::string root = fmt::format("{}.{}.", prefix, i);
+    const char* parts[] = {"q_proj", "k_proj", "v_proj"};
+    for (int64_t part = 0; part < 3; ++part) {
+      const std::string name = root + "self_attn." + parts[part];
+      list.push_back({name + ".weight", &block.qkv_weight, part * D, D});
+      list.push_back({name + ".bias", &block.qkv_bias, part * D, D});
+    }
+    add(root + "self_attn.out_proj", block.out_weight, block.out_bias);
+    add(root + "layer_norm1", block.norm1_weight, block.norm1_bias);
+    add(root + "mlp.fc1", block.fc1_weight, block.fc1_bias);
+    add(root + "mlp.fc2", block.fc2_weight, block.fc2_bias);
+    add(root + "layer_norm2", block.norm2_weight, block.norm2_bias);
+  }
+  return list;
+}
+
+at::Tensor VitBlocks::run(const Block& block, const at::Tensor& x_IND) const {
+  const int64_t num_images = x_IND.size(0), N = x_IND.size(1), D = x_IND.size(2);
+  const int64_t H = config_.num_attention_heads, K = D / H;
+  const auto norm = [&](const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+    return at::layer_norm(x, {D}, weight, bias, config_.layer_norm_eps);
+  };
+  at::Tensor h_IND = norm(x_IND, block.norm1_weight, block.norm1_bias);
+  const std::vector<at::Tensor> qkv_IHNK = at::linear(h_IND, block.qkv_weight, block.qkv_bias)
+                                               .view({num_images, N, 3, H, K})
+                                               .permute({2, 0, 3, 1, 4})
+                                               .unbind(0);
+  const at::Tensor attended_IHNK = at::scaled_dot_product_attention(qkv_IHNK[0], qkv_IHNK[1], qkv_IHNK[2]);
+  h_IND =
+      at::linear(attended_IHNK.transpose(1, 2).reshape({num_images, N, D}), block.out_weight, block.out_bias);
+  const at::Tensor middle_IND = add_residual(h_IND, x_IND);
+
+  at::Tensor h_INF =
+      at::linear(norm(middle_IND, block.norm2_weight, block.norm2_bias), block.fc1_weight, block.fc1_bias);
+  h_INF = activate(std::move(h_INF), config_.hidden_act);
+  return add_residual(at::linear(h_INF, block.fc2_weight, block.fc2_bias), middle_IND);
+}
+
+}  // namespace caldera

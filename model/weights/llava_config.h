@@ -1,0 +1,38 @@
+// What the config.json of a whole LLaVA's folder says. There are two kinds: HF's
+// (LlavaForConditionalGeneration, with text_config and vision_config), and the original LLaVA's
+// (LlavaLlamaForCausalLM and its like: a decoder's keys with "mm_..." beside them, and a tower that is named,
+// not held).
+#pragma once
+#include <filesystem>
+
+#include "base/json.h"
+#include "model/weights/load.h"
+
+namespace caldera {
+
+bool is_hf_llava(const Json& config);
+bool is_original_llava(const Json& config);
+
+// vision_feature_layer and vision_feature_select_strategy; throws CheckpointError for what is not supported.
+VisionFeatures hf_vision_features(const Json& config, const std::string& where);
+
+// What the original LLaVA's says.
+struct OriginalLlava {
+  Json text;                           // the decoder's own configuration
+  std::string vision_tower;            // as it stands: a folder, or a name on HF's hub
+  std::filesystem::path tower_folder;  // where it is here; empty where it is not
+  VisionFeatures features;
+  std::string mm_projector_type;
+  std::string image_aspect_ratio;
+};
+// A named tower is looked for as a folder (beside the model, then as it stands), then in HF's cache
+// (HF_HUB_CACHE, HF_HOME or ~/.cache/huggingface). Throws CheckpointError for what this program does not do:
+// other decoders, <im_start> tokens around pictures, several tiles a picture.
+OriginalLlava read_original_llava(const std::filesystem::path& folder, const Json& config);
+
+// The whole model. Tower weights that the folder holds ("model.vision_tower...") win over those of the named
+// tower. Throws CheckpointError where the tower is not found.
+std::unique_ptr<LlavaModel> load_original_llava(const std::filesystem::path& folder, const Json& config,
+                                                int64_t vocab_size);
+
+}  // namespace caldera
