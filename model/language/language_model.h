@@ -1,18 +1,22 @@
-// A decoder on packed rows. Each decoder is one file that exports a LanguageModelSpec, and one line in registry.cpp.
+// A decoder on packed rows. Each decoder is one file that exports a LanguageModelSpec, and one line in
+// registry.cpp.
 #pragma once
 #include <ATen/ATen.h>
 
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "base/json.h"
+#include "model/lora.h"
 #include "model/module.h"
 
 namespace caldera {
 
-// Keys and values of one sequence during generation: per layer [capacity, G, K], of which `length` rows are filled.
+// Keys and values of one sequence during generation: per layer [capacity, G, K], of which `length` rows are
+// filled.
 struct KvCache {
   std::vector<at::Tensor> keys, values;
   int64_t length = 0;
@@ -23,9 +27,9 @@ class LanguageModel {
   virtual ~LanguageModel() = default;
   // int64 ids [T] -> [T, D]. Ids must lie in [0, vocab_size).
   virtual at::Tensor embed(const at::Tensor& ids_T) = 0;
-  // Runs the blocks over the packed row x [T, D] and returns the rows `rows_N` (int64; undefined: all) of the *final
-  // normed* hidden states, [N, D]. The last block computes only what those rows need.
-  // With caches (one a sample) the new keys and values are appended to them, and queries see the cached rows as well;
+  // Runs the blocks over the packed row x [T, D] and returns the rows `rows_N` (int64; undefined: all) of the
+  // *final normed* hidden states, [N, D]. The last block computes only what those rows need. With caches (one
+  // a sample) the new keys and values are appended to them, and queries see the cached rows as well;
   // `positions_T` then continues where the cache ends. Caches are for generation: no gradients.
   virtual at::Tensor forward(const at::Tensor& x_TD, const at::Tensor& positions_T,
                              const std::vector<int64_t>& cu_seqlens, const at::Tensor& rows_N,
@@ -34,7 +38,9 @@ class LanguageModel {
   virtual const at::Tensor& head_weight() const = 0;
   // Empty caches for one sequence of at most `capacity` tokens.
   virtual KvCache make_cache(int64_t capacity) const = 0;
-  virtual NamedTensors tensors() = 0;  // as LlamaForCausalLM: "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"
+  virtual NamedTensors
+  tensors() = 0;  // as LlamaForCausalLM: "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"
+  virtual std::vector<Linear*> linears() = 0;  // those of the blocks; they may carry adapters
   virtual int64_t hidden_size() const = 0;
   virtual int64_t vocab_size() const = 0;
   virtual int64_t max_position_embeddings() const = 0;
@@ -43,12 +49,15 @@ class LanguageModel {
 
   // How many blocks keep nothing but their input between forward and backward, and run again in backward.
   virtual void set_gradient_checkpointing(bool on) = 0;
+  // Seeds the dropout of adapters in the forward passes that follow; none (evaluation, generation): nothing
+  // is dropped.
+  virtual void set_dropout_seed(std::optional<uint64_t> seed) = 0;
 };
 
 struct LanguageModelSpec {
   const char* id;
-  std::vector<std::string> model_types;          // config.json "model_type" values it answers to
-  std::vector<std::string> gguf_architectures;   // GGUF general.architecture values it answers to
+  std::vector<std::string> model_types;         // config.json "model_type" values it answers to
+  std::vector<std::string> gguf_architectures;  // GGUF general.architecture values it answers to
   std::unique_ptr<LanguageModel> (*make)(const Json& config);  // float32 CPU storage, weights not yet set
   void (*init)(LanguageModel& model, uint64_t seed);
 };

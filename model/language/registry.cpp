@@ -1,11 +1,11 @@
 #include "base/error.h"
 #include "base/strings.h"
-#include "model/language/llama.h"
+#include "model/language/families.h"
 
 namespace caldera {
 
 std::span<const LanguageModelSpec> language_models() {
-  static const std::vector<LanguageModelSpec> models = {kLlamaSpec};
+  static const std::vector<LanguageModelSpec> models = {kLlamaSpec, kMistralSpec, kQwen2Spec, kQwen3Spec};
   return models;
 }
 

@@ -1,0 +1,220 @@
+#include "model/language/decoder.h"
+
+#include "base/error.h"
+#include "model/language/sliding_window.h"
+#include "model/ops/ops.h"
+
+// Legend: T tokens of the packed row, N rows wanted, D width, H query heads, G key/value heads, K head width,
+// F MLP width, V vocabulary.
+namespace caldera {
+namespace {
+
+struct Block {
+  at::Tensor input_norm, post_norm, q_norm, k_norm;
+  Linear qkv, o, gate_up, down;
+};
+
+// What every block needs to know of the packed row.
+struct Row {
+  Rotary rotary;
+  std::vector<int64_t> cu_seqlens;
+  std::span<KvCache*> caches;
+  std::optional<uint64_t> dropout_seed;
+};
+
+class Decoder : public LanguageModel {
+ public:
+  explicit Decoder(DecoderConfig config) : config_(std::move(config)) {
+    const int64_t D = config_.hidden_size, F = config_.intermediate_size, K = config_.head_dim;
+    const int64_t HK = config_.num_attention_heads * K, GK = config_.num_key_value_heads * K;
+    const auto weight = [](at::IntArrayRef shape) { return at::empty(shape, at::kFloat); };
+    embed_tokens_ = weight({config_.vocab_size, D});
+    if (!config_.tie_word_embeddings) lm_head_ = weight({config_.vocab_size, D});
+    norm_ = weight({D});
+    blocks_.resize(static_cast<size_t>(config_.num_hidden_layers));
+    for (size_t layer = 0; layer < blocks_.size(); ++layer) {
+      Block& block = blocks_[layer];
+      const std::string attention = prefix(layer) + "self_attn.", mlp = prefix(layer) + "mlp.";
+      block.input_norm = weight({D});
+      block.post_norm = weight({D});
+      if (config_.qk_norm) {
+        block.q_norm = weight({K});
+        block.k_norm = weight({K});
+      }
+      block.qkv =
+          Linear(D, {{attention + "q_proj", HK}, {attention + "k_proj", GK}, {attention + "v_proj", GK}},
+                 config_.qkv_bias);
+      block.o = Linear(HK, {{attention + "o_proj", D}}, config_.o_bias);
+      block.gate_up = Linear(D, {{mlp + "gate_proj", F}, {mlp + "up_proj", F}}, config_.mlp_bias);
+      block.down = Linear(F, {{mlp + "down_proj", D}}, config_.mlp_bias);
+    }
+  }
+
+  at::Tensor embed(const at::Tensor& ids_T) override { return at::embedding(embed_tokens_, ids_T); }
+
+  at::Tensor forward(const at::Tensor& x_TD, const at::Tensor& positions_T,
+                     const std::vector<int64_t>& cu_seqlens, const at::Tensor& rows_N,
+                     std::span<KvCache*> caches) override {
+    CALDERA_ASSERT(x_TD.size(0) == cu_seqlens.back() && positions_T.size(0) == x_TD.size(0));
+    CALDERA_ASSERT(caches.empty() || caches.size() + 1 == cu_seqlens.size());
+    CALDERA_ASSERT(caches.empty() || !at::GradMode::is_enabled());
+    const auto row = std::make_shared<Row>();
+    row->rotary = rotary_tables(config_.rope.inv_freq.to(x_TD.device()), positions_T,
+                                config_.rope.attention_scaling, at::kFloat);
+    row->cu_seqlens = cu_seqlens;
+    row->caches = caches;
+    row->dropout_seed = dropout_seed_;
+    at::Tensor x = x_TD;
+    for (size_t layer = 0; layer < blocks_.size(); ++layer) {
+      const at::Tensor rows = layer + 1 == blocks_.size() ? rows_N : at::Tensor();
+      const auto run = [this, layer, row, rows](const at::Tensor& input) {
+        return run_block(layer, input, *row, rows);
+      };
+      x = gradient_checkpointing_ ? recompute(run, x, leaves(blocks_[layer])) : run(x);
+    }
+    for (size_t s = 0; s < caches.size(); ++s) caches[s]->length += cu_seqlens[s + 1] - cu_seqlens[s];
+    return rms_norm(x, norm_, config_.rms_norm_eps);
+  }
+
+  const at::Tensor& head_weight() const override { return lm_head_.defined() ? lm_head_ : embed_tokens_; }
+
+  KvCache make_cache(int64_t capacity) const override {
+    KvCache cache;
+    for (size_t layer = 0; layer < blocks_.size(); ++layer) {
+      for (std::vector<at::Tensor>* tensors : {&cache.keys, &cache.values})
+        tensors->push_back(
+            at::empty({capacity, config_.num_key_value_heads, config_.head_dim}, embed_tokens_.options()));
+    }
+    return cache;
+  }
+
+  NamedTensors tensors() override {
+    NamedTensors list = {{"model.embed_tokens.weight", &embed_tokens_}};
+    for (size_t layer = 0; layer < blocks_.size(); ++layer) {
+      Block& block = blocks_[layer];
+      const auto add = [&](const char* name, at::Tensor& owner) {
+        if (owner.defined()) list.push_back({prefix(layer) + name, &owner});
+      };
+      add("input_layernorm.weight", block.input_norm);
+      block.qkv.append_tensors(list);
+      add("self_attn.q_norm.weight", block.q_norm);
+      add("self_attn.k_norm.weight", block.k_norm);
+      block.o.append_tensors(list);
+      add("post_attention_layernorm.weight", block.post_norm);
+      block.gate_up.append_tensors(list);
+      block.down.append_tensors(list);
+    }
+    list.push_back({"model.norm.weight", &norm_});
+    if (lm_head_.defined()) list.push_back({"lm_head.weight", &lm_head_});
+    return list;
+  }
+
+  std::vector<Linear*> linears() override {
+    std::vector<Linear*> list;
+    for (Block& block : blocks_) list.insert(list.end(), {&block.qkv, &block.o, &block.gate_up, &block.down});
+    return list;
+  }
+
+  int64_t hidden_size() const override { return config_.hidden_size; }
+  int64_t vocab_size() const override { return config_.vocab_size; }
+  int64_t max_position_embeddings() const override { return config_.max_position_embeddings; }
+  Json config() const override { return config_.json; }
+  const char* id() const override { return config_.id; }
+  void set_gradient_checkpointing(bool on) override { gradient_checkpointing_ = on; }
+  void set_dropout_seed(std::optional<uint64_t> seed) override { dropout_seed_ = seed; }
+  double initializer_range() const { return config_.initializer_range; }
+
+ private:
+  static std::string prefix(size_t layer) { return fmt::format("model.layers.{}.", layer); }
+
+  static std::vector<at::Tensor> leaves(const Block& b) {
+    std::vector<at::Tensor> list = {b.input_norm, b.post_norm};
+    if (b.q_norm.defined()) list.insert(list.end(), {b.q_norm, b.k_norm});
+    for (const Linear* linear : {&b.qkv, &b.o, &b.gate_up, &b.down}) linear->append_leaves(list);
+    return list;
+  }
+
+  // x [T, D] -> [T, D], or [N, D] where only the rows `rows_N` are wanted: keys and values come from all
+  // rows, what follows the attention runs on those alone.
+  at::Tensor run_block(size_t layer, const at::Tensor& x_TD, const Row& row, const at::Tensor& rows_N) const {
+    const Block& block = blocks_[layer];
+    const double eps = config_.rms_norm_eps;
+    const at::Tensor normed = rms_norm(x_TD, block.input_norm, eps);
+    at::Tensor attended = attention(layer, block.qkv.forward(normed, row.dropout_seed), row);
+    at::Tensor x = x_TD;
+    if (rows_N.defined()) {
+      attended = attended.index_select(0, rows_N);
+      x = x.index_select(0, rows_N);
+    }
+    x = x + block.o.forward(attended, row.dropout_seed);
+    const at::Tensor gate_up = block.gate_up.forward(rms_norm(x, block.post_norm, eps), row.dropout_seed);
+    return x + block.down.forward(swiglu(gate_up), row.dropout_seed);
+  }
+
+  // qkv [T, (H + 2G) K] -> [T, H K].
+  at::Tensor attention(size_t layer, const at::Tensor& qkv, const Row& row) const {
+    const int64_t H = config_.num_attention_heads, G = config_.num_key_value_heads, K = config_.head_dim;
+    // split, not narrow: its gradient is one concatenation.
+    const std::vector<at::Tensor> parts = qkv.split_with_sizes({(H + G) * K, G * K}, 1);
+    const at::Tensor qk =
+        apply_rotary(normed_heads(blocks_[layer], parts[0].view({-1, H + G, K})), row.rotary);
+    const std::vector<at::Tensor> q_and_k = qk.split_with_sizes({H, G}, 1);
+    const at::Tensor v = parts[1].view({-1, G, K});
+    const at::Tensor out = row.caches.empty() ? windowed_attention(q_and_k[0], q_and_k[1], v, row.cu_seqlens,
+                                                                   config_.windows[layer])
+                                              : attention_with_caches(layer, q_and_k[0], q_and_k[1], v, row);
+    return out.reshape({-1, H * K});
+  }
+
+  // qk [T, H + G, K]: each head normed by itself where the family does so.
+  at::Tensor normed_heads(const Block& block, const at::Tensor& qk) const {
+    if (!config_.qk_norm) return qk;
+    const std::vector<at::Tensor> q_and_k =
+        qk.split_with_sizes({config_.num_attention_heads, config_.num_key_value_heads}, 1);
+    return at::cat({rms_norm(q_and_k[0], block.q_norm, config_.rms_norm_eps),
+                    rms_norm(q_and_k[1], block.k_norm, config_.rms_norm_eps)},
+                   1);
+  }
+
+  at::Tensor attention_with_caches(size_t layer, const at::Tensor& q, const at::Tensor& k,
+                                   const at::Tensor& v, const Row& row) const {
+    std::vector<at::Tensor> keys, values;
+    for (size_t s = 0; s < row.caches.size(); ++s) {
+      KvCache& cache = *row.caches[s];
+      const int64_t begin = row.cu_seqlens[s], count = row.cu_seqlens[s + 1] - begin;
+      CALDERA_ASSERT(cache.length + count <= cache.keys[layer].size(0));
+      cache.keys[layer].narrow(0, cache.length, count).copy_(k.narrow(0, begin, count));
+      cache.values[layer].narrow(0, cache.length, count).copy_(v.narrow(0, begin, count));
+      keys.push_back(cache.keys[layer].narrow(0, 0, cache.length + count));
+      values.push_back(cache.values[layer].narrow(0, 0, cache.length + count));
+    }
+    return cached_windowed_attention(q, keys, values, row.cu_seqlens, config_.windows[layer]);
+  }
+
+  DecoderConfig config_;
+  bool gradient_checkpointing_ = false;
+  std::optional<uint64_t> dropout_seed_;
+  at::Tensor embed_tokens_, norm_, lm_head_;
+  std::vector<Block> blocks_;
+};
+
+}  // namespace
+
+std::unique_ptr<LanguageModel> make_decoder(DecoderConfig config) {
+  return std::make_unique<Decoder>(std::move(config));
+}
+
+void init_decoder(LanguageModel& model, uint64_t seed) {
+  const double std = dynamic_cast<Decoder&>(model).initializer_range();
+  for (const NamedTensor& tensor : model.tensors()) {
+    at::Tensor value = tensor.value();
+    if (tensor.name.ends_with(".bias"))
+      value.zero_();
+    else if (tensor.name.ends_with("norm.weight"))
+      value.fill_(1);
+    else
+      init_normal_(value, std, seed, tensor.name);
+  }
+}
+
+}  // namespace caldera

@@ -1,0 +1,147 @@
+#include "model/lora.h"
+
+#include <ATen/Context.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "base/error.h"
+#include "base/rng.h"
+
+namespace caldera {
+namespace {
+
+std::string last_part(const std::string& name) { return name.substr(name.rfind('.') + 1); }
+
+// x with elements zeroed with probability p, the others scaled by 1 / (1 - p). A generator of its own, on x's
+// device: what others draw does not matter.
+at::Tensor dropped_out(const at::Tensor& x, double p, uint64_t seed) {
+  at::Generator generator = at::globalContext().defaultGenerator(x.device()).clone();
+  generator.set_current_seed(seed);
+  const at::Tensor keep = at::empty_like(x, x.options().requires_grad(false)).bernoulli_(1 - p, generator);
+  return x * keep.div_(1 - p);
+}
+
+}  // namespace
+
+double LoraConfig::scaling() const {
+  const auto rank = static_cast<double>(lora_r);
+  return lora_alpha / (use_rslora ? std::sqrt(rank) : rank);
+}
+
+Json to_json(const LoraConfig& config) {
+  return {{"lora_r", config.lora_r},
+          {"lora_alpha", config.lora_alpha},
+          {"lora_dropout", config.lora_dropout},
+          {"use_rslora", config.use_rslora},
+          {"target_modules", config.target_modules}};
+}
+
+LoraConfig lora_config_from_json(const Json& json, const std::string& where) {
+  try {
+    LoraConfig config{.lora_r = json.at("lora_r").get<int64_t>(),
+                      .lora_alpha = json.at("lora_alpha").get<double>(),
+                      .lora_dropout = json.at("lora_dropout").get<double>(),
+                      .use_rslora = json.at("use_rslora").get<bool>(),
+                      .target_modules = json.at("target_modules").get<std::vector<std::string>>()};
+    CALDERA_CHECK(config.lora_r > 0 && config.lora_r < (1 << 20), CheckpointError,
+                  "{}: lora_r: expected a positive rank, got {}", where, config.lora_r);
+    return config;
+  } catch (const nlohmann::json::exception& error) {
+    throw CheckpointError(fmt::format("{}: {}", where, error.what()));
+  }
+}
+
+bool is_lora_name(const std::string& name) {
+  return name.ends_with(".lora_A.weight") || name.ends_with(".lora_B.weight");
+}
+
+Linear::Linear(int64_t num_inputs, std::vector<Module> modules, bool has_bias)
+    : modules_(std::move(modules)) {
+  const int64_t num_rows =
+      std::accumulate(modules_.begin(), modules_.end(), int64_t{0},
+                      [](int64_t sum, const Module& module) { return sum + module.num_rows; });
+  weight_OI_ = at::empty({num_rows, num_inputs}, at::kFloat);
+  if (has_bias) bias_O_ = at::empty({num_rows}, at::kFloat);
+}
+
+at::Tensor Linear::forward(const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed) const {
+  at::Tensor y_TO = at::linear(x_TI, weight_OI_, bias_O_);
+  if (adapters_.empty()) return y_TO;
+  std::vector<at::Tensor> updates;
+  for (size_t i = 0; i < modules_.size(); ++i) updates.push_back(update(i, x_TI, dropout_seed));
+  // One addition in place: nothing of y is kept for backward.
+  return y_TO.add_(updates.size() == 1 ? updates[0] : at::cat(updates, 1), scaling_);
+}
+
+at::Tensor Linear::update(size_t module, const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed) const {
+  const Adapter& adapter = adapters_[module];
+  if (!adapter.a_RI.defined()) return at::zeros({x_TI.size(0), modules_[module].num_rows}, x_TI.options());
+  const bool drops = dropout_seed && dropout_ > 0;
+  const at::Tensor x =
+      drops ? dropped_out(x_TI, dropout_, mix64(*dropout_seed ^ hash_text(modules_[module].name))) : x_TI;
+  return at::linear(at::linear(x, adapter.a_RI), adapter.b_OR);
+}
+
+void Linear::append_tensors(NamedTensors& list) {
+  for (const char* kind : {"weight", "bias"}) {
+    at::Tensor& owner = kind == std::string("weight") ? weight_OI_ : bias_O_;
+    int64_t begin = 0;
+    for (const Module& module : modules_) {
+      // A matrix that is one module's is listed whole.
+      if (owner.defined())
+        list.push_back(
+            {module.name + "." + kind, &owner, begin, modules_.size() == 1 ? -1 : module.num_rows});
+      begin += module.num_rows;
+    }
+  }
+  for (size_t i = 0; i < adapters_.size(); ++i) {
+    if (!adapters_[i].a_RI.defined()) continue;
+    list.push_back({modules_[i].name + ".lora_A.weight", &adapters_[i].a_RI});
+    list.push_back({modules_[i].name + ".lora_B.weight", &adapters_[i].b_OR});
+  }
+}
+
+void Linear::append_leaves(std::vector<at::Tensor>& list) const {
+  list.push_back(weight_OI_);
+  if (bias_O_.defined()) list.push_back(bias_O_);
+  for (const Adapter& adapter : adapters_)
+    if (adapter.a_RI.defined()) list.insert(list.end(), {adapter.a_RI, adapter.b_OR});
+}
+
+void Linear::attach(const LoraConfig& config, uint64_t seed) {
+  CALDERA_ASSERT(adapters_.empty());
+  const auto is_target = [&](const Module& module) {
+    const std::vector<std::string>& targets = config.target_modules;
+    return targets.empty() ||
+           std::find(targets.begin(), targets.end(), last_part(module.name)) != targets.end();
+  };
+  if (std::none_of(modules_.begin(), modules_.end(), is_target)) return;
+  scaling_ = config.scaling();
+  dropout_ = config.lora_dropout;
+  adapters_.resize(modules_.size());
+  for (size_t i = 0; i < modules_.size(); ++i) {
+    if (!is_target(modules_[i])) continue;
+    Adapter& adapter = adapters_[i];
+    adapter.a_RI = at::empty({config.lora_r, weight_OI_.size(1)}, weight_OI_.options());
+    adapter.b_OR = at::zeros({modules_[i].num_rows, config.lora_r}, weight_OI_.options());
+    init_uniform_(adapter.a_RI, 1 / std::sqrt(static_cast<double>(weight_OI_.size(1))), seed,
+                  modules_[i].name + ".lora_A.weight");
+  }
+}
+
+void Linear::merge() {
+  const at::NoGradGuard no_grad;
+  int64_t begin = 0;
+  for (size_t i = 0; i < adapters_.size(); begin += modules_[i++].num_rows) {
+    const Adapter& adapter = adapters_[i];
+    if (!adapter.a_RI.defined()) continue;
+    at::Tensor rows = weight_OI_.detach().narrow(0, begin, modules_[i].num_rows);
+    rows.copy_(rows.to(at::kFloat) +
+               at::mm(adapter.b_OR.to(at::kFloat), adapter.a_RI.to(at::kFloat)) * scaling_);
+  }
+  adapters_.clear();
+}
+
+}  // namespace caldera

@@ -1,0 +1,73 @@
+// Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) on the linear layers of a decoder. Names and numbers
+// are those of PEFT: y = W x + b + B A dropout(x) * scaling, tensors MODULE.lora_A.weight [r, in] and
+// MODULE.lora_B.weight [out, r].
+#pragma once
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/json.h"
+#include "model/module.h"
+
+namespace caldera {
+
+struct LoraConfig {
+  int64_t lora_r = 64;  // LLaVA's defaults
+  double lora_alpha = 16;
+  double lora_dropout = 0.05;
+  bool use_rslora = false;  // scaling alpha / sqrt(r) (arXiv 2312.03732) in place of alpha / r
+  // The last parts of the modules' names ("q_proj"); empty: every linear layer of the blocks, as LLaVA's
+  // find_all_linear_names.
+  std::vector<std::string> target_modules;
+
+  double scaling() const;
+};
+Json to_json(const LoraConfig& config);
+LoraConfig lora_config_from_json(const Json& json, const std::string& where);
+
+// y = x W^T + b. Its output rows are those of one or several modules of HF's names (q, k and v in one
+// matrix): each may carry an adapter of its own, which adds to its rows alone. Legend: T rows of x, I inputs,
+// O outputs of all modules, R rank.
+class Linear {
+ public:
+  struct Module {
+    std::string name;  // "model.layers.0.self_attn.q_proj"
+    int64_t num_rows = 0;
+  };
+  Linear() = default;
+  // Float32 storage on the CPU, not yet set.
+  Linear(int64_t num_inputs, std::vector<Module> modules, bool has_bias);
+
+  // x [T, I] -> [T, O]. With a seed, the adapters' inputs are dropped out; each module's mask is a function
+  // of the seed, its name and x's shape alone, so running a block again drops the same.
+  at::Tensor forward(const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed) const;
+  // Appends weights, biases and adapters under HF's names.
+  void append_tensors(NamedTensors& list);
+  // Appends the leaves that forward() uses.
+  void append_leaves(std::vector<at::Tensor>& list) const;
+
+  // Fresh adapters on the target modules: A uniform in +-1/sqrt(I) (kaiming_uniform with a = sqrt(5), as
+  // PEFT) drawn from (seed, name), B zero.
+  void attach(const LoraConfig& config, uint64_t seed);
+  // Adds B A * scaling to the weight, computed in float32, and forgets the adapters.
+  void merge();
+
+ private:
+  struct Adapter {
+    at::Tensor a_RI, b_OR;  // undefined where the module has none
+  };
+  at::Tensor update(size_t module, const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed) const;
+
+  std::vector<Module> modules_;
+  std::vector<Adapter> adapters_;  // empty, or one a module
+  double scaling_ = 0, dropout_ = 0;
+  at::Tensor weight_OI_, bias_O_;
+};
+
+// Whether a tensor of this name belongs to an adapter.
+bool is_lora_name(const std::string& name);
+
+}  // namespace caldera
