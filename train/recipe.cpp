@@ -53,6 +53,8 @@ void check_stage(const ReadState& state, const std::string& path, const StageCon
   if (stage.optimizer.vision_tower_lr && !stage.trainable.empty() && !trains("vision_tower"))
     state.fault(path + ".optimizer.vision_tower_lr",
                 "conflicts with trainable, which leaves out vision_tower");
+  if (stage.uses_lora() && !stage.trainable.empty() && !trains("language_model"))
+    state.fault(path + ".lora", "conflicts with trainable, which leaves out language_model: the adapters are its own");
   if (stage.eval_steps > 0 && stage.data.eval_data_path.empty())
     state.fault(path + ".eval_steps", "needs data.eval_data_path, the samples to evaluate on");
 }

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "model/lora.h"
 #include "train/fields.h"
 
 namespace caldera {
@@ -16,6 +17,8 @@ struct ModelConfig {
   std::string mm_projector_type = "mlp2x_gelu";
   int64_t vision_feature_layer = -2;
   std::string vision_feature_select_strategy = "patch";
+  int64_t image_size = 0;                // of the pictures, in pixels; 0: the tower's own
+  std::string pretrain_mm_mlp_adapter;  // weights for the projector: LLaVA's mm_projector.bin, or a model's folder
   std::string tokenizer;  // default: the language model's
 };
 
@@ -41,9 +44,16 @@ struct OptimizerConfig {
   double warmup_ratio = 0.03;
 };
 
+// How the language model learns where it has `lora`: its weights stay, low-rank adapters on its linear layers train.
+struct LoraOptions : LoraConfig {
+  bool lora_enable = true;
+  std::string lora_bias = "none";
+};
+
 struct StageConfig {
   std::string name;                    // "pretrain", "finetune"
   std::vector<std::string> trainable;  // of: projector, language_model, vision_tower
+  std::optional<LoraOptions> lora;
   DataConfig data;
   OptimizerConfig optimizer;
   int64_t global_batch_size = 128;
@@ -56,6 +66,8 @@ struct StageConfig {
   int64_t save_steps = 500, save_total_limit = 1;
   int64_t eval_steps = 0;  // 0: at the end only
   int64_t logging_steps = 1;
+
+  bool uses_lora() const { return lora && lora->lora_enable; }
 };
 
 // What a recipe measures at its end on held-out data (written to OUTPUT/results.json).

@@ -18,6 +18,12 @@ void fields(V& v, ModelConfig& c) {
     range(-1000, 1000));
   v("vision_feature_select_strategy", c.vision_feature_select_strategy,
     "`patch` drops the class token, `cls_patch` keeps it", one_of({"patch", "cls_patch"}));
+  v("image_size", c.image_size,
+    "pixels along an edge of the pictures that the tower sees; its position embeddings are interpolated to that size; "
+    "0: its own",
+    range(0, 8192));
+  v("pretrain_mm_mlp_adapter", c.pretrain_mm_mlp_adapter,
+    "where the projector starts: the original LLaVA's `mm_projector.bin`, or a model's folder; empty: fresh");
   v("tokenizer", c.tokenizer, "folder or .gguf file of the tokenizer; empty: the language model's");
 }
 
@@ -56,11 +62,24 @@ void fields(V& v, OptimizerConfig& c) {
 }
 
 template <class V>
+void fields(V& v, LoraOptions& c) {
+  v("lora_enable", c.lora_enable, "`false`: the block counts for nothing");
+  v("lora_r", c.lora_r, "rank of the adapters", range(1, 65536));
+  v("lora_alpha", c.lora_alpha, "an adapter's output is scaled by this over `lora_r`", above(0));
+  v("lora_dropout", c.lora_dropout, "share of the adapters' inputs that is zeroed in training", range_below(0, 1));
+  v("lora_bias", c.lora_bias, "biases stay as they are", one_of({"none"}));
+  v("use_rslora", c.use_rslora, "scale by `lora_alpha` over the square root of `lora_r`");
+  v("target_modules", c.target_modules, "the linear layers that get adapters; empty: all seven",
+    one_of({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}));
+}
+
+template <class V>
 void fields(V& v, StageConfig& c) {
   v("name", c.name, "names the stage's folder and stands for it in overrides: letters, digits, `_` and `-`",
     required());
   v("trainable", c.trainable, "the parts that learn; the others stay as they are",
     required(one_of({"projector", "language_model", "vision_tower"})));
+  v("lora", c.lora, "the language model learns through low-rank adapters, as PEFT's; its own weights stay as they are");
   v("data", c.data, "what it learns from", required());
   v("optimizer", c.optimizer, "AdamW and its schedule");
   v("global_batch_size", c.global_batch_size, "samples of one step, over all ranks and micro-batches",

@@ -10,7 +10,9 @@
 
 #include "base/error.h"
 #include "base/log.h"
+#include "base/rng.h"
 #include "base/strings.h"
+#include "model/weights/adapters.h"
 #include "train/checkpoint.h"
 #include "train/schedule.h"
 #ifdef CALDERA_CUDA
@@ -44,6 +46,8 @@ std::vector<ParameterGroup> parameter_groups(LlavaModel& model, const StageConfi
     if (part == "projector") learning_rate = stage.optimizer.mm_projector_lr.value_or(learning_rate);
     if (part == "vision_tower") learning_rate = stage.optimizer.vision_tower_lr.value_or(learning_rate);
     groups.push_back({part, learning_rate, model.component_tensors(part)});
+    if (part == "language_model" && stage.uses_lora())
+      std::erase_if(groups.back().tensors, [](const NamedTensor& tensor) { return !is_lora_name(tensor.name); });
   }
   return groups;
 }
@@ -74,11 +78,15 @@ BuildSpec build_spec_of(const Recipe& recipe, size_t stage_index) {
   spec.language_model = fs::absolute(recipe.model.language_model).string();
   spec.mm_projector_type = recipe.model.mm_projector_type;
   spec.features = {recipe.model.vision_feature_layer, recipe.model.vision_feature_select_strategy};
+  spec.image_size = recipe.model.image_size;
   spec.seed = recipe.seed;
+  if (const std::string& projector = recipe.model.pretrain_mm_mlp_adapter; !projector.empty())
+    spec.overlays.push_back({fs::absolute(projector).string(), {"projector"}});
   for (size_t i = 0; i < stage_index; ++i) {
     const StageConfig& earlier = recipe.stages[i];
     spec.overlays.push_back({(fs::absolute(recipe.output) / earlier.name / "final").string(), earlier.trainable});
   }
+  if (recipe.stages[stage_index].uses_lora()) spec.lora = *recipe.stages[stage_index].lora;
   return spec;
 }
 
@@ -185,11 +193,13 @@ StepMetrics Trainer::step(const StepData& data, double data_wait_ms) {
     if (num_supervised == 0) continue;
     const double weight = token_mean ? 1.0 / static_cast<double>(data.num_supervised)
                                      : 1.0 / static_cast<double>(num_supervised * static_cast<int64_t>(data.micro_batches.size()));
+    model_->language->set_dropout_seed(Rng(recipe_.seed, steps_done_, i).next());
     const at::Tensor micro_loss = model_->loss_sum(batch) * weight;
     loss += micro_loss.detach();
     if (micro_loss.requires_grad()) micro_loss.backward();
     optimizer_->take_gradients(/*more_to_come=*/i + 1 < data.micro_batches.size());
   }
+  model_->language->set_dropout_seed({});
 
   // 2. Is everything finite? The weights are still those before the step.
   const double loss_value = loss.item<double>();
@@ -254,10 +264,18 @@ void Trainer::save_checkpoint() {
   observer_.on_checkpoint(folder_ / "checkpoints" / strip(read_file(folder_ / "latest")));
 }
 
+void Trainer::keep_adapter(const fs::path& folder) {
+  fs::create_directories(folder);
+  write_peft_adapter(adapter_of(*model_, build_, stage_.trainable), /*for_decoder=*/false, parse_dtype(stage_.dtype), folder);
+  write_json(folder / "caldera.json", describe());
+  for (Linear* linear : model_->language->linears()) linear->merge();
+}
+
 void Trainer::save_final() {
   const Tokenizer& tokenizer = *data_.format.tokenizer;
   write_folder_atomic(folder_ / "final", [&](const fs::path& folder) {
     const int64_t image_token_id = tokenizer.save(folder, data_.format.conversation->jinja);
+    if (build_.lora) keep_adapter(folder / "adapter");
     save_hf_llava(*model_, model_card_from_json(describe().at("card"), "caldera.json"),
                   {.dtype = parse_dtype(stage_.dtype),
                    .image_token_id = image_token_id,

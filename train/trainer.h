@@ -62,6 +62,7 @@ class Trainer {
   double evaluate();
   void save_checkpoint();
   void save_final();
+  void keep_adapter(const std::filesystem::path& folder);  // writes it as PEFT's folder, then merges it into the weights
   Json describe() const;  // caldera.json of checkpoints
 
   Recipe recipe_;

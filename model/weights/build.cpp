@@ -8,19 +8,19 @@
 namespace caldera {
 namespace {
 
-// The rows of the vocabulary in training, as the folder's caldera.json tells; 0 where it does not.
-int64_t vocab_size_of(const fs::path& folder) {
-  const fs::path file = folder / "caldera.json";
-  if (!fs::exists(file)) return 0;
-  const Json json = read_config(file);
-  return json.contains("card") ? model_card_from_json(json["card"], file.string()).vocab_size : 0;
+// A file of weights, a folder of them, or what the original LLaVA leaves of a stage that trained the
+// projector alone or beside an adapter.
+std::unique_ptr<TensorSource> open_overlay(const fs::path& path) {
+  if (!fs::is_directory(path)) return open_weights_file(path);
+  for (const char* name : {"mm_projector.bin", "non_lora_trainables.bin"})
+    if (!has_weights(path) && fs::exists(path / name)) return open_weights_file(path / name);
+  return open_weights_folder(path);
 }
 
 void lay_over(LlavaModel& model, const BuildSpec::Overlay& overlay) {
   const fs::path path = overlay.path;
-  const bool is_folder = fs::is_directory(path);
-  const std::unique_ptr<TensorSource> file = is_folder ? open_weights_folder(path) : open_safetensors(path);
-  const UnpaddedVocabulary source(*file, is_folder ? vocab_size_of(path) : 0);
+  const std::unique_ptr<TensorSource> file = open_overlay(path);
+  const UnpaddedVocabulary source(*file, fs::is_directory(path) ? read_model_card(path).vocab_size : 0);
   NamedTensors held;
   for (const std::string& component : overlay.components)
     for (const NamedTensor& named : model.component_tensors(component))
@@ -36,13 +36,16 @@ Json to_json(const BuildSpec& spec) {
   Json overlays = Json::array();
   for (const BuildSpec::Overlay& overlay : spec.overlays)
     overlays.push_back({{"path", overlay.path}, {"components", overlay.components}});
-  return {{"vision_tower", spec.vision_tower},
-          {"language_model", spec.language_model},
-          {"mm_projector_type", spec.mm_projector_type},
-          {"vision_feature_layer", spec.features.vision_feature_layer},
-          {"vision_feature_select_strategy", spec.features.vision_feature_select_strategy},
-          {"seed", spec.seed},
-          {"overlays", overlays}};
+  Json json = {{"vision_tower", spec.vision_tower},
+               {"language_model", spec.language_model},
+               {"mm_projector_type", spec.mm_projector_type},
+               {"vision_feature_layer", spec.features.vision_feature_layer},
+               {"vision_feature_select_strategy", spec.features.vision_feature_select_strategy},
+               {"image_size", spec.image_size},
+               {"seed", spec.seed},
+               {"overlays", overlays}};
+  if (spec.lora) json["lora"] = to_json(*spec.lora);
+  return json;
 }
 
 BuildSpec build_spec_from_json(const Json& json, const std::string& where) {
@@ -57,6 +60,7 @@ BuildSpec build_spec_from_json(const Json& json, const std::string& where) {
       integer_field(json, where, "vision_feature_layer", spec.features.vision_feature_layer, -1024, 1024);
   spec.features.vision_feature_select_strategy =
       text_field(json, where, "vision_feature_select_strategy", spec.features.vision_feature_select_strategy);
+  spec.image_size = integer_field(json, where, "image_size", 0, 0, 8192);
   if (json.contains("seed")) {
     CALDERA_CHECK(json["seed"].is_number_unsigned(), CheckpointError,
                   "{}: build: seed: expected an unsigned integer", where);
@@ -80,6 +84,7 @@ BuildSpec build_spec_from_json(const Json& json, const std::string& where) {
     }
     spec.overlays.push_back(std::move(overlay));
   }
+  if (json.contains("lora")) spec.lora = lora_config_from_json(json["lora"], where + ": build: lora");
   return spec;
 }
 
@@ -104,12 +109,14 @@ std::unique_ptr<LlavaModel> build_llava(const BuildSpec& spec) {
   auto model = std::make_unique<LlavaModel>();
   model->features = spec.features;
   model->mm_projector_type = spec.mm_projector_type;
-  model->vision = load_vision_tower(spec.vision_tower, spec.features, spec.seed);
+  model->vision = load_vision_tower(spec.vision_tower, spec.features, spec.seed, spec.image_size);
   model->language = load_language_model(spec.language_model, spec.seed);
   model->projector =
       make_projector(spec.mm_projector_type, model->vision->hidden_size(), model->language->hidden_size());
   init_projector(*model->projector, spec.seed);
   for (const BuildSpec::Overlay& overlay : spec.overlays) lay_over(*model, overlay);
+  if (spec.lora)
+    for (Linear* linear : model->language->linears()) linear->attach(*spec.lora, spec.seed);
   return model;
 }
 

@@ -1,7 +1,9 @@
 // Finding a model among a run's folders, and loading what is found.
 #include "base/error.h"
 #include "base/strings.h"
+#include "model/weights/adapters.h"
 #include "model/weights/json_fields.h"
+#include "model/weights/llava_config.h"
 #include "model/weights/load.h"
 #include "model/weights/names.h"
 #include "model/weights/vocabulary.h"
@@ -69,15 +71,6 @@ std::vector<fs::path> stages_of_run(const fs::path& run) {
   return stages;
 }
 
-int64_t feature_layer(const Json& config, const std::string& where) {
-  if (!config.contains("vision_feature_layer") || !config["vision_feature_layer"].is_array())
-    return integer_field(config, where, "vision_feature_layer", -2, -1024, 1024);
-  const Json& list = config["vision_feature_layer"];
-  CALDERA_CHECK(list.size() == 1, CheckpointError,
-                "{}: vision_feature_layer: only a single layer is supported, got {}", where, json_line(list));
-  return integer_field({{"vision_feature_layer", list[0]}}, where, "vision_feature_layer", -2, -1024, 1024);
-}
-
 Json object_field(const Json& config, const std::string& where, const char* key) {
   CALDERA_CHECK(config.contains(key) && config[key].is_object(), CheckpointError,
                 "{}: {}: expected an object", where, key);
@@ -97,17 +90,20 @@ std::unique_ptr<LlavaModel> load_hf_llava(const fs::path& folder, int64_t vocab_
                 "{}: multimodal_projector_bias: only true is supported", where);
 
   auto model = std::make_unique<LlavaModel>();
-  model->features.vision_feature_layer = feature_layer(config, where);
-  const std::string strategy = text_field(config, where, "vision_feature_select_strategy", "default");
-  CALDERA_CHECK(strategy == "default" || strategy == "full", CheckpointError,
-                "{}: vision_feature_select_strategy: expected default or full, got {}", where, strategy);
-  model->features.vision_feature_select_strategy = strategy == "default" ? "patch" : "cls_patch";
+  model->features = hf_vision_features(config, where);
   model->mm_projector_type = text_field(config, where, "mm_projector_type", "mlp2x_gelu");
 
   const Json vision = object_field(config, where, "vision_config");
   const VisionTowerSpec& tower = find_vision_tower(
       text_field(vision, where, "model_type", "clip_vision_model"), where + ": vision_config");
   model->vision = tower.make(vision, read_preprocessor_config(folder), model->features);
+  CALDERA_CHECK(
+      !tower.in_hf_llava || model->vision->has_class_token() ||
+          model->features.vision_feature_select_strategy == "cls_patch",
+      CheckpointError,
+      "{}: vision_feature_select_strategy: default would drop the first patch of a tower without a class "
+      "token; expected full",
+      where);
 
   Json text = object_field(config, where, "text_config");
   const bool tied = boolean_field(config, where, "tie_word_embeddings", false) ||
@@ -132,7 +128,7 @@ std::unique_ptr<LlavaModel> load_hf_llava(const fs::path& folder, int64_t vocab_
 
 fs::path resolve_model_folder(const fs::path& dir) {
   CALDERA_CHECK(fs::is_directory(dir), CheckpointError, "{}: no such folder", dir.string());
-  if (fs::exists(dir / "config.json")) return dir;
+  if (fs::exists(dir / "config.json") || is_adapter_folder(dir)) return dir;
   if (fs::exists(dir / "caldera.json")) {
     CALDERA_CHECK(is_step(dir), CheckpointError, "{}: not a finished checkpoint: no manifest.json",
                   dir.string());
@@ -149,20 +145,52 @@ fs::path resolve_model_folder(const fs::path& dir) {
                   dir.string()));
 }
 
-LoadedModel load_llava(const fs::path& dir) {
+// The base with the adapter merged. A folder that this program wrote holds the base's build, others name a
+// folder.
+static LoadedModel load_with_adapter(const fs::path& folder, const fs::path& model_base) {
+  const Adapter adapter = read_adapter(folder);
+  const fs::path card_file = folder / "caldera.json";
+  const Json caldera = fs::exists(card_file) ? read_config(card_file) : Json::object();
+  LoadedModel loaded;
+  if (model_base.empty() && caldera.contains("build")) {
+    BuildSpec spec = build_spec_from_json(caldera["build"], card_file.string());
+    spec.lora.reset();
+    loaded.model = build_llava(spec);
+    loaded.folder = folder;
+  } else {
+    const fs::path base = model_base.empty() ? fs::path(adapter.base_model) : model_base;
+    CALDERA_CHECK(
+        !base.empty() && fs::is_directory(base), CheckpointError,
+        "{}: an adapter for the base model \"{}\", which is no folder here; name it with --model-base",
+        folder.string(), base.string());
+    loaded = load_llava(base);
+    if (fs::exists(folder / "tokenizer.model") || fs::exists(folder / "tokenizer.json"))
+      loaded.folder = folder;
+  }
+  if (caldera.contains("card")) loaded.card = model_card_from_json(caldera["card"], card_file.string());
+  merge_adapter(*loaded.model, adapter);
+  return loaded;
+}
+
+LoadedModel load_llava(const fs::path& dir, const fs::path& model_base) {
   LoadedModel loaded;
   loaded.folder = resolve_model_folder(dir);
+  if (is_adapter_folder(loaded.folder)) return load_with_adapter(loaded.folder, model_base);
   const fs::path card_file = loaded.folder / "caldera.json";
   Json caldera = Json::object();
   if (fs::exists(card_file)) caldera = read_config(card_file);
-  if (caldera.contains("card")) loaded.card = model_card_from_json(caldera["card"], card_file.string());
+  loaded.card = read_model_card(loaded.folder);
   if (fs::exists(loaded.folder / "config.json")) {
-    loaded.model = load_hf_llava(loaded.folder, loaded.card.vocab_size);
+    const Json config = read_config(loaded.folder / "config.json");
+    loaded.model = is_original_llava(config)
+                       ? load_original_llava(loaded.folder, config, loaded.card.vocab_size)
+                       : load_hf_llava(loaded.folder, loaded.card.vocab_size);
     return loaded;
   }
   CALDERA_CHECK(caldera.contains("build"), CheckpointError, "{}: expected a \"build\" of the model",
                 card_file.string());
   BuildSpec spec = build_spec_from_json(caldera["build"], card_file.string());
+  if (spec.lora) return load_with_adapter(loaded.folder, model_base);
   spec.overlays.push_back({loaded.folder.string(), {"vision_tower", "projector", "language_model"}});
   loaded.model = build_llava(spec);
   return loaded;

@@ -22,10 +22,15 @@ std::vector<std::string> load_tensors(
     const std::function<std::string(const std::string&)>& name_in_source = {});
 
 // A folder with config.json and weights, or with config.json alone where `fresh_seed` is given (then the
-// weights are initialised from it). For a GGUF file: `path` itself.
+// weights are initialised from it). For a GGUF file: `path` itself. A whole LLaVA's folder gives that part of
+// it. `image_size` > 0: the tower takes pictures of that size (VisionTower::set_image_size).
 std::unique_ptr<VisionTower> load_vision_tower(const std::filesystem::path& path,
                                                const VisionFeatures& features,
-                                               std::optional<uint64_t> fresh_seed = {});
+                                               std::optional<uint64_t> fresh_seed = {},
+                                               int64_t image_size = 0);
+// The same without its weights, which stay as the allocator left them: to ask it about its pictures.
+std::unique_ptr<VisionTower> make_vision_tower(const std::filesystem::path& path,
+                                               const VisionFeatures& features, int64_t image_size = 0);
 std::unique_ptr<LanguageModel> load_language_model(const std::filesystem::path& path,
                                                    std::optional<uint64_t> fresh_seed = {});
 
@@ -35,7 +40,8 @@ struct BuildSpec {
   std::string vision_tower, language_model;  // as load_vision_tower and load_language_model take them
   std::string mm_projector_type = "mlp2x_gelu";
   VisionFeatures features;
-  uint64_t seed = 0;  // of whatever is fresh: the projector, and parts that have no weights
+  int64_t image_size = 0;  // of the pictures, in pixels; 0: the tower's own
+  uint64_t seed = 0;       // of whatever is fresh: the projector, and parts that have no weights
   // Weights files or folders (classic names) laid over in this order; each gives those tensors of the named
   // components that it holds ("projector", "language_model", "vision_tower"). A vocabulary padded on export
   // is cut back.
@@ -44,6 +50,7 @@ struct BuildSpec {
     std::vector<std::string> components;
   };
   std::vector<Overlay> overlays;
+  std::optional<LoraConfig> lora;  // a fresh adapter on the decoder's linear layers, drawn from the seed
 };
 Json to_json(const BuildSpec& spec);
 BuildSpec build_spec_from_json(const Json& json, const std::string& where);
@@ -62,6 +69,13 @@ struct ModelCard {
   Json provenance;         // base weights, data, stage, step, recipe: for people
 };
 
+// What a resolved model folder says of itself: caldera.json, else the original LLaVA's config.json, else
+// nothing.
+ModelCard read_model_card(const std::filesystem::path& folder);
+// The pictures that a resolved model folder takes, without reading its weights; nothing where it has no tower
+// or the tower's folder is not here.
+std::optional<ImageSpec> read_image_spec(const std::filesystem::path& folder);
+
 Json to_json(const ModelCard& card);
 ModelCard model_card_from_json(const Json& json, const std::string& where);
 
@@ -71,12 +85,15 @@ struct LoadedModel {
   std::filesystem::path folder;  // where the tokenizer is too
 };
 
-// Loads an HF LlavaForConditionalGeneration folder (classic 4.x names), one of ours with a tower that HF
-// cannot hold, or a step's checkpoint. Float32 on CPU; call model->to() afterwards.
-LoadedModel load_llava(const std::filesystem::path& dir);
+// Loads an HF LlavaForConditionalGeneration folder (any release's names), one of ours with a tower that HF
+// cannot hold, one of the original LLaVA's (original_llava.h), or a step's checkpoint. Float32 on CPU; call
+// model->to() afterwards. An adapter's folder (see adapters.h) gives its base with the adapter merged: the
+// base is `model_base`, else what it names.
+LoadedModel load_llava(const std::filesystem::path& dir, const std::filesystem::path& model_base = {});
 
 // Writes an HF folder's config.json, weights (classic names), processor_config.json,
-// preprocessor_config.json, generation_config.json and caldera.json into an existing folder. Tokenizer files
+// preprocessor_config.json, generation_config.json, caldera.json and a README.md that says what the model was
+// trained on and how, into an existing folder. Tokenizer files
 // and the chat template are the caller's (data/ owns them). `image_token_id` is the placeholder's id; where
 // it lies beyond the vocabulary, embedding and head are padded up to it (rounded up to 64 rows, new rows the
 // mean of the others).
@@ -84,11 +101,13 @@ struct ExportOptions {
   at::ScalarType dtype = at::kFloat;
   int64_t image_token_id = -1;
   int64_t bos_token_id = 1, eos_token_id = 2, pad_token_id = 0;
+  int64_t max_shard_bytes = 5'000'000'000;  // weights above it are sharded, with an index
 };
 void save_hf_llava(LlavaModel& model, const ModelCard& card, const ExportOptions& options,
                    const std::filesystem::path& folder);
 // One component as an HF folder of its own: CLIPVisionModel or LlamaForCausalLM.
 void save_hf_component(LlavaModel& model, const std::string& part /* "vision_tower" | "language_model" */,
-                       at::ScalarType dtype, const std::filesystem::path& folder);
+                       at::ScalarType dtype, const std::filesystem::path& folder,
+                       int64_t max_shard_bytes = 5'000'000'000);
 
 }  // namespace caldera
