@@ -13,8 +13,10 @@
 namespace caldera {
 
 void add_session_options(CLI::App& command, SessionOptions& options) {
-  command.add_option("--model", options.model, "a run's folder, a checkpoint, or an exported folder")
+  command.add_option("--model", options.model, "a run's folder, a checkpoint, an exported or an adapter's folder")
       ->required();
+  command.add_option("--model-base", options.model_base,
+                     "the model that an adapter's folder belongs to (default: the one it names)");
   command.add_option("--template", options.conversation_template,
                      "conversation template (default: the model's own, else its tokenizer's)");
   command

@@ -51,7 +51,7 @@ ModelSession open_model(const SessionOptions& options) {
   if (!options.conversation_template.empty())
     find_template(options.conversation_template);  // fails before loading
 
-  LoadedModel loaded = load_llava(options.model);
+  LoadedModel loaded = load_llava(options.model, options.model_base);
   ModelSession session{std::move(loaded.model), std::move(loaded.card), std::move(loaded.folder), {}};
   SampleFormat& format = session.format;
   format.tokenizer = load_tokenizer(tokenizer_path(session.folder));

@@ -72,15 +72,23 @@ LoraConfig lora_of_peft(const Json& config, const std::string& where) {
   return lora;
 }
 
+void append_tensors(Adapter& adapter, const fs::path& file) {
+  const std::unique_ptr<TensorSource> source = open_weights_file(file);
+  for (const std::string& name : source->names())
+    adapter.tensors.emplace_back(classic_name(name), source->read(name).clone());
+}
+
 Adapter read_peft(const fs::path& folder) {
   const fs::path file = folder / "adapter_config.json";
   const Json config = read_config(file);
   Adapter adapter;
   adapter.lora = lora_of_peft(config, file.string());
   adapter.base_model = text_field(config, file.string(), "base_model_name_or_path", "");
-  const std::unique_ptr<TensorSource> source = open_safetensors(folder / "adapter_model.safetensors");
-  for (const std::string& name : source->names())
-    adapter.tensors.emplace_back(classic_name(name), source->read(name).clone());
+  const bool is_pickle =
+      !fs::exists(folder / "adapter_model.safetensors") && fs::exists(folder / "adapter_model.bin");
+  append_tensors(adapter, folder / (is_pickle ? "adapter_model.bin" : "adapter_model.safetensors"));
+  if (fs::exists(folder / "non_lora_trainables.bin"))
+    append_tensors(adapter, folder / "non_lora_trainables.bin");
   return adapter;
 }
 
@@ -95,9 +103,7 @@ Adapter read_step(const fs::path& folder) {
   Adapter adapter{.lora = *spec.lora,
                   .base_model = spec.overlays.empty() ? "" : spec.overlays.back().path,
                   .tensors = {}};
-  const std::unique_ptr<TensorSource> source = open_safetensors(folder / "model.safetensors");
-  for (const std::string& name : source->names())
-    adapter.tensors.emplace_back(name, source->read(name).clone());
+  append_tensors(adapter, folder / "model.safetensors");
   return adapter;
 }
 

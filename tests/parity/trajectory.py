@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Both stages against transformers, number by number: from one and the same start, 20 AdamW steps of each stage must give the
-losses that transformers' LlavaForConditionalGeneration gives on the same samples (within 1e-3 relative), `caldera score` must
+"""Both stages, and the second one with LoRA, against transformers and PEFT, number by number: from one and the same start, 20 AdamW
+steps must give the losses that LlavaForConditionalGeneration gives on the same samples (within 1e-4 relative), `caldera score` must
 give its per-sample losses (1e-4), and final/ must load with no missing or unexpected keys and give its logits' losses (1e-4).
-Usage: trajectory.py CALDERA"""
+PEFT loads the adapter that Caldera wrote, and Caldera the one that PEFT saved. Usage: trajectory.py CALDERA"""
 import json, pathlib, random, subprocess, sys, tempfile
 
 import numpy, torch
+from peft import PeftModel
 from PIL import Image
 from transformers import (CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM,
                           LlavaForConditionalGeneration, get_scheduler)
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 caldera = str(pathlib.Path(sys.argv[1]).resolve())
 root = pathlib.Path(__file__).resolve().parents[2]
 tokenizer = root / "checkpoints/scenes/language_model"
@@ -113,12 +114,17 @@ def loss_sums(model, rows, vocab):
 
 
 def reference(model, rows, trainable, lr, vocab):
-    for name, parameter in model.named_parameters():
-        part = "projector" if "projector" in name else "vision_tower" if "vision_tower" in name else "language_model"
-        parameter.requires_grad_(part in trainable)
+    """Trains the parts named, or what already trains where none is (an adapter's model). `lr` may be a pair: the projector's second."""
+    if trainable:
+        for name, parameter in model.named_parameters():
+            part = "projector" if "projector" in name else "vision_tower" if "vision_tower" in name else "language_model"
+            parameter.requires_grad_(part in trainable)
+    lr, projector_lr = lr if isinstance(lr, tuple) else (lr, lr)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.05},
-                                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}], lr=lr)
+    optimizer = torch.optim.AdamW([
+        {"params": [p for n, p in model.named_parameters() if p.requires_grad and ("projector" in n) == is_projector and
+                    (p.dim() >= 2) == decays], "weight_decay": 0.05 if decays else 0.0, "lr": projector_lr if is_projector else lr}
+        for is_projector in (True, False) for decays in (True, False)])
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=STEPS)
     out = []
     for _ in range(STEPS):
@@ -151,16 +157,49 @@ with tempfile.TemporaryDirectory(prefix="caldera_parity_") as name:
 
     start = load(work / "start/pretrain/final")
     rows = batches(work, work / "start", "captions", "plain")
-    worst("stage 1, 20 steps", losses(work / "run/pretrain"), reference(start, rows, ["projector"], 5e-3, vocab), 1e-3)
+    worst("stage 1, 20 steps", losses(work / "run/pretrain"), reference(start, rows, ["projector"], 5e-3, vocab), 1e-4)
 
     middle = load(work / "run/pretrain/final")
     rows = batches(work, work / "run", "dialogues", "v1")
-    worst("stage 2, 20 steps", losses(work / "run/finetune"), reference(middle, rows, ["projector", "language_model"], 2e-3, vocab), 1e-3)
+    worst("stage 2, 20 steps", losses(work / "run/finetune"), reference(middle, rows, ["projector", "language_model"], 2e-3, vocab), 1e-4)
 
-    end = load(work / "run/finetune/final")
-    with torch.no_grad():
-        theirs = [s.item() for s, _ in loss_sums(end, rows, vocab)]
-    subprocess.run([caldera, "score", "--model", work / "run", "--data", work / "dialogues.json", "--images", work / "images", "--template",
-                    "v1", "--dtype", "float32", "--out", work / "score.jsonl"], check=True, stderr=subprocess.DEVNULL)
-    worst("score of final/", [json.loads(line)["nll_sum"] for line in open(work / "score.jsonl")], theirs, 1e-4)
-print("equal to transformers")
+    def score(model):
+        subprocess.run([caldera, "score", "--model", model, "--data", work / "dialogues.json", "--images", work / "images", "--template",
+                        "v1", "--dtype", "float32", "--out", work / "score.jsonl"], check=True, stderr=subprocess.DEVNULL)
+        return [json.loads(line)["nll_sum"] for line in open(work / "score.jsonl")]
+
+    @torch.no_grad()
+    def sums(model):
+        return [s.item() for s, _ in loss_sums(model.eval(), rows, vocab)]
+
+    worst("score of final/", score(work / "run"), sums(load(work / "run/finetune/final")), 1e-4)
+
+    # LoRA: the first step's learning rate is 0, so a run of one step gives the adapter that a run of twenty begins with.
+    for rslora, targets in ((False, []), (True, ["q_proj", "v_proj", "down_proj"])):
+        lora = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0, "use_rslora": rslora, "target_modules": targets}
+        adapt = dict(finetune(4e-3), lora=lora)
+        adapt["optimizer"] = dict(adapt["optimizer"], mm_projector_lr=1e-3)
+        name = f"lora_{int(rslora)}"
+        train(work, work / f"{name}_start", [pretrain(5e-3), dict(adapt, max_steps=1)])
+        train(work, work / name, [pretrain(5e-3), adapt])
+        model = PeftModel.from_pretrained(load(work / "run/pretrain/final"), work / f"{name}_start/finetune/final/adapter",
+                                          is_trainable=True)
+        trains = [n for n, p in model.named_parameters() if p.requires_grad]
+        assert trains and all("lora_" in n or "multi_modal_projector" in n for n in trains), trains
+        assert not any("lora_" in n and "vision_tower" in n for n, _ in model.named_parameters())
+        final = work / name / "finetune/final"
+        assert len(trains) == 4 + 2 * 3 * (len(targets) or 7), trains
+        worst(f"LoRA{' (rslora, three modules)' if rslora else ''}, 20 steps", losses(work / name / "finetune"),
+              reference(model, rows, None, (4e-3, 1e-3), vocab), 1e-4)
+
+        trained = PeftModel.from_pretrained(load(work / "run/pretrain/final"), final / "adapter")
+        worst("final/ merged, against PEFT on final/adapter", score(final), sums(trained), 1e-4)
+        worst("final/adapter by its own names", score(final / "adapter"), sums(load(final)), 1e-4)
+        trained.save_pretrained(work / name / "peft")
+        config = json.load(open(work / name / "peft/adapter_config.json"))
+        assert config["r"] == 8 and config["use_rslora"] == rslora, config
+        subprocess.run([caldera, "score", "--model", work / name / "peft", "--model-base", work / "run/pretrain", "--data",
+                        work / "dialogues.json", "--images", work / "images", "--template", "v1", "--dtype", "float32", "--out",
+                        work / "score.jsonl"], check=True, stderr=subprocess.DEVNULL)
+        worst("what PEFT saved, read by Caldera", [json.loads(line)["nll_sum"] for line in open(work / "score.jsonl")], sums(trained), 1e-4)
+print("equal to transformers and PEFT")
