@@ -1,24 +1,39 @@
-// caldera export --model DIR --format hf --out DIR [--dtype bf16|f16|f32] [--part
-// vision_tower|language_model]
+// caldera export --model DIR --format hf|llava|peft|gguf --out DIR [--dtype f32|f16|bf16|q8_0] [--part PART]
+#include "cli/export.h"
+
 #include <memory>
 
 #include "base/error.h"
 #include "base/files.h"
+#include "base/strings.h"
 #include "cli/command.h"
 #include "data/template.h"
+#include "eval/model_session.h"
 
 namespace caldera {
 namespace {
 
-struct ExportCommand {
-  std::string model, format = "hf", out, dtype = "f32", part, conversation_template;
+constexpr const ExportFormat* kFormats[] = {
+    &kExportHf,
+    &kExportLlava,
+    &kExportPeft,
+    &kExportGguf,
 };
 
-at::ScalarType dtype_of(const std::string& name) {
-  if (name == "f32" || name == "float32") return at::kFloat;
-  if (name == "f16" || name == "float16") return at::kHalf;
-  if (name == "bf16" || name == "bfloat16") return at::kBFloat16;
-  throw ConfigError(fmt::format("--dtype {}: expected f32, f16 or bf16", name));
+const ExportFormat& find_format(const std::string& name) {
+  std::vector<std::string> known;
+  for (const ExportFormat* format : kFormats) {
+    if (name == format->name) return *format;
+    known.emplace_back(format->name);
+  }
+  throw ConfigError(fmt::format("--format {}: not a format{}", name, suggestion(name, known)));
+}
+
+std::string formats_help() {
+  std::vector<std::string> lines;
+  for (const ExportFormat* format : kFormats)
+    lines.push_back(fmt::format("{}: {}", format->name, format->help));
+  return join(lines, "; ");
 }
 
 // The template's own Jinja form, else what the tokenizer came with.
@@ -28,46 +43,62 @@ std::string chat_template_of(const ModelCard& card, const Tokenizer& tokenizer) 
   return jinja.empty() ? tokenizer.chat_template() : jinja;
 }
 
-void export_model(const ExportCommand& command) {
-  CALDERA_CHECK(command.format == "hf", ConfigError, "--format {}: the formats are: hf", command.format);
-  CALDERA_CHECK(command.part.empty() || command.part == "vision_tower" || command.part == "language_model",
-                ConfigError, "--part {}: expected vision_tower or language_model", command.part);
-  const at::ScalarType dtype = dtype_of(command.dtype);
-  if (!command.conversation_template.empty()) find_template(command.conversation_template);
-  check_out_folder(command.out, "config.json");
+void export_model(const ExportOptionsGiven& given) {
+  const ExportFormat& format = find_format(given.format);
+  CALDERA_CHECK(!given.merge || &format == &kExportPeft, ConfigError, "--merge belongs to --format peft; {} is merged anyway",
+                given.format);
+  if (&format == &kExportPeft && !given.merge) return export_adapter(given);
+  format.check(given);
+  if (!given.conversation_template.empty()) find_template(given.conversation_template);
+  check_out_folder(given.out, format.marker);
 
-  LoadedModel loaded = load_llava(command.model);
-  if (!command.conversation_template.empty())
-    loaded.card.conversation_template = command.conversation_template;
-  write_folder_atomic(command.out, [&](const fs::path& folder) {
-    if (command.part == "vision_tower") return save_hf_component(*loaded.model, command.part, dtype, folder);
-    const auto tokenizer = load_tokenizer(tokenizer_path(loaded.folder));
-    const int64_t image_token_id = tokenizer->save(folder, chat_template_of(loaded.card, *tokenizer));
-    if (command.part == "language_model")
-      return save_hf_component(*loaded.model, command.part, dtype, folder);
-    save_hf_llava(*loaded.model, loaded.card,
-                  {.dtype = dtype,
-                   .image_token_id = image_token_id,
-                   .bos_token_id = tokenizer->bos_id(),
-                   .eos_token_id = tokenizer->eos_id(),
-                   .pad_token_id = tokenizer->pad_id()},
-                  folder);
-  });
+  LoadedModel loaded = load_llava(given.model, given.model_base);
+  if (!given.conversation_template.empty()) loaded.card.conversation_template = given.conversation_template;
+  const std::unique_ptr<Tokenizer> tokenizer = load_tokenizer(tokenizer_path(loaded.folder));
+  const ExportJob job = {given, loaded, *tokenizer, chat_template_of(loaded.card, *tokenizer)};
+  write_folder_atomic(given.out, [&](const fs::path& folder) { format.write(job, folder); });
 }
 
 }  // namespace
 
+at::ScalarType float_dtype(const std::string& name) {
+  if (name == "f32" || name == "float32") return at::kFloat;
+  if (name == "f16" || name == "float16") return at::kHalf;
+  if (name == "bf16" || name == "bfloat16") return at::kBFloat16;
+  throw ConfigError(fmt::format("--dtype {}: expected f32, f16 or bf16{}", name,
+                                name == "q8_0" ? "; q8_0 is a type of --format gguf" : ""));
+}
+
+void check_part(const ExportOptionsGiven& given, const std::vector<std::string>& parts) {
+  const bool known = given.part.empty() || std::find(parts.begin(), parts.end(), given.part) != parts.end();
+  CALDERA_CHECK(known, ConfigError, "--part {}: --format {} writes a whole model, or {}", given.part,
+                given.format, join(parts, " or "));
+}
+
 void setup_export(CLI::App& command) {
-  auto options = std::make_shared<ExportCommand>();
+  auto options = std::make_shared<ExportOptionsGiven>();
   command.add_option("--model", options->model, "a run's folder, a checkpoint, or an exported folder")
       ->required();
-  command.add_option("--format", options->format, "hf: what transformers loads")->capture_default_str();
+  command.add_option("--format", options->format, formats_help())->capture_default_str();
   command.add_option("--out", options->out, "folder to write")->required();
-  command.add_option("--dtype", options->dtype, "of the weights: f32, f16 or bf16")->capture_default_str();
+  command.add_option("--dtype", options->dtype, "of the weights: f32, f16 or bf16; gguf: q8_0 as well")
+      ->capture_default_str();
   command.add_option("--part", options->part,
-                     "vision_tower or language_model: that part alone, as a model of its own");
+                     "hf, gguf: vision_tower or language_model, that part alone, as a model of its own; "
+                     "llava: projector, as "
+                     "stage 1 leaves it (mm_projector.bin)");
   command.add_option("--template", options->conversation_template,
                      "conversation template to record (default: the model's own)");
+  command.add_option("--max-shard-size", options->max_shard_bytes, "bytes of a weights file (or 5GB, 500MB)")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command.add_option(
+      "--mm-vision-tower", options->mm_vision_tower,
+      "llava: the tower's name in config.json (default: the tower's folder beside the weights)");
+  command.add_option("--model-base", options->model_base,
+                     "the model that an adapter belongs to (default: the one it names)");
+  command.add_flag("--merge", options->merge, "peft: merge the adapter into the model's weights");
   command.callback([options] { export_model(*options); });
 }
 

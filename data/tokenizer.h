@@ -9,6 +9,8 @@
 #include <string_view>
 #include <vector>
 
+#include "base/gguf_writer.h"
+
 namespace caldera {
 
 struct Token {
@@ -38,8 +40,13 @@ class Tokenizer {
   virtual bool adds_bos() const = 0;       // HF's add_bos_token: whether a text's ids begin with BOS
   virtual const std::string& chat_template() const = 0;  // Jinja source; "" where there is none
   // Writes the files from which HF and load_tokenizer read the same tokenizer, with kImagePlaceholder added as a special token
-  // where the vocabulary lacks it. Returns that token's id.
-  virtual int64_t save(const std::filesystem::path& folder, const std::string& chat_template) const = 0;
+  // where the vocabulary lacks it (unless told not to). Returns that token's id, or the one it would have.
+  virtual int64_t save(const std::filesystem::path& folder, const std::string& chat_template,
+                       bool add_image_token = true) const = 0;
+  // The same tokenizer as llama.cpp finds it in a GGUF file ("tokenizer.ggml.*"), for a model whose vocabulary has
+  // `vocab_size` rows: as many tokens, unused ones where there are fewer. Throws ConfigError saying why where llama.cpp has
+  // no such tokenizer.
+  virtual GgufFields gguf_fields(int64_t vocab_size) const = 0;
 };
 
 // A folder (tokenizer.model, or tokenizer.json; flags from tokenizer_config.json: "legacy" as in HF, absent means

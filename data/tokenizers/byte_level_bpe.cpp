@@ -108,11 +108,11 @@ class ByteLevelBpeTokenizer final : public Tokenizer {
   bool adds_bos() const override { return model_.adds_bos; }
   const std::string& chat_template() const override { return config_.chat_template; }
 
-  int64_t save(const fs::path& folder, const std::string& chat_template) const override {
+  int64_t save(const fs::path& folder, const std::string& chat_template, bool add_image_token) const override {
     TokenizerConfig config = config_;
     int64_t image_id = token_id(kImagePlaceholder);
     if (image_id < 0) image_id = vocab_size();
-    config.add({image_id, kImagePlaceholder});
+    if (add_image_token) config.add({image_id, kImagePlaceholder});
     config.fields["add_bos_token"] = model_.adds_bos;
     config.fields["add_prefix_space"] = false;
     fs::create_directories(folder);
@@ -121,6 +121,24 @@ class ByteLevelBpeTokenizer final : public Tokenizer {
     // in.
     write_tokenizer_config(folder, config, "PreTrainedTokenizerFast", chat_template);
     return image_id;
+  }
+
+  GgufFields gguf_fields(int64_t rows) const override {
+    const auto preset = std::find_if(gguf_presets().begin(), gguf_presets().end(),
+                                     [this](const GgufPreset& p) { return p.steps == model_.steps; });
+    CALDERA_CHECK(preset != gguf_presets().end(), ConfigError,
+                  "--format gguf: no name is known by which llama.cpp would cut texts into words as this tokenizer does");
+    std::vector<Piece> pieces;
+    for (const std::string& token : model_.tokens)
+      pieces.push_back({token, 0, token.empty() ? PieceType::kUnused : PieceType::kNormal});
+    GgufFields fields = gguf_vocabulary_fields(
+        "gpt2", preset->name, gguf_vocabulary(std::move(pieces), config_.added_tokens, rows),
+        {bos_id(), eos_id(), named_id(config_.unk_token), pad_id(), model_.adds_bos});
+    std::vector<std::string> merges;
+    for (const auto& [left, right] : model_.merges)
+      merges.push_back(model_.tokens[static_cast<size_t>(left)] + " " + model_.tokens[static_cast<size_t>(right)]);
+    fields.emplace_back("tokenizer.ggml.merges", std::move(merges));
+    return fields;
   }
 
  private:

@@ -24,6 +24,8 @@ struct SplitStep {
   };
   Kind kind = Kind::kSplit;
   std::string pattern;  // PCRE2, of kSplit
+
+  bool operator==(const SplitStep&) const = default;
 };
 
 // GPT-2's pattern, by which HF's ByteLevel cuts unless told not to.

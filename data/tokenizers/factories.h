@@ -37,6 +37,26 @@ struct SentencePieceFlags {
 void write_sentencepiece_json(const std::filesystem::path& file, const std::vector<Piece>& pieces,
                               const TokenizerConfig& config, const SentencePieceFlags& flags);
 
+// The pre-tokenizers of byte-level BPE that are known by the names llama.cpp gives them (tokenizer.ggml.pre).
+struct GgufPreset {
+  const char* name;
+  std::vector<SplitStep> steps;
+  bool nfc, ignore_merges, adds_bos;
+};
+const std::vector<GgufPreset>& gguf_presets();
+
+// One token of a vocabulary for GGUF: the pieces of a model, the added tokens laid over, unused ones up to
+// `vocab_size`; added tokens beyond it are left out.
+std::vector<Piece> gguf_vocabulary(std::vector<Piece> pieces, const std::vector<AddedToken>& added_tokens,
+                                   int64_t vocab_size);
+// The lists of tokens and types, and the ids of the special tokens (-1: none).
+struct SpecialIds {
+  int64_t bos = -1, eos = -1, unknown = -1, padding = -1;
+  bool adds_bos = false;
+};
+GgufFields gguf_vocabulary_fields(const char* model, const std::string& pre, const std::vector<Piece>& vocabulary,
+                                  const SpecialIds& ids);
+
 // The tokenizer in a GGUF file's metadata: tokenizer.ggml.model "gpt2" (byte-level BPE) or "llama"
 // (SentencePiece).
 std::unique_ptr<Tokenizer> make_gguf_tokenizer(const GgufFile& file);

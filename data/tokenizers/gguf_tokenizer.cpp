@@ -8,32 +8,6 @@
 namespace caldera {
 namespace {
 
-// The pre-tokenizers by the names that llama.cpp gives them (tokenizer.ggml.pre).
-struct Preset {
-  const char* name;
-  std::vector<SplitStep> steps;
-  bool nfc, ignore_merges, adds_bos;
-};
-
-const std::vector<Preset>& presets() {
-  using Kind = SplitStep::Kind;
-  static const std::vector<SplitStep> gpt2 = {{Kind::kByteLevel, ""}};
-  static const std::vector<SplitStep> digits = {{Kind::kDigits, ""}, {Kind::kByteLevel, ""}};
-  static const std::vector<SplitStep> qwen2 = {
-      {Kind::kSplit,
-       R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)"}};
-  static const std::vector<SplitStep> llama3 = {
-      {Kind::kSplit,
-       R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)"}};
-  static const std::vector<Preset> all = {
-      {"smollm", digits, false, false, false},
-      {"gpt-2", gpt2, false, false, false},
-      {"qwen2", qwen2, true, false, false},
-      {"llama-bpe", llama3, false, true, true},
-  };
-  return all;
-}
-
 class Loader {
  public:
   explicit Loader(const GgufFile& file) : file_(file), where_(file.path().string()) {
@@ -52,9 +26,9 @@ class Loader {
 
   std::unique_ptr<Tokenizer> byte_level_bpe() {
     const std::string pre = file_.get_or<std::string>("tokenizer.ggml.pre", "gpt-2");
-    const Preset* preset = nullptr;
+    const GgufPreset* preset = nullptr;
     std::vector<std::string> known;
-    for (const Preset& candidate : presets()) {
+    for (const GgufPreset& candidate : gguf_presets()) {
       known.emplace_back(candidate.name);
       if (pre == candidate.name) preset = &candidate;
     }

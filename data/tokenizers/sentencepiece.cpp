@@ -113,11 +113,11 @@ class SentencePieceTokenizer final : public Tokenizer {
   bool adds_bos() const override { return add_bos_; }
   const std::string& chat_template() const override { return config_.chat_template; }
 
-  int64_t save(const fs::path& folder, const std::string& chat_template) const override {
+  int64_t save(const fs::path& folder, const std::string& chat_template, bool add_image_token) const override {
     TokenizerConfig config = config_;
     int64_t image_id = token_id(kImagePlaceholder);
     if (image_id < 0) image_id = vocab_size();
-    config.add({image_id, kImagePlaceholder});
+    if (add_image_token) config.add({image_id, kImagePlaceholder});
     for (const std::string& token :
          {config.unk_token, config.bos_token, config.eos_token, config.pad_token}) {
       if (!token.empty()) config.add({token_id(token), token});
@@ -134,6 +134,20 @@ class SentencePieceTokenizer final : public Tokenizer {
     }
     write_tokenizer_config(folder, config, "LlamaTokenizer", chat_template);
     return image_id;
+  }
+
+  GgufFields gguf_fields(int64_t rows) const override {
+    CALDERA_CHECK(is_bpe_, ConfigError,
+                  "--format gguf: llama.cpp's SentencePiece tokenizer merges pieces (BPE); this one is a unigram model, which it "
+                  "would cut otherwise");
+    const std::vector<Piece> vocabulary = gguf_vocabulary(pieces(), config_.added_tokens, rows);
+    GgufFields fields = gguf_vocabulary_fields(
+        "llama", "default", vocabulary, {bos_id(), eos_id(), named_id(config_.unk_token), pad_id(), add_bos_});
+    std::vector<float> scores;
+    for (const Piece& piece : vocabulary) scores.push_back(piece.score);
+    fields.emplace_back("tokenizer.ggml.scores", std::move(scores));
+    fields.emplace_back("tokenizer.ggml.add_space_prefix", add_prefix_);
+    return fields;
   }
 
  private:

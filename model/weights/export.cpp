@@ -1,23 +1,12 @@
 // Folders that other programs load.
 #include "base/error.h"
 #include "base/log.h"
+#include "model/weights/export_parts.h"
 #include "model/weights/load.h"
+#include "model/weights/model_readme.h"
 
 namespace caldera {
 namespace {
-
-const char* dtype_name(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return "float32";
-    case at::kBFloat16:
-      return "bfloat16";
-    case at::kHalf:
-      return "float16";
-    default:
-      throw Error(fmt::format("cannot export weights as {}", c10::toString(dtype)));
-  }
-}
 
 bool fits_hf_llava(const LlavaModel& model) {
   const VisionTowerSpec& tower =
@@ -39,6 +28,17 @@ at::Tensor pad_rows(const at::Tensor& matrix, int64_t num_rows) {
 
 Json image_processor(const ImageSpec& spec, const std::string& image_aspect_ratio) {
   const bool pad = image_aspect_ratio == kAspectPad;
+  if (!spec.keeps_aspect)
+    return {{"image_processor_type", "SiglipImageProcessor"},
+            {"do_convert_rgb", true},
+            {"do_resize", true},
+            {"size", {{"height", spec.image_size}, {"width", spec.image_size}}},
+            {"resample", 3},  // bicubic
+            {"do_rescale", true},
+            {"rescale_factor", 1.0 / 255.0},
+            {"do_normalize", true},
+            {"image_mean", spec.image_mean},
+            {"image_std", spec.image_std}};
   return {// Only LLaVA's own processor pads to a square; older releases know CLIP's alone.
           {"image_processor_type", pad ? "LlavaImageProcessor" : "CLIPImageProcessor"},
           {"do_convert_rgb", true},
@@ -61,7 +61,9 @@ int64_t patch_size_of(const LlavaModel& model) {
 
 const char* hf_select_strategy(const LlavaModel& model) {
   const std::string& strategy = model.features.vision_feature_select_strategy;
-  return strategy == "patch" || strategy == "default" ? "default" : "full";
+  // HF's "default" drops the first token whatever it is.
+  const bool drops = model.vision->has_class_token() && (strategy == "patch" || strategy == "default");
+  return drops ? "default" : "full";
 }
 
 Json llava_config(const LlavaModel& model, const ExportOptions& options, int64_t vocab_size) {
@@ -93,6 +95,19 @@ Json llava_config(const LlavaModel& model, const ExportOptions& options, int64_t
 
 }  // namespace
 
+const char* dtype_name(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return "float32";
+    case at::kBFloat16:
+      return "bfloat16";
+    case at::kHalf:
+      return "float16";
+    default:
+      throw Error(fmt::format("cannot export weights as {}", c10::toString(dtype)));
+  }
+}
+
 void save_hf_llava(LlavaModel& model, const ModelCard& card, const ExportOptions& options,
                    const fs::path& folder) {
   CALDERA_ASSERT(options.image_token_id >= 0);
@@ -111,7 +126,7 @@ void save_hf_llava(LlavaModel& model, const ModelCard& card, const ExportOptions
     for (auto& [name, value] : tensors)
       if (name.ends_with("embed_tokens.weight") || name.ends_with("lm_head.weight"))
         value = pad_rows(value, vocab_size);
-  write_weights_folder(folder, tensors, 5'000'000'000, options.dtype);
+  write_weights_folder(folder, tensors, options.max_shard_bytes, options.dtype);
 
   const Json processor = image_processor(model.vision->image_spec(), card.image_aspect_ratio);
   Json preprocessor = processor;
@@ -122,7 +137,7 @@ void save_hf_llava(LlavaModel& model, const ModelCard& card, const ExportOptions
               {"image_processor", processor},
               {"image_token", kImagePlaceholder},
               {"patch_size", patch_size_of(model)},
-              {"num_additional_image_tokens", 1},  // CLS
+              {"num_additional_image_tokens", model.vision->has_class_token() ? 1 : 0},
               {"vision_feature_select_strategy", hf_select_strategy(model)}});
   Json generation = {{"_from_model_config", true},
                      {"bos_token_id", options.bos_token_id},
@@ -132,19 +147,20 @@ void save_hf_llava(LlavaModel& model, const ModelCard& card, const ExportOptions
   ModelCard written = card;
   if (written.vocab_size == 0) written.vocab_size = trained_vocab;
   write_json(folder / "caldera.json", {{"card", to_json(written)}});
+  write_model_readme(model, written, hf_usage(fits_hf_llava(model)), folder);
   // Last: without it the folder is no model yet.
   write_json(folder / "config.json", llava_config(model, options, vocab_size));
 }
 
 void save_hf_component(LlavaModel& model, const std::string& part, at::ScalarType dtype,
-                       const fs::path& folder) {
+                       const fs::path& folder, int64_t max_shard_bytes) {
   const bool is_tower = part == "vision_tower";
   CALDERA_CHECK(is_tower || part == "language_model", ConfigError,
                 "\"{}\" has no folder of its own; vision_tower and language_model have", part);
   Json config = is_tower ? model.vision->config() : model.language->config();
   config["dtype"] = config["torch_dtype"] = dtype_name(dtype);
   write_weights_folder(folder, values_of(is_tower ? model.vision->tensors() : model.language->tensors()),
-                       5'000'000'000, dtype);
+                       max_shard_bytes, dtype);
   if (is_tower)
     write_json(folder / "preprocessor_config.json",
                image_processor(model.vision->image_spec(), kAspectSquare));

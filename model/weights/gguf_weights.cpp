@@ -6,6 +6,8 @@
 
 #include "base/error.h"
 #include "base/strings.h"
+#include "model/weights/gguf_config.h"
+#include "model/weights/gguf_names.h"
 
 namespace caldera {
 namespace {
@@ -63,41 +65,16 @@ at::Tensor copy_bytes(const GgufTensor& tensor, at::ScalarType type) {
   return out;
 }
 
-// "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"; "" for a tensor that a llama does not
-// have.
-std::string hf_name(const std::string& name) {
-  static const std::map<std::string, std::string> kOuter = {
-      {"token_embd.weight", "model.embed_tokens.weight"},
-      {"output_norm.weight", "model.norm.weight"},
-      {"output.weight", "lm_head.weight"}};
-  static const std::map<std::string, std::string> kInBlock = {
-      {"attn_q", "self_attn.q_proj"},          {"attn_k", "self_attn.k_proj"},
-      {"attn_v", "self_attn.v_proj"},          {"attn_output", "self_attn.o_proj"},
-      {"ffn_gate", "mlp.gate_proj"},           {"ffn_up", "mlp.up_proj"},
-      {"ffn_down", "mlp.down_proj"},           {"attn_norm", "input_layernorm"},
-      {"ffn_norm", "post_attention_layernorm"}};
-  if (const auto outer = kOuter.find(name); outer != kOuter.end()) return outer->second;
-  const std::vector<std::string> parts = split(name, ".");  // blk, index, part, weight or bias
-  if (parts.size() != 4 || parts[0] != "blk" || (parts[3] != "weight" && parts[3] != "bias")) return "";
-  const auto inner = kInBlock.find(parts[2]);
-  return inner == kInBlock.end() ? ""
-                                 : fmt::format("model.layers.{}.{}.{}", parts[1], inner->second, parts[3]);
-}
-
-// llama.cpp rotates neighbouring rows, HF the two halves of a head: rows [H, K/2, 2] go back to [H, 2, K/2].
-at::Tensor undo_rotary_order(const at::Tensor& rows, int64_t num_heads) {
-  const int64_t half = rows.size(0) / num_heads / 2, columns = rows.numel() / rows.size(0);
-  return rows.reshape({num_heads, half, 2, columns}).transpose(1, 2).reshape(rows.sizes());
-}
-
 class GgufWeights : public TensorSource {
  public:
+  // Heads of q and k whose rows llama.cpp has in its own order; 0 where it keeps HF's.
   GgufWeights(std::shared_ptr<GgufFile> file, int64_t num_heads, int64_t num_key_value_heads)
       : file_(std::move(file)), num_heads_(num_heads), num_key_value_heads_(num_key_value_heads) {
     for (const GgufTensor& tensor : file_->tensors()) {
-      const std::string name = hf_name(tensor.name);
-      CALDERA_CHECK(!name.empty(), CheckpointError, "{}: tensor {} has no place in architecture llama",
-                    file_->path().string(), tensor.name);
+      if (tensor.name == kGgufRopeDivisors) continue;  // they are in the configuration
+      const std::string name = hf_decoder_name(tensor.name);
+      CALDERA_CHECK(!name.empty(), CheckpointError, "{}: tensor {} has no place in architecture {}",
+                    file_->path().string(), tensor.name, file_->get<std::string>("general.architecture"));
       tensors_[name] = &tensor;
     }
   }
@@ -111,8 +88,9 @@ class GgufWeights : public TensorSource {
   std::string where(const std::string&) const override { return file_->path().string(); }
   at::Tensor read(const std::string& name) const override {
     const at::Tensor values = dequantize(tensor(name), file_->path().string());
-    if (name.find(".q_proj.") != std::string::npos) return undo_rotary_order(values, num_heads_);
-    if (name.find(".k_proj.") != std::string::npos) return undo_rotary_order(values, num_key_value_heads_);
+    if (num_heads_ == 0) return values;
+    if (name.find(".q_proj.") != std::string::npos) return from_neighbour_order(values, num_heads_);
+    if (name.find(".k_proj.") != std::string::npos) return from_neighbour_order(values, num_key_value_heads_);
     return values;
   }
 
@@ -127,84 +105,6 @@ class GgufWeights : public TensorSource {
   int64_t num_heads_, num_key_value_heads_;
   std::map<std::string, const GgufTensor*> tensors_;
 };
-
-class MetadataReader {
- public:
-  explicit MetadataReader(const GgufFile& file) : file_(file) {}
-  std::string key(const char* name) const { return std::string("llama.") + name; }
-  int64_t size(const char* name, std::optional<int64_t> fallback = {}) const {
-    const int64_t value =
-        fallback ? file_.get_or<int64_t>(key(name), *fallback) : file_.get<int64_t>(key(name));
-    CALDERA_CHECK(value > 0 && value <= (1 << 30), CheckpointError,
-                  "{}: {}: expected a positive size, got {}", file_.path().string(), key(name), value);
-    return value;
-  }
-  double number(const char* name, double fallback) const { return file_.get_or<double>(key(name), fallback); }
-  std::string text(const char* name) const { return file_.get_or<std::string>(key(name), ""); }
-
- private:
-  const GgufFile& file_;
-};
-
-Json make_config(const GgufFile& file) {
-  const std::string where = file.path().string();
-  const MetadataReader read(file);
-  std::map<std::string, const GgufTensor*> tensors;
-  for (const GgufTensor& tensor : file.tensors()) tensors[tensor.name] = &tensor;
-  const auto expect_shape = [&](const std::string& name, const std::vector<int64_t>& expected) {
-    const auto found = tensors.find(name);
-    CALDERA_CHECK(found != tensors.end(), CheckpointError, "{}: tensor {} is missing", where, name);
-    CALDERA_CHECK(found->second->shape == expected, CheckpointError, "{}: {}: expected shape [{}], got [{}]",
-                  where, name, fmt::join(expected, ", "), fmt::join(found->second->shape, ", "));
-  };
-
-  const int64_t width = read.size("embedding_length"), layers = read.size("block_count");
-  const auto embedding = tensors.find("token_embd.weight");
-  CALDERA_CHECK(embedding != tensors.end() && embedding->second->shape.size() == 2, CheckpointError,
-                "{}: token_embd.weight is missing or no matrix", where);
-  const int64_t vocab = embedding->second->shape[0];
-  // What the metadata claim is held against the tensors before anything is allocated by it.
-  expect_shape("token_embd.weight", {vocab, width});
-  const int64_t heads = read.size("attention.head_count"),
-                kv_heads = read.size("attention.head_count_kv", heads);
-  const int64_t head_dim = read.size("attention.key_length", width / heads);
-  const int64_t rotated = read.size("rope.dimension_count", head_dim);
-  CALDERA_CHECK(head_dim == rotated && head_dim % 2 == 0, CheckpointError,
-                "{}: llama.rope.dimension_count: expected the heads' width {} (even), got {}", where,
-                head_dim, rotated);
-  CALDERA_CHECK(!file.has("llama.expert_count") || file.get<int64_t>("llama.expert_count") == 0,
-                CheckpointError, "{}: mixtures of experts are not supported", where);
-  CALDERA_CHECK(!tensors.contains("rope_freqs.weight"), CheckpointError,
-                "{}: rope_freqs.weight: rotary frequencies scaled one by one are not supported", where);
-  const int64_t mlp_width = read.size("feed_forward_length");
-  expect_shape("blk.0.ffn_gate.weight", {mlp_width, width});
-  expect_shape("blk.0.attn_q.weight", {heads * head_dim, width});
-  expect_shape("blk.0.attn_k.weight", {kv_heads * head_dim, width});
-  expect_shape(fmt::format("blk.{}.ffn_gate.weight", layers - 1), {mlp_width, width});
-
-  Json config = {{"architectures", {"LlamaForCausalLM"}},
-                 {"model_type", "llama"},
-                 {"hidden_size", width},
-                 {"intermediate_size", mlp_width},
-                 {"num_hidden_layers", layers},
-                 {"num_attention_heads", heads},
-                 {"num_key_value_heads", kv_heads},
-                 {"head_dim", head_dim},
-                 {"hidden_act", "silu"},
-                 {"rms_norm_eps", read.number("attention.layer_norm_rms_epsilon", 1e-6)},
-                 {"rope_theta", read.number("rope.freq_base", 10000.0)},
-                 {"max_position_embeddings", read.size("context_length")},
-                 {"vocab_size", vocab},
-                 {"attention_bias", tensors.contains("blk.0.attn_q.bias")},
-                 {"tie_word_embeddings", !tensors.contains("output.weight")}};
-  if (const std::string scaling = read.text("rope.scaling.type"); !scaling.empty() && scaling != "none")
-    config["rope_scaling"] = {{"rope_type", scaling}, {"factor", read.number("rope.scaling.factor", 1.0)}};
-  for (const char* token : {"bos", "eos"}) {
-    const std::string key = fmt::format("tokenizer.ggml.{}_token_id", token);
-    if (file.has(key)) config[fmt::format("{}_token_id", token)] = file.get<int64_t>(key);
-  }
-  return config;
-}
 
 }  // namespace
 
@@ -235,12 +135,21 @@ GgufDecoder open_gguf_decoder(const fs::path& path) {
   auto file = std::make_shared<GgufFile>(path);
   GgufDecoder decoder;
   decoder.architecture = file->get<std::string>("general.architecture");
-  CALDERA_CHECK(decoder.architecture == "llama", CheckpointError,
-                "{}: general.architecture: only llama is supported, got {}", path.string(),
+  std::vector<std::string> known;
+  const GgufArchitecture* architecture = nullptr;
+  for (const GgufArchitecture& candidate : gguf_architectures()) {
+    known.emplace_back(candidate.name);
+    if (decoder.architecture == candidate.name) architecture = &candidate;
+  }
+  CALDERA_CHECK(architecture != nullptr, CheckpointError,
+                "{}: general.architecture: expected one of {}, got {}", path.string(), join(known, ", "),
                 decoder.architecture);
-  decoder.config = make_config(*file);
-  decoder.weights = std::make_unique<GgufWeights>(file, decoder.config["num_attention_heads"].get<int64_t>(),
-                                                  decoder.config["num_key_value_heads"].get<int64_t>());
+  decoder.config = gguf_decoder_config(*file, *architecture);
+  const auto heads = [&](const char* key) {
+    return architecture->rotates_neighbours ? decoder.config[key].get<int64_t>() : 0;
+  };
+  decoder.weights =
+      std::make_unique<GgufWeights>(file, heads("num_attention_heads"), heads("num_key_value_heads"));
   return decoder;
 }
 

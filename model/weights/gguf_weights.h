@@ -17,9 +17,10 @@ struct GgufDecoder {
       weights;  // HF's names; F32, F16 and BF16 as they are, quantised types as float32
 };
 
-// Reads architecture "llama" (LLaMA, Mistral, SmolLM2, ...) with tensors of type F32, F16, BF16, Q8_0, Q4_0
-// or Q4_1. llama.cpp stores the rows of q and k in the order of its own rotary embedding; they are put back
-// into HF's. Throws CheckpointError with file, key or tensor, expected and got.
+// Reads architectures "llama" (LLaMA, Mistral, SmolLM2, ...), "qwen2" and "qwen3" (see gguf_names.h) with
+// tensors of type F32, F16, BF16, Q8_0, Q4_0 or Q4_1. llama.cpp stores the rows of q and k in the order of
+// its own rotary embedding; they are put back into HF's. Throws CheckpointError with file, key or tensor,
+// expected and got.
 GgufDecoder open_gguf_decoder(const std::filesystem::path& file);
 
 // One tensor's elements; quantised types become float32.

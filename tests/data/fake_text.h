@@ -38,7 +38,8 @@ class FakeTokenizer : public Tokenizer {
   int64_t pad_id() const override { return -1; }
   bool adds_bos() const override { return false; }
   const std::string& chat_template() const override { return empty_; }
-  int64_t save(const std::filesystem::path&, const std::string&) const override { return 257; }
+  int64_t save(const std::filesystem::path&, const std::string&, bool) const override { return 257; }
+  GgufFields gguf_fields(int64_t) const override { return {}; }
 
  private:
   std::string empty_;

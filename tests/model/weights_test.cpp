@@ -137,7 +137,7 @@ TEST_F(WeightsTest, GgufThatLiesIsRefused) {
               HasSubstr("1 of 20 tensors are missing"));
   const std::string architecture = std::string("\5\0\0\0\0\0\0\0llama", 13);
   EXPECT_THAT(load_changed(architecture, std::string("\5\0\0\0\0\0\0\0lxama", 13)),
-              HasSubstr("only llama is supported"));
+              HasSubstr("general.architecture: expected one of llama, qwen2, qwen3, got lxama"));
 }
 
 // A real model: CALDERA_GGUF names a llama's .gguf, CALDERA_GGUF_EXPECTED a safetensors file with "ids" and

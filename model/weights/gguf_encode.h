@@ -1,0 +1,19 @@
+// A tensor's elements as ggml stores them.
+#pragma once
+#include <ATen/ATen.h>
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "base/gguf_writer.h"
+
+namespace caldera {
+
+// Elements of a float tensor in ggml's type: rounded to nearest, q8_0 in blocks of 32 as ggml's own quantiser
+// makes them (scale max|x| / 127 as float16, then round(x / scale), halves away from zero), which the `gguf`
+// package reproduces bit for bit. Throws CheckpointError naming the tensor where a value that is finite is
+// not in the type.
+std::vector<std::byte> encode_ggml(const at::Tensor& values, GgmlType type, const std::string& name);
+
+}  // namespace caldera

@@ -1,0 +1,273 @@
+// GGUF files are read back, tensor by tensor, and refused where llama.cpp has no such model.
+#include "model/weights/gguf_export.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include "base/error.h"
+#include "base/gguf.h"
+#include "base/log.h"
+#include "model/weights/gguf_encode.h"
+#include "model/weights/gguf_names.h"
+#include "model/weights/gguf_weights.h"
+#include "model/weights/load.h"
+
+namespace caldera {
+namespace {
+
+using testing::HasSubstr;
+
+template <class Function>
+std::string message_of(Function function) {
+  try {
+    function();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "accepted";
+}
+
+const std::pair<GgmlType, at::ScalarType> kFloatTypes[] = {
+    {GgmlType::kF32, at::kFloat}, {GgmlType::kF16, at::kHalf}, {GgmlType::kBF16, at::kBFloat16}};
+
+class GgufExportTest : public testing::Test {
+ protected:
+  void SetUp() override { fs::create_directories(folder_); }
+  void TearDown() override { fs::remove_all(folder_); }
+
+  static Json decoder_config(const std::string& model_type, const Json& change = Json::object()) {
+    Json config = {{"model_type", model_type}, {"hidden_size", 64},        {"intermediate_size", 96},
+                   {"num_hidden_layers", 2},   {"num_attention_heads", 6}, {"num_key_value_heads", 2},
+                   {"head_dim", 32},           {"vocab_size", 50},         {"max_position_embeddings", 256},
+                   {"initializer_range", 0.2}, {"rope_theta", 5000.0},     {"rms_norm_eps", 1e-5}};
+    config.update(change);
+    return config;
+  }
+  // Every tensor random, biases and norms too.
+  static std::unique_ptr<LanguageModel> decoder(const Json& config) {
+    auto model = find_language_model(config.at("model_type"), "test").make(config);
+    at::manual_seed(3);
+    for (const NamedTensor& named : model->tensors()) {
+      at::Tensor value = named.value();
+      value.normal_(0, 0.3);
+    }
+    return model;
+  }
+  static std::unique_ptr<LlavaModel> llava(const std::string& tower, const std::string& projector,
+                                           VisionFeatures features = {}) {
+    const VisionTowerSpec& spec = find_vision_tower(tower, "test");
+    const Json config =
+        tower == "efficientnet_lite"
+            ? Json{{"model_type", tower}}
+            : Json{{"model_type", tower},    {"hidden_size", 64},        {"intermediate_size", 80},
+                   {"num_hidden_layers", 4}, {"num_attention_heads", 4}, {"image_size", 28},
+                   {"patch_size", 7}};
+    auto model = std::make_unique<LlavaModel>();
+    model->features = features;
+    model->vision = spec.make(config, Json::object(), features);
+    spec.init(*model->vision, 5);
+    model->language = decoder(decoder_config("llama"));
+    model->mm_projector_type = projector;
+    model->projector =
+        make_projector(projector, model->vision->hidden_size(), model->language->hidden_size());
+    init_projector(*model->projector, 5);
+    return model;
+  }
+  GgufExportOptions options(GgmlType type) const { return {.type = type, .image_aspect_ratio = "pad"}; }
+  fs::path file() const { return folder_ / "x.gguf"; }
+  fs::path folder_ = fs::temp_directory_path() / fmt::format("caldera-gguf-export-{}", ::getpid());
+};
+
+at::Tensor logits_of(LanguageModel& model) {
+  const at::NoGradGuard no_grad;
+  const at::Tensor ids = at::arange(20, at::kLong) * 7 % 50;
+  const at::Tensor hidden = model.forward(model.embed(ids), at::arange(20, at::kLong), {0, 20}, {});
+  return at::linear(hidden, model.head_weight());
+}
+
+TEST_F(GgufExportTest, EveryDecoderComesBackBitForBit) {
+  const std::vector<Json> configs = {
+      decoder_config("llama"),
+      decoder_config("llama", {{"attention_bias", true}, {"mlp_bias", true}, {"tie_word_embeddings", true}}),
+      decoder_config("llama", {{"rope_scaling", {{"rope_type", "linear"}, {"factor", 2.5}}}}),
+      decoder_config("llama", {{"rope_scaling",
+                                {{"rope_type", "llama3"},
+                                 {"factor", 8.0},
+                                 {"low_freq_factor", 1.0},
+                                 {"high_freq_factor", 4.0},
+                                 {"original_max_position_embeddings", 64}}}}),
+      decoder_config("qwen2",
+                     {{"rope_scaling",
+                       {{"rope_type", "yarn"}, {"factor", 4.0}, {"original_max_position_embeddings", 64}}}}),
+      decoder_config("qwen2", {{"rope_scaling",
+                                {{"rope_type", "yarn"},
+                                 {"factor", 4.0},
+                                 {"attention_factor", 1.3},
+                                 {"beta_fast", 16.0},
+                                 {"beta_slow", 2.0},
+                                 {"original_max_position_embeddings", 64}}}}),
+      decoder_config("mistral", {{"sliding_window", nullptr}}),
+      decoder_config("qwen3"),
+  };
+  for (const Json& config : configs) {
+    const auto model = decoder(config);
+    for (const auto& [type, dtype] : kFloatTypes) {
+      save_gguf_decoder(*model, options(type), file());
+      const auto back = load_language_model(file());
+      const NamedTensors wanted = model->tensors(), got = back->tensors();
+      ASSERT_EQ(wanted.size(), got.size()) << config;
+      for (size_t i = 0; i < wanted.size(); ++i) {
+        at::Tensor expected = wanted[i].value();
+        if (expected.dim() == 2) expected = expected.to(dtype).to(at::kFloat);  // vectors stay float32
+        EXPECT_EQ(wanted[i].name, got[i].name);
+        EXPECT_TRUE(at::equal(expected, got[i].value())) << wanted[i].name << " " << config;
+      }
+      if (type != GgmlType::kF32) continue;
+      // The configuration came back too: the same numbers come out (metadata are float32).
+      const at::Tensor before = logits_of(*model), after = logits_of(*back);
+      EXPECT_LT((before - after).abs().max().item<float>() / before.abs().max().item<float>(), 1e-5f)
+          << config;
+      EXPECT_EQ(back->max_position_embeddings(), 256);
+    }
+  }
+}
+
+TEST_F(GgufExportTest, Q8StaysWithinItsStep) {
+  const auto model =
+      decoder(decoder_config("qwen3", {{"intermediate_size", 80}}));  // rows of 80 are no whole blocks
+  save_gguf_decoder(*model, options(GgmlType::kQ8_0), file());
+  const auto back = load_language_model(file());
+  const NamedTensors wanted = model->tensors(), got = back->tensors();
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    const at::Tensor x = wanted[i].value(), y = got[i].value();
+    if (x.dim() == 1) {
+      EXPECT_TRUE(at::equal(x, y)) << wanted[i].name;
+    } else if (wanted[i].name.ends_with("down_proj.weight")) {
+      EXPECT_TRUE(at::equal(x.to(at::kHalf).to(at::kFloat), y)) << wanted[i].name;
+    } else {
+      const at::Tensor blocks = x.reshape({-1, 32}), step = blocks.abs().amax(1, true) / 127;
+      // Half a step, and the rounding of the scale to float16 (11 bits) at up to 127 steps.
+      const at::Tensor bound = step * (0.5 + 127.0 / 2048);
+      EXPECT_TRUE(((blocks - y.reshape({-1, 32})).abs() <= bound).all().item<bool>()) << wanted[i].name;
+    }
+  }
+}
+
+TEST_F(GgufExportTest, QuantisesAsGgmlDoes) {
+  // 1/127 is exact enough in float32: every product lands on or next to an integer, halves go away from zero.
+  at::Tensor x = at::zeros({1, 32});
+  x[0][0] = 127.0f;
+  x[0][1] = -0.5f;
+  x[0][2] = 2.5f;
+  x[0][3] = -126.4f;
+  const std::vector<std::byte> bytes = encode_ggml(x, GgmlType::kQ8_0, "x");
+  ASSERT_EQ(bytes.size(), 34u);
+  EXPECT_EQ(std::to_integer<int>(bytes[0]) | std::to_integer<int>(bytes[1]) << 8, 0x3C00);  // 1.0
+  const auto quant = [&](size_t i) { return std::to_integer<int8_t>(bytes[2 + i]); };
+  EXPECT_EQ(quant(0), 127);
+  EXPECT_EQ(quant(1), -1);
+  EXPECT_EQ(quant(2), 3);
+  EXPECT_EQ(quant(3), -126);
+  EXPECT_EQ(quant(4), 0);
+  const std::vector<std::byte> zeros = encode_ggml(at::zeros({1, 32}), GgmlType::kQ8_0, "x");
+  EXPECT_EQ(zeros, std::vector<std::byte>(34));
+}
+
+TEST_F(GgufExportTest, ValuesBeyondATypeAreRefused) {
+  const at::Tensor large = at::full({1, 32}, 70000.0);
+  EXPECT_THAT(message_of([&] { encode_ggml(large, GgmlType::kF16, "big"); }),
+              HasSubstr("big: a value of 70000 is beyond float16; export bf16 or f32"));
+  EXPECT_EQ(message_of([&] { encode_ggml(large, GgmlType::kQ8_0, "big"); }), "accepted");
+  EXPECT_THAT(message_of([&] { encode_ggml(large * 1000, GgmlType::kQ8_0, "big"); }),
+              HasSubstr("q8_0's float16 scales"));
+  EXPECT_THAT(message_of([&] { encode_ggml(large / 0, GgmlType::kQ8_0, "big"); }), HasSubstr("not finite"));
+  EXPECT_EQ(message_of([&] { encode_ggml(large / 0, GgmlType::kF16, "big"); }), "accepted");
+}
+
+TEST_F(GgufExportTest, MmprojHoldsWhatLlamaCppRuns) {
+  for (const char* tower : {"clip_vision_model", "siglip_vision_model"}) {
+    const auto model = llava(tower, "mlp2x_gelu");
+    for (const auto& [type, dtype] : kFloatTypes) {
+      save_gguf_mmproj(*model, options(type), file());
+      const GgufFile read(file());
+      EXPECT_EQ(read.get<std::string>("general.architecture"), "clip");
+      EXPECT_EQ(read.get<std::string>("clip.projector_type"), "mlp");
+      EXPECT_EQ(read.get<int64_t>("clip.vision.block_count"), 3);  // hidden_states[-2] of four blocks
+      EXPECT_THAT(read.get<std::vector<int64_t>>("clip.vision.feature_layer"), testing::ElementsAre(3));
+      EXPECT_EQ(read.get<bool>("clip.use_gelu"), std::string(tower) == "siglip_vision_model");
+      EXPECT_EQ(read.get<int64_t>("clip.vision.image_size"), 28);
+      std::map<std::string, at::Tensor> tensors;
+      for (const GgufTensor& tensor : read.tensors())
+        tensors[tensor.name] = dequantize(tensor, "x").to(at::kFloat);
+      size_t count = 0;
+      for (const NamedTensor& named : model->vision->tensors()) {
+        const std::string name = gguf_tower_name(named.name);
+        if (name.empty() || named.name.find("layers.3.") != std::string::npos) continue;
+        at::Tensor expected = named.value();
+        const bool exact =
+            name == "v.position_embd.weight" || (name == "v.patch_embd.weight" && type != GgmlType::kF16);
+        if (expected.dim() > 1 && !exact) expected = expected.to(dtype).to(at::kFloat);
+        ASSERT_TRUE(tensors.contains(name)) << name;
+        EXPECT_TRUE(at::equal(tensors[name], expected)) << name;
+        ++count;
+      }
+      for (const NamedTensor& named : model->projector->tensors()) {
+        const std::string name = (named.name[7] == '1' ? "mm.0." : "mm.2.") + named.name.substr(9);
+        at::Tensor expected = named.value();
+        if (expected.dim() > 1) expected = expected.to(dtype).to(at::kFloat);
+        EXPECT_TRUE(at::equal(tensors[name], expected)) << name;
+        ++count;
+      }
+      EXPECT_EQ(count,
+                tensors.size());  // nothing else: post_layernorm would be applied, the fourth block run
+    }
+  }
+}
+
+TEST_F(GgufExportTest, WhatLlamaCppCannotRepresentIsRefusedWithTheReason) {
+  EXPECT_THAT(message_of([&] { check_gguf_mmproj(*llava("clip_vision_model", "linear")); }),
+              HasSubstr("this model's, linear, cannot be written so that it gives the same features"));
+  EXPECT_THAT(message_of([&] { check_gguf_mmproj(*llava("clip_vision_model", "identity")); }),
+              HasSubstr("identity"));
+  EXPECT_THAT(message_of([&] { check_gguf_mmproj(*llava("clip_vision_model", "mlp3x_gelu")); }),
+              HasSubstr("mlp3x_gelu"));
+  EXPECT_THAT(message_of([&] {
+                check_gguf_mmproj(*llava("clip_vision_model", "mlp2x_gelu",
+                                         {.vision_feature_select_strategy = "cls_patch"}));
+              }),
+              HasSubstr("llama.cpp leaves the class token's feature out"));
+  EXPECT_THAT(message_of([&] { check_gguf_mmproj(*llava("efficientnet_lite", "mlp2x_gelu")); }),
+              HasSubstr("CLIP and SigLIP towers, not this model's efficientnet"));
+  const auto yarn = decoder(decoder_config(
+      "qwen2", {{"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}, {"truncate", false}}}}));
+  EXPECT_THAT(message_of([&] { save_gguf_decoder(*yarn, options(GgmlType::kF32), file()); }),
+              HasSubstr("\"truncate\": false"));
+  EXPECT_FALSE(fs::exists(file()));
+}
+
+TEST_F(GgufExportTest, ASlidingWindowLimitsTheContext) {
+  const auto model = decoder(decoder_config("mistral", {{"sliding_window", 100}}));
+  save_gguf_decoder(*model, options(GgmlType::kF16), file());
+  EXPECT_EQ(GgufFile(file()).get<int64_t>("llama.context_length"), 100);
+}
+
+TEST_F(GgufExportTest, UnknownRotaryDivisorsAreRefused) {
+  const auto model = decoder(decoder_config("llama", {{"rope_scaling",
+                                                       {{"rope_type", "llama3"},
+                                                        {"factor", 8.0},
+                                                        {"low_freq_factor", 1.0},
+                                                        {"high_freq_factor", 4.0},
+                                                        {"original_max_position_embeddings", 64}}}}));
+  save_gguf_decoder(*model, options(GgmlType::kF32), file());
+  std::string bytes = read_file(file());
+  const std::string key = "caldera.rope_parameters";
+  bytes.replace(bytes.find(key), key.size(),
+                "caldera.rope_parameterz");  // as if another program had written it
+  write_file_atomic(file(), bytes);
+  EXPECT_THAT(message_of([&] { open_gguf_decoder(file()); }),
+              HasSubstr("not stretched by the rule of Llama 3.1"));
+}
+
+}  // namespace
+}  // namespace caldera
