@@ -10,6 +10,7 @@
 
 #include "base/error.h"
 #include "base/files.h"
+#include "data/gif.h"
 #include "data/image_format.h"
 #include "data/resize.h"
 
@@ -64,11 +65,15 @@ Image resize_to_square(const Image& image, int64_t size, bool keeps_aspect) {
 Image decode_image(std::string_view bytes, const std::string& where) {
   quieten_opencv();
   const ImageHeader header = probe_image(bytes, where);
+  if (header.format == ImageFormat::kGif) return decode_gif(bytes, where);
   CALDERA_CHECK(bytes.size() <= INT_MAX, DataError, "{}: a picture file of {} bytes", where, bytes.size());
-  // PIL clips 16-bit grey at 255 where OpenCV would take the high byte.
-  const bool is_gray16 = header.format == ImageFormat::kPng && header.is_gray && header.bits_per_sample == 16;
-  const int flags = (is_gray16 ? cv::IMREAD_GRAYSCALE | cv::IMREAD_ANYDEPTH : cv::IMREAD_COLOR) |
-                    cv::IMREAD_IGNORE_ORIENTATION;
+  // PIL clips 16-bit grey at 255 where OpenCV would take the high byte. And it drops the alpha of a TIFF, by
+  // which OpenCV multiplies: only an opaque one is the same to both.
+  const bool is_gray16 = header.is_gray && header.bits_per_sample == 16;
+  const bool is_raw = header.has_alpha && header.bits_per_sample == 8;
+  const int flags = is_gray16 ? cv::IMREAD_GRAYSCALE | cv::IMREAD_ANYDEPTH | cv::IMREAD_IGNORE_ORIENTATION
+                    : is_raw  ? cv::IMREAD_UNCHANGED
+                              : cv::IMREAD_COLOR | cv::IMREAD_IGNORE_ORIENTATION;
   cv::Mat decoded;
   try {
     const cv::Mat encoded(1, static_cast<int>(bytes.size()), CV_8UC1, const_cast<char*>(bytes.data()));
@@ -79,6 +84,12 @@ Image decode_image(std::string_view bytes, const std::string& where) {
   CALDERA_CHECK(decoded.rows == header.height && decoded.cols == header.width, DataError,
                 "{}: the picture's data is broken and cannot be decoded; replace the file or drop the record",
                 where);
+  if (is_raw) {
+    cv::Mat alpha;
+    cv::extractChannel(decoded, alpha, 3);
+    CALDERA_CHECK(cv::countNonZero(alpha == 255) == static_cast<int>(decoded.total()), DataError,
+                  "{}: a TIFF with transparent parts; convert it to PNG", where);
+  }
   Image image{header.height, header.width, std::vector<uint8_t>(decoded.total() * 3)};
   cv::Mat rgb(decoded.rows, decoded.cols, CV_8UC3, image.pixels.data());
   if (is_gray16) {
@@ -86,7 +97,7 @@ Image decode_image(std::string_view bytes, const std::string& where) {
     decoded.convertTo(clipped, CV_8U);  // saturates
     cv::cvtColor(clipped, rgb, cv::COLOR_GRAY2RGB);
   } else {
-    cv::cvtColor(decoded, rgb, cv::COLOR_BGR2RGB);
+    cv::cvtColor(decoded, rgb, decoded.channels() == 4 ? cv::COLOR_BGRA2RGB : cv::COLOR_BGR2RGB);
   }
   return image;
 }

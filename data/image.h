@@ -18,7 +18,7 @@ struct Image {
   std::vector<uint8_t> pixels;    // height * width * 3
 };
 
-// Decodes by content, not by name: JPEG, PNG, WebP, BMP, TIFF. EXIF orientation is ignored and alpha dropped,
+// Decodes by content, not by name: JPEG, PNG, WebP, GIF (its first frame), BMP, TIFF. EXIF orientation is ignored and alpha dropped,
 // as PIL's convert("RGB") does. Throws DataError "WHERE: what" for an unknown format, a truncated file, or
 // more than 89 million pixels (read from the header, before decoding).
 Image decode_image(std::string_view bytes, const std::string& where);

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "data/gif.h"
 
 namespace caldera {
 namespace {
@@ -11,6 +12,7 @@ namespace {
 class Reader {
  public:
   Reader(std::string_view bytes, const std::string& where) : bytes_(bytes), where_(where) {}
+  std::string_view bytes() const { return bytes_; }
   int64_t size() const { return static_cast<int64_t>(bytes_.size()); }
   uint64_t big(int64_t offset, int num_bytes) const {
     uint64_t value = 0;
@@ -107,6 +109,8 @@ ImageHeader probe_webp(const Reader& file, const std::string& where) {
   ImageHeader header{ImageFormat::kWebp};
   if (8 + static_cast<int64_t>(file.little(4, 4)) > file.size()) file.truncated();
   if (file.matches(12, "VP8X")) {
+    CALDERA_CHECK((file.little(20, 1) & 2) == 0, DataError,
+                  "{}: an animated WebP; only still ones are supported: convert it to PNG or JPEG", where);
     header.width = 1 + static_cast<int64_t>(file.little(24, 3));
     header.height = 1 + static_cast<int64_t>(file.little(27, 3));
   } else if (file.matches(12, "VP8L")) {
@@ -144,13 +148,21 @@ ImageHeader probe_tiff(const Reader& file, const std::string& where) {
   };
   CALDERA_CHECK(read(2, 2) == 42, DataError, "{}: BigTIFF is not supported; convert it to PNG or JPEG",
                 where);
+  int64_t samples = 1;
+  bool has_extra = false;
   const int64_t directory = read(4, 4), num_entries = read(directory, 2);
   for (int64_t i = 0; i < num_entries; ++i) {
     const int64_t entry = directory + 2 + 12 * i, tag = read(entry, 2);
-    const int64_t value = read(entry + 8, read(entry + 2, 2) == 3 ? 2 : 4);  // type 3: SHORT, else LONG
+    const bool is_short = read(entry + 2, 2) == 3;  // SHORT, else LONG
+    const int64_t value = read(entry + 8, is_short ? 2 : 4);
     if (tag == 256) header.width = value;
     if (tag == 257) header.height = value;
+    if (tag == 258) header.bits_per_sample = read(entry + 4, 4) > 2 ? read(read(entry + 8, 4), 2) : value;
+    if (tag == 277) samples = value;
+    if (tag == 338) has_extra = true;
   }
+  header.is_gray = samples == 1;
+  header.has_alpha = samples == 4 && has_extra;
   return header;
 }
 
@@ -158,13 +170,15 @@ ImageHeader probe_by_signature(const Reader& file, const std::string& where) {
   if (file.matches(0, "\xFF\xD8\xFF")) return probe_jpeg(file, where);
   if (file.matches(0, "\x89PNG\r\n\x1A\n")) return probe_png(file, where);
   if (file.matches(0, "RIFF") && file.matches(8, "WEBP")) return probe_webp(file, where);
+  if (file.matches(0, "GIF87a") || file.matches(0, "GIF89a")) {
+    const GifSize size = probe_gif(file.bytes(), where);
+    return {.format = ImageFormat::kGif, .height = size.height, .width = size.width};
+  }
   if (file.matches(0, "BM")) return probe_bmp(file, where);
   if (file.matches(0, "II") || file.matches(0, "MM")) return probe_tiff(file, where);
   CALDERA_CHECK(file.size() > 0, DataError, "{}: the file is empty", where);
-  CALDERA_CHECK(!file.matches(0, "GIF8"), DataError,
-                "{}: a GIF, whatever its name says; GIF is not supported: convert it to PNG or JPEG", where);
   throw DataError(
-      fmt::format("{}: not a picture: expected the bytes of a JPEG, PNG, WebP, BMP or TIFF", where));
+      fmt::format("{}: not a picture: expected the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF", where));
 }
 
 }  // namespace

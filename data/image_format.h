@@ -10,17 +10,18 @@ namespace caldera {
 // refused.
 inline constexpr int64_t kMaxImagePixels = 89'478'485;
 
-enum class ImageFormat { kJpeg, kPng, kWebp, kBmp, kTiff };
+enum class ImageFormat { kJpeg, kPng, kWebp, kBmp, kTiff, kGif };
 
 struct ImageHeader {
   ImageFormat format = ImageFormat::kJpeg;
   int64_t height = 0, width = 0;  // pixels, EXIF orientation ignored
-  int64_t bits_per_sample = 8;    // PNG only
-  bool is_gray = false;           // PNG only: one channel, no alpha
+  int64_t bits_per_sample = 8;    // PNG and TIFF
+  bool is_gray = false;           // PNG and TIFF: one channel, no alpha
+  bool has_alpha = false;         // TIFF: four channels, one of them alpha
 };
 
 // Reads signature and size, and checks that the file is whole: JPEG up to its end marker (bytes after it are
-// allowed, as PIL allows them), PNG up to IEND, the length that WebP and BMP state. Touches few pages of a
+// allowed, as PIL allows them), PNG up to IEND, GIF up to its first frame's end, the length that WebP and BMP state. Touches few pages of a
 // mapped file. Throws DataError "WHERE: what" for an unknown format, a truncated file, or more than
 // kMaxImagePixels.
 ImageHeader probe_image(std::string_view bytes, const std::string& where);

@@ -51,6 +51,16 @@ def encode(image, kind, **options):
     return buffer.getvalue()
 
 
+def gif_small_frame(image):
+    """A first frame that does not cover the screen, with a palette of its own; the screen's transparent index is 3."""
+    inner = image.crop((0, 0, 13, 9)).quantize(8)
+    data = encode(inner, "GIF")
+    body = data[data.index(b"\x2c", 13 + 3 * 8) + 10:-1]  # minimum code size, blocks
+    screen = b"GIF89a" + struct.pack("<HHBBB", image.width, image.height, 0x80 | 2, 0, 0) + bytes(range(24))
+    frame = b"\x2c" + struct.pack("<HHHHB", 7, 4, 13, 9, 0x80 | 2) + bytes(inner.getpalette()[:24])
+    return screen + b"\x21\xf9\x04\x01\0\0\x03\0" + frame + body + b"\x3b"
+
+
 def decode_cases():
     image = smooth(18, 24)
     alpha = np.asarray(image.convert("L"))
@@ -80,18 +90,23 @@ def decode_cases():
         "rgb.bmp": encode(image, "BMP"),
         "palette.bmp": encode(palette, "BMP"),
         "rgb.tiff": encode(image, "TIFF"),
+        "palette.gif": encode(palette, "GIF", interlace=0),
+        "interlaced.gif": encode(image.quantize(200), "GIF", interlace=1),
+        "grey.gif": encode(image.convert("L"), "GIF"),
+        "transparent.gif": encode(palette, "GIF", transparency=2),
+        "animated.gif": encode(palette, "GIF", save_all=True, append_images=[palette.rotate(180)]),
+        "small_frame.gif": gif_small_frame(image),
         "lzw.tiff": encode(image, "TIFF", compression="tiff_lzw"),
     }
     for name, content in cases.items():
         (OUT / name).write_bytes(content)
         decoded = Image.open(io.BytesIO(content)).convert("RGB")
         (OUT / name).with_name(name + ".rgb").write_bytes(decoded.tobytes())
-    (OUT / "image.gif").write_bytes(encode(palette, "GIF"))
 
 
 def resize_cases():
     sizes = [(37, 53, 64, 64), (64, 64, 17, 23), (100, 75, 33, 33), (7, 5, 20, 31), (1, 1, 4, 3), (240, 320, 31, 48),
-             (40, 40, 40, 27), (40, 40, 13, 40), (3, 200, 9, 11)]
+             (40, 40, 40, 27), (40, 40, 13, 40), (3, 200, 9, 11), (133, 40, 56, 56), (90, 31, 40, 13), (64, 32, 48, 24)]
     with open(OUT / "resize.bin", "wb") as file:
         for height, width, new_height, new_width in sizes:
             file.write(struct.pack("<4i", height, width, new_height, new_width))

@@ -34,6 +34,8 @@ ModelCard read_model_card(const fs::path& folder) {
     const Json config = read_config(folder / "config.json");
     if (is_original_llava(config))
       card.image_aspect_ratio = read_original_llava(folder, config).image_aspect_ratio;
+    else if (boolean_field(read_preprocessor_config(folder), folder.string(), "do_pad", false))  // LlavaImageProcessor's
+      card.image_aspect_ratio = kAspectPad;
   }
   return card;
 }

@@ -17,6 +17,8 @@ def python(script, *arguments):
 # Name, extra environment, the commands in order.
 checks = [
     ("tokens", {}, [python("tokens.py", "--build", build)]),
+    ("pixels", {}, [python("pixels.py", build)]),
+    ("folders", {}, [python("folders.py", caldera)]),
     ("trajectory", {}, [python("trajectory.py", caldera)]),
     ("hf_folder", {"CALDERA_PARITY_DIR": str(work)},
      [[build / "model_export_test"], python("hf_folder.py", work, "--batch", work / "batch.safetensors")]),
