@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes tests/golden/llama_*.safetensors: tiny random LlamaForCausalLM models, what transformers computes with them in
+"""Makes tests/golden/{llama,mistral,qwen2,qwen3}_*.safetensors: tiny random decoders, what transformers computes with them in
 float32 (logits, loss, gradients), and tests/golden/rope.json, its rotary frequencies.
 
     python scripts/make_goldens_model.py
@@ -9,7 +9,8 @@ import pathlib
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM,
+                          Qwen3Config, Qwen3ForCausalLM)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden"
@@ -18,11 +19,28 @@ SHAPE = dict(vocab_size=101, hidden_size=36, intermediate_size=52, num_hidden_la
 LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=16)
 LINEAR = dict(rope_type="linear", factor=2.5)
+LLAMA, MISTRAL, QWEN2, QWEN3 = ((LlamaConfig, LlamaForCausalLM), (MistralConfig, MistralForCausalLM),
+                                (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM))
 VARIANTS = {
     "tied": dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
     "llama3": dict(tie_word_embeddings=False, rope_parameters=dict(rope_theta=500.0, **LLAMA3)),
     "linear": dict(tie_word_embeddings=False, attention_bias=True, mlp_bias=True,
                    rope_parameters=dict(rope_theta=10000.0, **LINEAR)),
+}
+# Windows shorter than the samples; heads whose width is not D / H; grouped queries; biases; the gradient of every parameter.
+SMALL = dict(vocab_size=61, hidden_size=26, intermediate_size=34, num_hidden_layers=2, num_attention_heads=6,
+             max_position_embeddings=64, rms_norm_eps=1e-6)
+FAMILIES = {
+    "mistral_window": (MISTRAL, dict(num_key_value_heads=3, head_dim=6, sliding_window=5, rope_parameters=dict(rope_type="default",
+                                                                                                rope_theta=1000.0))),
+    "qwen2_tied": (QWEN2, dict(num_key_value_heads=2, head_dim=6, tie_word_embeddings=True, rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=16))),
+    "qwen2_window": (QWEN2, dict(num_key_value_heads=1, head_dim=4, use_sliding_window=True, sliding_window=6, max_window_layers=1,
+                                 rope_parameters=dict(rope_type="default", rope_theta=1e4))),
+    "qwen3_bias": (QWEN3, dict(num_key_value_heads=2, head_dim=10, attention_bias=True, rope_parameters=dict(rope_type="default",
+                                                                                                rope_theta=1e6))),
+    "qwen3_tied": (QWEN3, dict(num_key_value_heads=6, head_dim=8, tie_word_embeddings=True, rope_parameters=dict(
+        rope_theta=500.0, **LLAMA3))),
 }
 LENGTHS = (9, 14)
 GRADIENTS = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight",
@@ -33,10 +51,10 @@ GRADIENTS = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weigh
              "model.layers.0.self_attn.k_proj.bias", "model.layers.1.mlp.up_proj.bias")
 
 
-def golden(name, options):
+def golden(name, family, options, gradients=None):
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE, **options)
-    model = LlamaForCausalLM(config).float()
+    config = family[0](**options)
+    model = family[1](config).float()
     for parameter in model.parameters():  # HF's initialisation would leave nearly uniform outputs and zero biases
         torch.nn.init.normal_(parameter, std=0.25 if parameter.dim() > 1 else 0.5)
     tensors = {key: value for key, value in model.state_dict().items()
@@ -57,10 +75,10 @@ def golden(name, options):
     tensors |= {"golden.ids": torch.cat(out["ids"]), "golden.logits": torch.cat(logits), "golden.loss": loss.detach(),
                 "golden.supervised": torch.cat(supervised), "golden.targets": torch.cat(targets)}
     for key, parameter in model.named_parameters():
-        if key in GRADIENTS:
+        if gradients is None or key in gradients:
             tensors["golden.grad." + key] = parameter.grad
     tensors = {key: value.detach().clone().contiguous() for key, value in tensors.items()}
-    save_file(tensors, GOLDEN / f"llama_{name}.safetensors", {"config": json.dumps(config.to_dict())})
+    save_file(tensors, GOLDEN / f"{name}.safetensors", {"config": json.dumps(config.to_dict())})
 
 
 def rope_goldens():
@@ -85,5 +103,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     GOLDEN.mkdir(exist_ok=True)
     for variant, variant_options in VARIANTS.items():
-        golden(variant, variant_options)
+        golden(f"llama_{variant}", LLAMA, SHAPE | variant_options, GRADIENTS)
+    for variant, (family, variant_options) in FAMILIES.items():
+        golden(variant, family, SMALL | variant_options)
     rope_goldens()

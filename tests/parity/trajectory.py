@@ -163,9 +163,12 @@ with tempfile.TemporaryDirectory(prefix="caldera_parity_") as name:
     rows = batches(work, work / "run", "dialogues", "v1")
     worst("stage 2, 20 steps", losses(work / "run/finetune"), reference(middle, rows, ["projector", "language_model"], 2e-3, vocab), 1e-4)
 
-    def score(model):
+    def export(model, form, out, *more):
+        subprocess.run([caldera, "export", "--model", model, "--format", form, "--out", out, *more], check=True, stderr=subprocess.DEVNULL)
+
+    def score(model, *more):
         subprocess.run([caldera, "score", "--model", model, "--data", work / "dialogues.json", "--images", work / "images", "--template",
-                        "v1", "--dtype", "float32", "--out", work / "score.jsonl"], check=True, stderr=subprocess.DEVNULL)
+                        "v1", "--dtype", "float32", "--out", work / "score.jsonl", *more], check=True, stderr=subprocess.DEVNULL)
         return [json.loads(line)["nll_sum"] for line in open(work / "score.jsonl")]
 
     @torch.no_grad()
@@ -193,13 +196,25 @@ with tempfile.TemporaryDirectory(prefix="caldera_parity_") as name:
               reference(model, rows, None, (4e-3, 1e-3), vocab), 1e-4)
 
         trained = PeftModel.from_pretrained(load(work / "run/pretrain/final"), final / "adapter")
-        worst("final/ merged, against PEFT on final/adapter", score(final), sums(trained), 1e-4)
-        worst("final/adapter by its own names", score(final / "adapter"), sums(load(final)), 1e-4)
-        trained.save_pretrained(work / name / "peft")
+        expected = sums(trained)
+        worst("final/ merged, against PEFT on final/adapter", score(final), expected, 1e-4)
+        worst("final/adapter, its base found", score(final / "adapter"), expected, 1e-4)
+        trained.save_pretrained(work / name / "saved")
+        worst("what PEFT saved, read by Caldera", score(work / name / "saved", "--model-base", work / "run/pretrain"), expected, 1e-4)
+
+        export(work / name, "peft", work / name / "peft")
         config = json.load(open(work / name / "peft/adapter_config.json"))
-        assert config["r"] == 8 and config["use_rslora"] == rslora, config
-        subprocess.run([caldera, "score", "--model", work / name / "peft", "--model-base", work / "run/pretrain", "--data",
-                        work / "dialogues.json", "--images", work / "images", "--template", "v1", "--dtype", "float32", "--out",
-                        work / "score.jsonl"], check=True, stderr=subprocess.DEVNULL)
-        worst("what PEFT saved, read by Caldera", [json.loads(line)["nll_sum"] for line in open(work / "score.jsonl")], sums(trained), 1e-4)
+        again = PeftModel.from_pretrained(load(config["base_model_name_or_path"]), work / name / "peft")
+        worst("export --format peft, loaded by PEFT", sums(again), expected, 1e-4)
+        worst("export --format peft, loaded by Caldera", score(work / name / "peft"), expected, 1e-4)
+        export(work / name / "peft", "peft", work / name / "merged", "--merge")
+        worst("export --format peft --merge", sums(load(work / name / "merged")), expected, 1e-4)
+        export(work / name, "peft", work / name / "decoder", "--part", "language_model")
+        config = json.load(open(work / name / "decoder/adapter_config.json"))
+        alone = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(config["base_model_name_or_path"]), work / name / "decoder")
+        ids = rows[0][0].clamp_min(0)
+        with torch.no_grad():
+            whole = trained.base_model.model.model.language_model(inputs_embeds=alone.get_input_embeddings()(ids)).last_hidden_state
+            ours = alone.base_model.model.model(input_ids=ids).last_hidden_state
+        assert torch.equal(whole, ours)
 print("equal to transformers and PEFT")

@@ -284,6 +284,28 @@ TEST(RecipesInConfigs, Llava15IsAsPublished) {
   }
 }
 
+TEST(RecipesInConfigs, Llava15WithLoraIsAsPublished) {
+  for (const std::string size : {"7b", "13b"}) {
+    const Recipe full = read_recipe(kSource / "configs/llava-v1.5" / (size + ".yaml"));
+    Recipe recipe = read_recipe(kSource / "configs/llava-v1.5" / (size + "_lora.yaml"));
+    StageConfig& finetune = recipe.stages[1];
+    EXPECT_TRUE(finetune.uses_lora());
+    EXPECT_EQ(finetune.lora->lora_r, 128);
+    EXPECT_EQ(finetune.lora->lora_alpha, 256);
+    EXPECT_EQ(finetune.lora->lora_dropout, 0.05);
+    EXPECT_FALSE(finetune.lora->use_rslora);
+    EXPECT_TRUE(finetune.lora->target_modules.empty());
+    EXPECT_EQ(finetune.optimizer.learning_rate, 2e-4);
+    EXPECT_EQ(finetune.optimizer.mm_projector_lr, 2e-5);
+    // All else is as without.
+    finetune.lora.reset();
+    finetune.optimizer.learning_rate = 2e-5;
+    finetune.optimizer.mm_projector_lr.reset();
+    recipe.output = full.output;
+    EXPECT_EQ(dump_recipe(recipe), dump_recipe(full));
+  }
+}
+
 TEST(RecipesInConfigs, LlavaV1IsAsPublished) {
   for (const char* name : {"7b", "13b"}) {
     const Recipe recipe = read_recipe(kSource / "configs/llava-v1" / (std::string(name) + ".yaml"));
