@@ -20,6 +20,8 @@ checks = [
     ("pixels", {}, [python("pixels.py", build)]),
     ("folders", {}, [python("folders.py", caldera)]),
     ("trajectory", {}, [python("trajectory.py", caldera)]),
+    ("decoders", {"CALDERA_DECODERS": str(work / "decoders")},
+     [python("decoders.py", work / "decoders"), [build / "model_decoder_live_test"]]),
     ("hf_folder", {"CALDERA_PARITY_DIR": str(work)},
      [[build / "model_export_test"], python("hf_folder.py", work, "--batch", work / "batch.safetensors")]),
 ]
