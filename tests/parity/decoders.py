@@ -6,6 +6,7 @@ import json, pathlib, random, sys
 
 import gguf, numpy, torch
 from safetensors.torch import save_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers import (LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
                           Qwen3ForCausalLM)
 
@@ -26,18 +27,24 @@ def random_rope():
         dict(rope_type="yarn", rope_theta=theta, factor=rng.choice([2.0, 4.0]), original_max_position_embeddings=32)])
 
 
-def random_config(family):
+LLAMA3_PUBLISHED = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                        original_max_position_embeddings=8192)
+
+
+def random_config(family, index):
     kv_heads, group, head_dim = rng.randint(1, 3), rng.randint(1, 3), 2 * rng.randint(1, 9)
     heads = kv_heads * group
     own_width = family == "qwen2"  # its heads share the model's width
     options = dict(vocab_size=rng.randint(40, 130), hidden_size=heads * (head_dim if own_width else rng.randint(3, 14)),
                    intermediate_size=rng.randint(5, 90), num_hidden_layers=rng.randint(1, 3), num_attention_heads=heads,
-                   num_key_value_heads=kv_heads, max_position_embeddings=128, rms_norm_eps=rng.choice([1e-6, 1e-5, 1e-3]),
+                   num_key_value_heads=kv_heads, max_position_embeddings=16384, rms_norm_eps=rng.choice([1e-6, 1e-5, 1e-3]),
                    tie_word_embeddings=rng.random() < 0.5, rope_parameters=random_rope(), bos_token_id=1, eos_token_id=2)
     if not own_width:
         options["head_dim"] = head_dim
     if family == "llama":
-        options |= dict(attention_bias=rng.random() < 0.5, mlp_bias=rng.random() < 0.5)
+        options |= dict(attention_bias=rng.random() < 0.5, mlp_bias=index > 0 and rng.random() < 0.5)
+        if index == 0:
+            options |= dict(head_dim=18, rope_parameters=LLAMA3_PUBLISHED)
     if family == "qwen3":
         options |= dict(attention_bias=rng.random() < 0.5)
     if family == "mistral":
@@ -102,6 +109,9 @@ def write_gguf(model, path):
         if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
             array = permute(array, config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads)
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), numpy.ascontiguousarray(array))
+    if rope["rope_type"] == "llama3":
+        plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+        writer.add_tensor("rope_freqs.weight", (plain / ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -111,16 +121,18 @@ def write_gguf(model, path):
 for family in FAMILIES:
     for index in range(MODELS_EACH):
         torch.manual_seed(rng.randrange(1 << 30))
-        config = random_config(family)
+        config = random_config(family, index)
         model = FAMILIES[family][1](config).float()
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.25 if parameter.dim() > 1 else 0.5)
         place = folder / f"{family}_{index}"
         model.save_pretrained(place)
-        # llama.cpp's llama has no window; its qwens neither. "llama3" needs rope_freqs, written by other means.
+        # llama.cpp has no window for these; of "llama3" the published settings alone can be told from a file's rope_freqs.
         slides = "sliding_attention" in (getattr(config, "layer_types", None) or []) or (family == "mistral" and config.sliding_window)
         biased = family == "qwen3" and config.attention_bias or family == "llama" and config.mlp_bias
-        if not slides and not biased and config.rope_parameters["rope_type"] != "llama3":
+        rope = config.rope_parameters
+        told = rope["rope_type"] != "llama3" or rope == LLAMA3_PUBLISHED
+        if not slides and not biased and told:
             write_gguf(model, place / "model.gguf")
         save_file(compute(model, [rng.randint(2, 30) for _ in range(rng.randint(1, 3))]), place / "expected.safetensors")
 print(f"{len(FAMILIES) * MODELS_EACH} decoders, {len(list(folder.glob('*/model.gguf')))} of them as GGUF too")
