@@ -29,6 +29,7 @@ struct Command {
 
 void setup_train(CLI::App& command);
 void setup_export(CLI::App& command);
+void setup_model(CLI::App& command);
 void setup_generate(CLI::App& command);
 void setup_score(CLI::App& command);
 void setup_eval(CLI::App& command);

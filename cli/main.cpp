@@ -23,6 +23,7 @@ constexpr std::array kCommands = {
     Command{"generate", "answer a prompt about pictures, or a file of them", setup_generate},
     Command{"score", "likelihood of each sample of a data file", setup_score},
     Command{"eval", "measure a model on held-out data", setup_eval},
+    Command{"model", "tell what a model folder or file holds", setup_model},
     Command{"export", "write a model for other programs to load", setup_export},
 };
 
