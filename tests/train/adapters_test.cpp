@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "base/error.h"
+#include "model/weights/torch_pickle_write.h"
 #include "tests/eval/tiny_model.h"
 
 namespace caldera {
@@ -166,6 +167,65 @@ TEST_F(AdapterTest, WhatDoesNotFitIsRefused) {
               HasSubstr("layers.9.self_attn.q_proj.lora_A.weight has no place in the model"));
   EXPECT_THAT([&] { read_adapter(base()); },
               ThrowsMessage<CheckpointError>(HasSubstr("no adapter: looked for")));
+}
+
+// What LLaVA's train.py leaves of finetune_lora.sh: names from its own class, the projector beside, the tower
+// by name.
+TEST_F(AdapterTest, TheOriginalLlavasFoldersAreRead) {
+  const auto model = adapted({.lora_r = 2});
+  const Adapter adapter = adapter_of(*model, spec_, {"projector", "language_model"});
+  TensorList lora, others;
+  for (const auto& [name, tensor] : adapter.tensors) {
+    const std::string decoder = "language_model.", projector = "multi_modal_projector.linear_";
+    if (name.starts_with(decoder))
+      lora.emplace_back("base_model.model." + name.substr(decoder.size()), tensor);
+    else  // linear_1.weight -> 0.weight, linear_2 -> 2
+      others.emplace_back(
+          fmt::format("base_model.model.model.mm_projector.{}{}", name[projector.size()] == '1' ? 0 : 2,
+                      name.substr(projector.size() + 1)),
+          tensor);
+  }
+  write_torch_pickle(out() / "adapter_model.bin", lora);
+  write_torch_pickle(out() / "non_lora_trainables.bin", others);
+  const fs::path decoder = folder_.path() / "vicuna", tower = folder_.path() / "tower";
+  const auto whole = load_llava(base()).model;
+  for (const fs::path& folder : {decoder, tower}) fs::create_directories(folder);
+  save_hf_component(*whole, "language_model", at::kFloat, decoder);
+  save_hf_component(*whole, "vision_tower", at::kFloat, tower);
+  write_json(out() / "adapter_config.json", {{"peft_type", "LORA"},
+                                             {"r", 2},
+                                             {"lora_alpha", 16},
+                                             {"lora_dropout", 0.05},
+                                             {"bias", "none"},
+                                             {"fan_in_fan_out", false},
+                                             {"modules_to_save", Json()},
+                                             {"target_modules", {"q_proj", "up_proj"}},
+                                             {"base_model_name_or_path", decoder.string()}});
+  Json config = whole->language->config();
+  config["architectures"] = {"LlavaLlamaForCausalLM"};
+  config["model_type"] = "llava_llama";
+  config["mm_vision_tower"] = tower.string();
+  config["mm_projector_type"] = "mlp2x_gelu";
+  config["mm_vision_select_layer"] = -2;
+  config["mm_vision_select_feature"] = "patch";
+  config["image_aspect_ratio"] = "pad";
+  write_json(out() / "config.json", config);
+
+  const LoadedModel loaded = load_llava(out());
+  EXPECT_EQ(loaded.card.image_aspect_ratio, "pad");
+  EXPECT_EQ(loaded.folder, decoder);
+  merge(*model);
+  expect_close(*loaded.model, *model);
+
+  fs::remove(out() / "non_lora_trainables.bin");
+  EXPECT_THAT([&] { load_llava(out()); },
+              ThrowsMessage<CheckpointError>(HasSubstr("no projector: looked for")));
+  config["mm_vision_tower"] = "openai/not-here";
+  write_json(out() / "config.json", config);
+  EXPECT_THAT([&] { load_llava(out()); },
+              ThrowsMessage<CheckpointError>(HasSubstr("\"openai/not-here\" is no folder here")));
+  fs::remove(out() / "config.json");
+  EXPECT_THAT([&] { load_llava(out()); }, ThrowsMessage<CheckpointError>(HasSubstr("is a decoder alone")));
 }
 
 }  // namespace
