@@ -99,7 +99,7 @@ QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
-def train_bpe(path: Path, lines: list[str], kind: str) -> None:
+def train_bpe(path: Path, lines: list[str], kind: str, vocab_size: int = 1200) -> None:
     tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
     split = {"smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
              "qwen2": [pre_tokenizers.Split(Regex(QWEN2), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
@@ -110,7 +110,7 @@ def train_bpe(path: Path, lines: list[str], kind: str) -> None:
     if kind == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     special = {"smollm": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "qwen2": [], "llama3": []}[kind]
-    trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                                   show_progress=False)
     tokenizer.train_from_iterator(lines, trainer)
     config = {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -13,28 +13,44 @@ const char* const kGpt2Pattern =
 
 namespace {
 
-// Tokenizers' own regular expressions take \s as Unicode's White_Space; PCRE2's also has U+180E. So it is
-// spelled out.
-std::string with_unicode_spaces(const std::string& pattern) {
-  constexpr const char* kSpaces =
-      R"(\t-\r\x20\x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000})";
+#include "data/tokenizers/unicode_classes.inc"
+
+// Unicode's White_Space, which tokenizers' own regular expressions take \s as; PCRE2's also has U+180E.
+constexpr const char* kSpaces =
+    R"(\t-\r\x20\x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000})";
+
+// The pattern with \s, \p{L} and \p{N} (and their opposites, outside of brackets) spelled out as tokenizers'
+// own regular expressions take them: they know letters of a newer Unicode than PCRE2 may.
+std::string with_their_classes(const std::string& pattern) {
+  struct Class {
+    std::string_view name, opposite;
+    std::string members;
+  };
+  static const Class kClasses[] = {{"\\s", "\\S", kSpaces},
+                                   {"\\p{L}", "\\P{L}", std::string("\\p{L}") + kNewLetters},
+                                   {"\\p{N}", "\\P{N}", std::string("\\p{N}") + kNewNumbers}};
   std::string result;
-  bool in_class = false;
-  for (size_t i = 0; i < pattern.size(); ++i) {
-    const char c = pattern[i];
-    if (c == '\\' && i + 1 < pattern.size()) {
-      const char escaped = pattern[++i];
-      if (escaped == 's') {
-        result += in_class ? std::string(kSpaces) : "[" + std::string(kSpaces) + "]";
-      } else if (escaped == 'S' && !in_class) {
-        result += "[^" + std::string(kSpaces) + "]";
-      } else {
-        result += {c, escaped};
+  bool in_brackets = false;
+  for (size_t i = 0; i < pattern.size();) {
+    if (pattern[i] == '\\') {
+      const std::string_view rest = std::string_view(pattern).substr(i);
+      std::string_view taken = rest.substr(0, 2);
+      std::string put(taken);
+      for (const Class& known : kClasses) {
+        if (rest.starts_with(known.name)) {
+          taken = known.name;
+          put = in_brackets ? known.members : "[" + known.members + "]";
+        } else if (rest.starts_with(known.opposite) && !in_brackets) {
+          taken = known.opposite;
+          put = "[^" + known.members + "]";
+        }
       }
+      result += put;
+      i += taken.size();
       continue;
     }
-    in_class = c == '[' || (in_class && c != ']');
-    result += c;
+    in_brackets = pattern[i] == '[' || (in_brackets && pattern[i] != ']');
+    result += pattern[i++];
   }
   return result;
 }
@@ -49,7 +65,7 @@ struct WordSplitter::Pattern {
   std::unique_ptr<pcre2_code, Free> code;
 
   Pattern(const std::string& source, const std::string& where) {
-    const std::string pattern = with_unicode_spaces(source);
+    const std::string pattern = with_their_classes(source);
     int error = 0;
     size_t offset = 0;
     code.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),

@@ -1,9 +1,16 @@
 """Compares tokenizers, templates and saved folders with transformers' own, on real and on small tokenizers.
 
-    python tests/parity/tokens.py [--gguf FILE] [--llama tokenizer.model] [--build build]
+    python tests/parity/tokens.py [--lines N] [--conversations N] [--captions FILE]... [--gguf FILE] [--sentencepiece FILE] [--llama FILE]
+                                  [--build build]
 
---gguf: a SmolLM2 GGUF; 2,000 lines must give the ids of `tokenizers`, rebuilt here from the file's metadata.
---llama: LLaMA's tokenizer.model; the published example must give its ids.
+Lines of source code, sentences, control look-alikes and characters from all over Unicode must give the ids of `tokenizers` (byte-level BPE
+of SmolLM2's, Qwen2's and LLaMA 3's kinds: the small ones of tests/golden, and larger ones trained here) and of `sentencepiece` (legacy and
+not). Conversations must give the ids and labels of LLaVA's rules.
+--lines: how many (default 4,000; 100,000 for the full run). --conversations: of each template and tokenizer (default 100).
+--captions: LLaVA's JSON or JSONL, whose texts join the lines.
+--gguf: a SmolLM2 GGUF; the lines must give the ids of `tokenizers`, rebuilt here from the file's metadata.
+--sentencepiece: a real tokenizer.model of LLaMA's kind, for the lines.
+--llama: LLaMA's own tokenizer.model; besides, the published example must give its ids.
 Prints what was compared and the number of mismatches; fails where there is any.
 """
 import argparse
@@ -77,6 +84,98 @@ def mixed_lines(count: int) -> list[str]:
         else:
             lines.append(texts.sentence(rng) + rng.choice(texts.LOOKALIKES) + texts.sentence(rng))
     return lines
+
+
+def random_text(rng: random.Random) -> str:
+    """Any code points but surrogates, as they come; those of scripts that compose or have cases of their own more often."""
+    ranges = [(0, 0x80), (0x80, 0x250), (0x300, 0x370), (0x370, 0x600), (0x900, 0xE00), (0x1100, 0x1200), (0x1E00, 0x2100), (0x2000, 0x2070),
+              (0x3000, 0x3100), (0x4E00, 0x9FFF), (0xAC00, 0xD7A4), (0xE000, 0x10000), (0x10000, 0x20000), (0x20000, 0x110000)]
+    characters = []
+    while len(characters) < rng.randrange(1, 40):
+        low, high = rng.choice(ranges)
+        characters += [rng.randrange(low, high)] * rng.choice([1, 1, 1, 1, 3])
+        if rng.random() < 0.2:
+            characters.append(rng.choice([0x20, 0x0A, 0x0D, 0x09, 0x85, 0xA0, 0x2028, 0x3000, 0x180E, 0x200B]))
+    return "".join(map(chr, characters))
+
+
+def corpus(count: int, captions: list[str]) -> list[str]:
+    rng = random.Random(17)
+    folders = [Path(json.__file__).parent.parent, ROOT / "base", ROOT / "data", ROOT / "model"]
+    files = [f for folder in folders for pattern in ("*.py", "*.cpp", "*.h") for f in sorted(folder.glob(pattern))]
+    code = [line for f in files for line in f.read_text(errors="replace").splitlines() if line.strip()]
+    captions = [text for text in captions if text] or [texts.sentence(rng) for _ in range(500)]
+    lines = []
+    while len(lines) < count:
+        kind = rng.randrange(8)
+        if kind < 2:
+            lines.append(rng.choice(captions))
+        elif kind < 4:
+            at = rng.randrange(len(code))
+            lines.append("\n".join(code[at:at + rng.randrange(1, 4)]))
+        elif kind == 4:
+            lines.append(texts.odd_text(rng, texts.LOOKALIKES))
+        elif kind == 5:
+            lines.append(rng.choice(texts.LOOKALIKES).join(rng.choice(captions)[:30] for _ in range(3)))
+        else:
+            lines.append(random_text(rng))
+    return lines
+
+
+def caption_texts(files: list[str]) -> list[str]:
+    found = []
+    for file in files:
+        content = Path(file).read_text()
+        records = json.loads(content) if content.lstrip().startswith("[") else map(json.loads, content.splitlines())
+        found += [turn["value"] for record in records for turn in record["conversations"]]
+    return found
+
+
+def in_chunks(build, folder, tokenizer, lines) -> list[list[int]]:
+    return [ids for at in range(0, len(lines), 20000)
+            for ids in caldera(build, folder, tokenizer=str(tokenizer), lines=lines[at:at + 20000])["lines"]]
+
+
+def compare_bpe(build, folder, source, name, lines) -> None:
+    reference = Tokenizer.from_file(str(source / "tokenizer.json"))
+    reference.encode_special_tokens = True
+    theirs = [encoding.ids for encoding in reference.encode_batch(lines, add_special_tokens=False)]
+    compare(f"{name}: lines against tokenizers", lines, in_chunks(build, folder, source, lines), theirs)
+
+
+def compare_sentencepiece(build, folder, path, name, lines) -> None:
+    """Control tokens in a text are characters, to both."""
+    for legacy in (True, False):
+        source = folder / f"sentencepiece-{name}-{legacy}"
+        source.mkdir()
+        shutil.copy(path, source / "tokenizer.model")
+        (source / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+        reference = texts.SlowLlama(source / "tokenizer.model", legacy)
+        theirs = [reference(line, control=False)[1:] for line in lines]
+        compare(f"{name}, legacy {legacy}: lines against sentencepiece", lines, in_chunks(build, folder, source, lines), theirs)
+
+
+def compare_labels(build, folder, path, count) -> None:
+    """LLaVA's rules. A conversation whose counts do not add up (LLaVA learns nothing of it) is left out, and counted."""
+    for legacy in (True, False):
+        source = folder / f"labels-{legacy}"
+        source.mkdir()
+        shutil.copy(path, source / "tokenizer.model")
+        (source / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+        reference, rng = texts.SlowLlama(source / "tokenizer.model", legacy), random.Random(23)
+        for template in ("v1", "llava_llama_2", "plain", "v0"):
+            conversations, want, masked = [], [], 0
+            while len(conversations) < count:
+                values, has_image = texts.conversation(rng, template)
+                result = texts.preprocess(template, texts.preprocess_multimodal(values) if has_image else values, reference)
+                masked += result is None
+                if result is not None:
+                    conversations.append(values)
+                    want.append(result)
+            got = [sample for at in range(0, count, 5000) for sample in
+                   caldera(build, folder, tokenizer=str(source), template=template, conversations=conversations[at:at + 5000])["samples"]]
+            compare(f"legacy {legacy}, {template}: ids and labels ({masked} masked whole by LLaVA left out)", conversations,
+                    [(sample["ids"], sample["labels"]) for sample in got], want)
 
 
 def saved_folder(build, folder, tokenizer, template, name, lines, images=True) -> None:
@@ -156,6 +255,10 @@ def llama(build, folder, path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lines", type=int, default=4000)
+    parser.add_argument("--conversations", type=int, default=100)
+    parser.add_argument("--captions", action="append", default=[])
+    parser.add_argument("--sentencepiece")
     parser.add_argument("--gguf")
     parser.add_argument("--llama")
     parser.add_argument("--build", type=Path, default=ROOT / "build")
@@ -168,11 +271,20 @@ def main() -> None:
             saved_folder(arguments.build, folder, golden / f"text_bpe_{kind}", "chatml", kind, lines[:500])
         saved_folder(arguments.build, folder, golden / "text_bpe_llama3", "v1", "llama3", lines[:500])
         saved_folder(arguments.build, folder, golden / "text_bpe_smollm", "plain", "smollm, plain", lines[:10])
+        many = corpus(arguments.lines, caption_texts(arguments.captions))
+        for kind in ("smollm", "qwen2", "llama3"):
+            compare_bpe(arguments.build, folder, golden / f"text_bpe_{kind}", kind, many)
+            texts.train_bpe(folder / kind, corpus(3000, []), kind, vocab_size=6000)
+            compare_bpe(arguments.build, folder, folder / kind, f"{kind}, 6,000 tokens", many)
+        compare_sentencepiece(arguments.build, folder, golden / "text_sentencepiece/tokenizer.model", "golden", many)
+        if arguments.sentencepiece:
+            compare_sentencepiece(arguments.build, folder, arguments.sentencepiece, "real", many)
+        compare_labels(arguments.build, folder, golden / "text_sentencepiece/tokenizer.model", arguments.conversations)
         if arguments.gguf:
             reference = tokenizer_of_gguf(arguments.gguf)
             reference.encode_special_tokens = True
-            ours = caldera(arguments.build, folder, tokenizer=arguments.gguf, lines=lines)["lines"]
-            compare("SmolLM2 from GGUF against tokenizers", lines, ours, [reference.encode(line).ids for line in lines])
+            compare("SmolLM2 from GGUF against tokenizers", many, in_chunks(arguments.build, folder, arguments.gguf, many),
+                    [encoding.ids for encoding in reference.encode_batch(many)])
             saved_folder(arguments.build, folder, arguments.gguf, "chatml", "SmolLM2", lines)
         if arguments.llama:
             llama(arguments.build, folder, arguments.llama)
