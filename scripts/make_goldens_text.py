@@ -175,6 +175,14 @@ LLAMA2_SYSTEM = ("You are a helpful language and vision assistant. You are able 
                  "provides, and assist the user with a variety of tasks using natural language.")
 
 
+# LLaMA 2's own.
+META_SYSTEM = ("You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your answers "
+               "should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure that your "
+               "responses are socially unbiased and positive in nature.\n\nIf a question does not make any sense, or is not factually "
+               "coherent, explain why instead of answering something not correct. If you don't know the answer to a question, please don't "
+               "share false information.")
+
+
 def tokenizer_image_token(prompt, tokenizer):
     chunks = [tokenizer(chunk) for chunk in prompt.split("<image>")]
     ids = list(chunks[0])
@@ -192,18 +200,18 @@ def preprocess_multimodal(values):
     return out
 
 
-def render_v1(values):
-    text = V1_SYSTEM + " "
+def render_v1(values, system=V1_SYSTEM):
+    text = system + " "
     for i, value in enumerate(values):
         text += ("USER: ", "ASSISTANT: ")[i % 2] + value + (" ", "</s>")[i % 2]
     return text
 
 
-def render_llama_2(values):
+def render_llama_2(values, system=LLAMA2_SYSTEM):
     text = ""
     for i, value in enumerate(values):
         if i == 0:
-            value = f"<<SYS>>\n{LLAMA2_SYSTEM}\n<</SYS>>\n\n" + value
+            value = f"<<SYS>>\n{system}\n<</SYS>>\n\n" + value
         text += f"<s>[INST] {value} [/INST]" if i % 2 == 0 else f" {value} </s>"
     return text.lstrip("<s>")
 
@@ -231,14 +239,14 @@ def label_rounds(text, separator, tokenizer, corrected):
 
 
 def preprocess(template, values, tokenizer):
-    if template == "v1":
-        return label_rounds(render_v1(values), " ASSISTANT: ", tokenizer, True)
-    if template == "llava_llama_2":
-        return label_rounds(render_llama_2(values), "[/INST] ", tokenizer, False)
+    if template in ("v1", "vicuna_v1", "llava_v1"):
+        return label_rounds(render_v1(values, V0_SYSTEM if template == "llava_v1" else V1_SYSTEM), " ASSISTANT: ", tokenizer, True)
+    if template in ("llama_2", "llava_llama_2"):
+        return label_rounds(render_llama_2(values, META_SYSTEM if template == "llama_2" else LLAMA2_SYSTEM), "[/INST] ", tokenizer, False)
     if template == "plain":
         ids = tokenizer_image_token("<image>" + values[1] + "\n", tokenizer)
         return ids, [IGNORE] * 2 + ids[2:]
-    assert template == "v0"
+    assert template in ("v0", "llava_v0")
     header = V0_SYSTEM + "\n\n"
     turns = ["### " + ("Human", "Assistant")[i % 2] + ": " + value + "\n" for i, value in enumerate(values)]
     ids = tokenizer_image_token(header + "".join(turns) + "### ", tokenizer)
@@ -296,6 +304,18 @@ def make_labels(model: Path) -> None:
         print(f"{path.name}: {len(samples)} samples ({skipped} masked whole by the reference left out)")
 
 
+def preprocess_chatml(values, tokenizer):
+    ids, labels = [], []
+    for i, value in enumerate(values):
+        start = "<|im_start|>" + ("user\n", "assistant\n")[i % 2]
+        parts = [tokenizer.encode(t).ids for t in (start + value + "<|im_end|>\n").split("<image>")]
+        turn = parts[0] + [token for part in parts[1:] for token in [IMAGE] + part]
+        begin = len(tokenizer.encode(start).ids)
+        ids += turn
+        labels += [IGNORE] * begin + turn[begin:-1] + [IGNORE] if i % 2 else [IGNORE] * len(turn)
+    return ids, labels
+
+
 def make_bpe(folder: Path) -> None:
     rng = random.Random(3)
     texts = [odd_text(rng, LOOKALIKES) for _ in range(250)] + ["", " ", "\n", "     x", "aaaa" * 20, "12345678 1 22 333", "\u0301x"]
@@ -309,14 +329,7 @@ def make_bpe(folder: Path) -> None:
     out["chatml"] = []
     for _ in range(40):
         values, has_image = conversation(rng, "chatml")
-        ids, labels = [], []
-        for i, value in enumerate(preprocess_multimodal(values) if has_image else values):
-            start = "<|im_start|>" + ("user\n", "assistant\n")[i % 2]
-            parts = [tokenizer.encode(t).ids for t in (start + value + "<|im_end|>\n").split("<image>")]
-            turn = parts[0] + [token for part in parts[1:] for token in [IMAGE] + part]
-            begin = len(tokenizer.encode(start).ids)
-            ids += turn
-            labels += [IGNORE] * begin + turn[begin:-1] + [IGNORE] if i % 2 else [IGNORE] * len(turn)
+        ids, labels = preprocess_chatml(preprocess_multimodal(values) if has_image else values, tokenizer)
         out["chatml"].append({"template": "chatml", "image": has_image, "values": values, "ids": ids, "learned": learned_spans(labels)})
     write(folder / "text_bpe.json", out)
 

@@ -155,27 +155,25 @@ def compare_sentencepiece(build, folder, path, name, lines) -> None:
         compare(f"{name}, legacy {legacy}: lines against sentencepiece", lines, in_chunks(build, folder, source, lines), theirs)
 
 
-def compare_labels(build, folder, path, count) -> None:
+SENTENCEPIECE_TEMPLATES = ("plain", "v1", "vicuna_v1", "llava_v1", "v0", "llava_v0", "llama_2", "llava_llama_2")
+
+
+def compare_labels(build, folder, source, name, templates, preprocess, count) -> None:
     """LLaVA's rules. A conversation whose counts do not add up (LLaVA learns nothing of it) is left out, and counted."""
-    for legacy in (True, False):
-        source = folder / f"labels-{legacy}"
-        source.mkdir()
-        shutil.copy(path, source / "tokenizer.model")
-        (source / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
-        reference, rng = texts.SlowLlama(source / "tokenizer.model", legacy), random.Random(23)
-        for template in ("v1", "llava_llama_2", "plain", "v0"):
-            conversations, want, masked = [], [], 0
-            while len(conversations) < count:
-                values, has_image = texts.conversation(rng, template)
-                result = texts.preprocess(template, texts.preprocess_multimodal(values) if has_image else values, reference)
-                masked += result is None
-                if result is not None:
-                    conversations.append(values)
-                    want.append(result)
-            got = [sample for at in range(0, count, 5000) for sample in
-                   caldera(build, folder, tokenizer=str(source), template=template, conversations=conversations[at:at + 5000])["samples"]]
-            compare(f"legacy {legacy}, {template}: ids and labels ({masked} masked whole by LLaVA left out)", conversations,
-                    [(sample["ids"], sample["labels"]) for sample in got], want)
+    rng = random.Random(23)
+    for template in templates:
+        conversations, want, masked = [], [], 0
+        while len(conversations) < count:
+            values, has_image = texts.conversation(rng, template)
+            result = preprocess(template, texts.preprocess_multimodal(values) if has_image else values)
+            masked += result is None
+            if result is not None:
+                conversations.append(values)
+                want.append(result)
+        got = [sample for at in range(0, count, 5000) for sample in
+               caldera(build, folder, tokenizer=str(source), template=template, conversations=conversations[at:at + 5000])["samples"]]
+        compare(f"{name}, {template}: ids and labels ({masked} masked whole by LLaVA left out)", conversations,
+                [(sample["ids"], sample["labels"]) for sample in got], want)
 
 
 def saved_folder(build, folder, tokenizer, template, name, lines, images=True) -> None:
@@ -279,7 +277,14 @@ def main() -> None:
         compare_sentencepiece(arguments.build, folder, golden / "text_sentencepiece/tokenizer.model", "golden", many)
         if arguments.sentencepiece:
             compare_sentencepiece(arguments.build, folder, arguments.sentencepiece, "real", many)
-        compare_labels(arguments.build, folder, golden / "text_sentencepiece/tokenizer.model", arguments.conversations)
+        for legacy in (True, False):
+            source = folder / f"sentencepiece-golden-{legacy}"
+            slow = texts.SlowLlama(source / "tokenizer.model", legacy)
+            compare_labels(arguments.build, folder, source, f"legacy {legacy}", SENTENCEPIECE_TEMPLATES,
+                           lambda template, values: texts.preprocess(template, values, slow), arguments.conversations)
+        bpe = Tokenizer.from_file(str(golden / "text_bpe_smollm/tokenizer.json"))
+        compare_labels(arguments.build, folder, golden / "text_bpe_smollm", "smollm", ["chatml"],
+                       lambda _, values: texts.preprocess_chatml(values, bpe), arguments.conversations)
         if arguments.gguf:
             reference = tokenizer_of_gguf(arguments.gguf)
             reference.encode_special_tokens = True
