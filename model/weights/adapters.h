@@ -30,6 +30,10 @@ Adapter adapter_of(LlavaModel& model, const BuildSpec& spec, const std::vector<s
 // Adds B A * scaling to each weight that the adapter names, in float32, and replaces the tensors it holds
 // whole. Throws CheckpointError naming a tensor that has no place in the model or does not fit.
 void merge_adapter(LlavaModel& model, const Adapter& adapter);
+// The base with the adapter of `folder` merged. The base is `model_base`; where that is empty, what the
+// folder's caldera.json builds (this program wrote it), else the folder that the adapter names. Throws
+// CheckpointError where it is not found.
+LoadedModel load_with_adapter(const std::filesystem::path& folder, const std::filesystem::path& model_base);
 // adapter_config.json and adapter_model.safetensors as PEFT loads them onto LlavaForConditionalGeneration
 // (transformers from 4.52 on); its target_modules match the decoder alone, never the tower. With
 // `for_decoder` instead onto the decoder by itself: the adapter's tensors only.

@@ -352,5 +352,57 @@ TEST_F(Cli, AnOutputThatTakesNothingIsNoSuccess) {
   EXPECT_THAT(full.err, HasSubstr("cannot write"));
 }
 
+TEST_F(Cli, AnAdapterGoesOutAloneOrMergedAndIsAModel) {
+  write_tiny_parts(folder_->path() / "parts");
+  write_file_atomic(at("lora.yaml"),
+                    fmt::format("model: {{vision_tower: {0}/parts/vision, language_model: {0}/parts/language}}\n"
+                                "output: {0}/lora\n"
+                                "device: cpu\n"
+                                "stages:\n"
+                                "- name: finetune\n"
+                                "  trainable: [projector, language_model]\n"
+                                "  max_steps: 3\n"
+                                "  optimizer: {{learning_rate: 1e-2}}\n"
+                                "  data: {{data_path: {0}/test.json, image_folder: {0}/images, conversation_template: v1}}\n",
+                                folder_->path().string()));
+  ASSERT_EQ(run({"train", at("lora.yaml"), "stages.finetune.lora.lora_r=3"}).exit_code, 0);
+  const auto score = [](const std::string& model, const std::vector<std::string>& more = {}) {
+    std::vector<std::string> arguments = {"score", "--model", model, "--data", at("test.json"), "--images", at("images"), "--out",
+                                          at("lora.jsonl")};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const Outcome outcome = run(arguments);
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+    return outcome.exit_code == 0 ? read_file(at("lora.jsonl")) : "";
+  };
+  const std::string expected = score(at("lora"));
+
+  // The stage was the run's first: no folder of its base exists, but the adapter still knows how to build one.
+  const Outcome exported = run({"export", "--model", at("lora"), "--format", "peft", "--out", at("adapter")});
+  EXPECT_EQ(exported.exit_code, 0) << exported.err;
+  EXPECT_THAT(exported.err, HasSubstr("the adapter names no base model"));
+  EXPECT_EQ(read_json(at("adapter/adapter_config.json"))["r"], 3);
+  EXPECT_EQ(score(at("adapter")), expected);
+  EXPECT_EQ(run({"export", "--model", at("adapter"), "--format", "peft", "--merge", "--out", at("merged")}).exit_code, 0);
+  EXPECT_EQ(score(at("merged")), expected);
+
+  // With another base it is another model.
+  const Outcome based = run({"export", "--model", at("lora"), "--format", "peft", "--model-base", at("model"), "--out", at("based")});
+  EXPECT_EQ(based.exit_code, 0) << based.err;
+  EXPECT_EQ(read_json(at("based/adapter_config.json"))["base_model_name_or_path"], at("model"));
+  EXPECT_EQ(score(at("based")), score(at("adapter"), {"--model-base", at("model")}));
+
+  const auto refused = [](const std::vector<std::string>& more) {
+    std::vector<std::string> arguments = {"export", "--out", at("refused")};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const Outcome outcome = run(arguments);
+    EXPECT_NE(outcome.exit_code, 0);
+    return outcome.err;
+  };
+  EXPECT_THAT(refused({"--model", at("model"), "--format", "peft"}), HasSubstr("no adapter: looked for adapter_config.json"));
+  EXPECT_THAT(refused({"--model", at("lora"), "--format", "hf", "--merge"}), HasSubstr("--merge belongs to --format peft"));
+  EXPECT_THAT(refused({"--model", at("lora"), "--format", "peft", "--part", "vision_tower"}), HasSubstr("--part vision_tower"));
+  expect_no_leftovers();
+}
+
 }  // namespace
 }  // namespace caldera
