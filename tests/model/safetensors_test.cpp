@@ -44,7 +44,27 @@ class SafetensorsTest : public testing::Test {
 // One tensor "a" of two float32.
 constexpr const char* kValid = R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})";
 
-// What the reference implementation refuses.
+// The 34 files of scripts/make_goldens_safetensors.py: what the reference accepts is accepted, but for three.
+TEST_F(SafetensorsTest, AcceptsWhatTheReferenceDoes) {
+  const Json cases = read_json(fs::path(CALDERA_SOURCE_DIR) / "tests/golden/safetensors_cases.json");
+  int num_stricter = 0;
+  for (const Json& row : cases) {
+    std::string bytes;
+    for (const Json& piece : row["pieces"]) {
+      const std::string hex = piece[0].get<std::string>();
+      std::string part;
+      for (size_t i = 0; i < hex.size(); i += 2)
+        part += static_cast<char>(static_cast<unsigned char>(std::stoi(hex.substr(i, 2), nullptr, 16)));
+      for (int64_t i = piece[1].get<int64_t>(); i > 0; --i) bytes += part;
+    }
+    EXPECT_EQ(refusal(bytes) == "accepted", row["ours"].get<bool>()) << row["name"];
+    num_stricter += row["accepted"] != row["ours"] ? 1 : 0;
+  }
+  EXPECT_EQ(cases.size(), 34u);
+  EXPECT_EQ(num_stricter, 3);
+}
+
+// Why each is refused.
 TEST_F(SafetensorsTest, RefusesWhatTheReferenceRefuses) {
   const std::string deep = "{\"a\":" + std::string(100000, '[') + std::string(100000, ']') + "}";
   const std::string two =
