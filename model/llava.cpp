@@ -6,6 +6,7 @@
 #include "base/strings.h"
 #include "base/words.h"
 #include "model/ops/ops.h"
+#include "model/taps.h"
 
 namespace caldera {
 
@@ -18,7 +19,10 @@ at::Tensor LlavaModel::image_features(const at::Tensor& pixels_ICYX) {
     const at::AutoGradMode record(trains && at::GradMode::is_enabled());
     features_IPD = vision->forward(pixels_ICYX);
   }
-  return projector->forward(features_IPD.flatten(0, 1));
+  tap("vision_tower", features_IPD);
+  const at::Tensor projected = projector->forward(features_IPD.flatten(0, 1));
+  tap("multi_modal_projector", projected);
+  return projected;
 }
 
 at::Tensor LlavaModel::embed(const PackedBatch& batch) {
@@ -62,9 +66,12 @@ at::Tensor LlavaModel::nll(const PackedBatch& batch) {
 
 at::Tensor LlavaModel::logits(const PackedBatch& batch) {
   const at::NoGradGuard no_grad;
-  const at::Tensor hidden =
-      language->forward(embed(batch), batch.position_ids_T, batch.cu_seqlens, at::Tensor());
-  return at::linear(hidden, language->head_weight()).to(at::kFloat);
+  const at::Tensor x = embed(batch);
+  tap("language_model.embeddings", x);
+  const at::Tensor hidden = language->forward(x, batch.position_ids_T, batch.cu_seqlens, at::Tensor());
+  const at::Tensor logits = at::linear(hidden, language->head_weight()).to(at::kFloat);
+  tap("logits", logits);
+  return logits;
 }
 
 NamedTensors LlavaModel::tensors() {

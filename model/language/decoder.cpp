@@ -3,6 +3,7 @@
 #include "base/error.h"
 #include "model/language/sliding_window.h"
 #include "model/ops/ops.h"
+#include "model/taps.h"
 
 // Legend: T tokens of the packed row, N rows wanted, D width, H query heads, G key/value heads, K head width,
 // F MLP width, V vocabulary.
@@ -71,9 +72,12 @@ class Decoder : public LanguageModel {
         return run_block(layer, input, *row, rows);
       };
       x = gradient_checkpointing_ ? recompute(run, x, leaves(blocks_[layer])) : run(x);
+      tap("language_model.layers", layer, x);
     }
     for (size_t s = 0; s < caches.size(); ++s) caches[s]->length += cu_seqlens[s + 1] - cu_seqlens[s];
-    return rms_norm(x, norm_, config_.rms_norm_eps);
+    x = rms_norm(x, norm_, config_.rms_norm_eps);
+    tap("language_model.norm", x);
+    return x;
   }
 
   const at::Tensor& head_weight() const override { return lm_head_.defined() ? lm_head_ : embed_tokens_; }

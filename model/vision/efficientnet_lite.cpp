@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "model/taps.h"
 #include "model/vision/towers.h"
 #include "model/weights/json_fields.h"
 
@@ -116,7 +117,11 @@ class EfficientNetLite : public VisionTower {
                          compute = stem_.weight.is_cpu() ? at::kFloat : dtype;
     at::Tensor x_ICYX = normalize_pixels(pixels_ICYX, spec_, compute);
     x_ICYX = clamp_0_6(stem_.forward(x_ICYX.contiguous(at::MemoryFormat::ChannelsLast)));
-    for (const InvertedResidual& block : blocks_) x_ICYX = block.forward(x_ICYX);
+    tap("vision_tower.embeddings", x_ICYX);
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      x_ICYX = blocks_[i].forward(x_ICYX);
+      tap("vision_tower.layers", i, x_ICYX);
+    }
     return clamp_0_6(head_.forward(x_ICYX)).flatten(2).transpose(1, 2).to(dtype);  // [I, P, D]
   }
 

@@ -2,7 +2,9 @@
 """The GGUF files that Caldera writes, judged by llama.cpp's own Python package (gguf): it reads them, and every tensor is what its
 own quantiser makes of the weights in a Hugging Face folder of the same model.
 
-    tests/parity/gguf_files.py CALDERA MODEL"""
+    tests/parity/gguf_files.py CALDERA [MODEL]
+
+Without a model (LLaMA-shaped, CLIP or SigLIP): random ones."""
 import pathlib
 import subprocess
 import sys
@@ -12,6 +14,8 @@ import gguf
 import numpy as np
 import safetensors.torch
 import torch
+
+import random_llava
 
 TYPES = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16,
          "bf16": gguf.GGMLQuantizationType.BF16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
@@ -42,9 +46,7 @@ def check(tensor: gguf.ReaderTensor, values: np.ndarray, kind: gguf.GGMLQuantiza
     assert tensor.data.tobytes() == expected.tobytes(), f"{tensor.name}: not the bytes of the gguf package"
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    caldera, model = sys.argv[1:3]
+def check_model(caldera: str, model: pathlib.Path) -> None:
     work = pathlib.Path(tempfile.mkdtemp(prefix="caldera_gguf_"))
 
     def export(form: str, dtype: str) -> pathlib.Path:
@@ -106,7 +108,20 @@ def main() -> None:
             check(tensors[target], values, wanted)
             count += 1
         assert count == len(tensors), (count, len(tensors))
-        print(f"{dtype}: {sum(p.stat().st_size for p in folder.glob('*.gguf')):,} bytes, every tensor the gguf package's own")
+        print(f"{model.name}, {dtype}: {sum(p.stat().st_size for p in folder.glob('*.gguf')):,} bytes, every tensor the gguf package's own")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    caldera = sys.argv[1]
+    if len(sys.argv) > 2:
+        return check_model(caldera, pathlib.Path(sys.argv[2]))
+    work = pathlib.Path(tempfile.mkdtemp(prefix="caldera_gguf_models_"))
+    random_llava.make(work / "clip")
+    random_llava.make(work / "clip_tied_biased", tied=True, attention_bias=True, mlp_bias=True)
+    random_llava.make(work / "siglip", tower="siglip")
+    for folder in sorted(work.iterdir()):
+        check_model(caldera, folder)
 
 
 if __name__ == "__main__":
