@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "model/taps.h"
 #include "model/vision/towers.h"
 #include "model/weights/json_fields.h"
 
@@ -115,7 +116,11 @@ VitBlocks::VitBlocks(const VitConfig& config)
 }
 
 at::Tensor VitBlocks::forward(at::Tensor x_IND, int64_t num_blocks) const {
-  for (int64_t i = 0; i < num_blocks; ++i) x_IND = run(blocks_[static_cast<size_t>(i)], x_IND);
+  tap("vision_tower.embeddings", x_IND);
+  for (size_t i = 0; i < static_cast<size_t>(num_blocks); ++i) {
+    x_IND = run(blocks_[i], x_IND);
+    tap("vision_tower.layers", i, x_IND);
+  }
   return x_IND;
 }
 
