@@ -48,7 +48,12 @@ Question ask(const Scene& scene, const std::string& type, Rng& rng);
 
 // "A red circle in the top left and a blue star in the bottom right."
 std::string short_caption(const Scene& scene, Rng& rng);
-// The number of shapes, each with its place, and the empty places, in one of several wordings.
+// The number of shapes, remarks on kinds of them, each with its place, and the empty places, in one of
+// several wordings.
 std::string long_caption(const Scene& scene, Rng& rng);
+// A form filled in: "Places: red circle: top left. Numbers: red: 1, star: 0. Present: blue cross: no, red:
+// yes." Four of seven sections, entries in any order. Each value is to be looked up by the words right before
+// it, which is how a small decoder learns to look things up in a picture at all.
+std::string inventory(const Scene& scene, Rng& rng);
 
 }  // namespace caldera

@@ -17,7 +17,17 @@ namespace {
 
 // Streams of random numbers: each picture and each file draws from its own, so none depends on how many
 // others there are.
-enum Stream : uint64_t { kScene = 1, kPretrain, kFinetune, kBase, kBaseText, kTest, kCaptionTest, kBoxes };
+enum Stream : uint64_t {
+  kScene = 1,
+  kPretrain,
+  kFinetune,
+  kBase,
+  kBaseText,
+  kTest,
+  kCaptionTest,
+  kBoxes,
+  kInventory
+};
 
 // LLaVA's instructions for brief and for detailed descriptions (Tables 11 and 12 of the paper), a selection.
 const std::vector<std::string> kBriefRequests = {
@@ -110,7 +120,7 @@ Json as_turns(const std::vector<Question>& questions, const std::string& before_
   return turns;
 }
 
-size_t num_turns(Rng& rng) { return static_cast<size_t>(rng.between(5, 8)); }
+size_t num_turns(Rng& rng) { return static_cast<size_t>(rng.between(8, 12)); }
 
 Json caption_record(const Picture& picture, Rng rng) {
   const std::string request = rng.pick(kBriefRequests);
@@ -120,6 +130,12 @@ Json caption_record(const Picture& picture, Rng rng) {
 
 Json questions_record(const std::string& id, const Picture& picture, Rng rng) {
   return record(id, &picture, as_turns(ask_many(picture.scene, num_turns(rng), rng), with_image("")));
+}
+
+Json inventory_record(const Picture& picture, Rng rng) {
+  return record(picture.id + "-inventory", &picture,
+                {turn("human", with_image("Make an inventory of the image.")),
+                 turn("gpt", inventory(picture.scene, rng))});
 }
 
 // Text alone: a long caption as an answer, or questions about a caption that is given.
@@ -175,13 +191,16 @@ void fill(const fs::path& folder, const ScenesOptions& options) {
   const auto size_px = static_cast<int>(options.image_size_px);
   fs::create_directory(folder / "images");
   RecordFile pretrain(folder / "pretrain.json"), finetune(folder / "finetune.json"),
-      base(folder / "base.json");
+      base_captions(folder / "base_captions.json"), base(folder / "base.json");
   RecordFile test(folder / "test.json"), captions_test(folder / "captions_test.json"),
       boxes(folder / "boxes.json");
   for (uint64_t i = 0; i < static_cast<uint64_t>(options.num_train); ++i) {
     const Picture picture = make_picture(options, i, /*is_test=*/false);
     write_picture(folder / "images", picture, size_px);
-    pretrain.add(caption_record(picture, Rng(seed, Stream::kPretrain, i)));
+    const Json caption = caption_record(picture, Rng(seed, Stream::kPretrain, i));
+    pretrain.add(caption);
+    base_captions.add(caption);
+    base_captions.add(inventory_record(picture, Rng(seed, Stream::kInventory, i)));
     finetune.add(questions_record(picture.id, picture, Rng(seed, Stream::kFinetune, i)));
     boxes.add(boxes_record(picture, Rng(seed, Stream::kBoxes, 0, i)));
     Rng rng(seed, Stream::kBase, i);
@@ -203,7 +222,8 @@ void fill(const fs::path& folder, const ScenesOptions& options) {
     captions_test.add(caption_record(picture, Rng(seed, Stream::kCaptionTest, i)));
     boxes.add(boxes_record(picture, Rng(seed, Stream::kBoxes, 1, i)));
   }
-  for (RecordFile* file : {&pretrain, &finetune, &base, &test, &captions_test, &boxes}) file->commit();
+  for (RecordFile* file : {&pretrain, &finetune, &base_captions, &base, &test, &captions_test, &boxes})
+    file->commit();
 }
 
 }  // namespace

@@ -101,11 +101,9 @@ class Scenes : public ::testing::Test {
 }  // namespace
 
 TEST_F(Scenes, FilesAreRecordsOfTheirPictures) {
-  const std::map<std::string, size_t> sizes = {{"pretrain.json", 300},
-                                               {"finetune.json", 300},
-                                               {"base.json", 800},
-                                               {"test.json", 200},
-                                               {"captions_test.json", 100}};
+  const std::map<std::string, size_t> sizes = {{"pretrain.json", 300},      {"finetune.json", 300},
+                                               {"base_captions.json", 600}, {"base.json", 800},
+                                               {"test.json", 200},          {"captions_test.json", 100}};
   for (const auto& [name, size] : sizes) {
     const std::vector<Record> records = read_records(path(name));
     EXPECT_EQ(records.size(), size) << name;
@@ -120,8 +118,8 @@ TEST_F(Scenes, FilesAreRecordsOfTheirPictures) {
   const std::vector<Record> base = read_records(path("base.json"));
   EXPECT_EQ(std::count_if(base.begin(), base.end(), [](const Record& r) { return r.images.empty(); }), 200);
   for (const Record& record : read_records(path("finetune.json"))) {
-    EXPECT_GE(record.turns.size(), 10u);
-    EXPECT_LE(record.turns.size(), 16u);
+    EXPECT_GE(record.turns.size(), 16u);
+    EXPECT_LE(record.turns.size(), 24u);
   }
 }
 
@@ -137,7 +135,7 @@ TEST_F(Scenes, TheSameSeedGivesTheSameBytes) {
   make_scenes(other.path() / "a", {.num_train = 20, .num_test = 10, .seed = 5});
   make_scenes(other.path() / "b", {.num_train = 20, .num_test = 10, .seed = 5});
   make_scenes(other.path() / "c", {.num_train = 20, .num_test = 10, .seed = 6});
-  EXPECT_EQ(files(other.path() / "a").size(), 36u);
+  EXPECT_EQ(files(other.path() / "a").size(), 37u);
   EXPECT_TRUE(files(other.path() / "a") == files(other.path() / "b"));
   EXPECT_FALSE(files(other.path() / "a") == files(other.path() / "c"));
   // A picture depends on the seed and its number alone.
@@ -195,12 +193,11 @@ TEST_F(Scenes, CaptionsNameEveryShapeInItsPlace) {
     for (const Record& record : read_records(path(name))) {
       if (record.images.empty() || record.turns.size() > 2) continue;
       const std::string caption = record.turns[1].value;
-      size_t num_named = 0;
-      for (const char* shape : {"circle", "square", "triangle", "star", "cross"}) {
-        for (size_t at = caption.find(shape); at != std::string::npos; at = caption.find(shape, at + 1))
-          ++num_named;
-      }
-      EXPECT_EQ(num_named, shapes_.at(record.images[0]).size()) << caption;
+      static const std::regex named(
+          "(red|orange|yellow|green|blue|purple|pink) (circle|square|triangle|star|cross)");
+      const std::sregex_iterator begin(caption.begin(), caption.end(), named), end;
+      EXPECT_EQ(static_cast<size_t>(std::distance(begin, end)), shapes_.at(record.images[0]).size())
+          << caption;
       for (const Shape& shape : shapes_.at(record.images[0])) {
         const std::string what = shape.colour + " " + shape.shape;
         const std::regex either("[^.,]*(" + what + "( is)? in the " + shape.place + "|[Ii]n the " +
@@ -210,6 +207,29 @@ TEST_F(Scenes, CaptionsNameEveryShapeInItsPlace) {
       }
     }
   }
+}
+
+TEST_F(Scenes, RemarksOfCaptionsCountRight) {
+  const std::map<std::string, int64_t> numbers = {
+      {"no", 0}, {"one", 1}, {"two", 2}, {"three", 3}, {"four", 4}};
+  const std::regex remark(
+      "There (is|are) (no|one|two|three|four) ((\\w+) "
+      "shapes?|(circle|square|triangle|star|cross)(s|es)?)\\.");
+  int64_t num_remarks = 0;
+  for (const Record& record : read_records(path("base.json"))) {
+    if (record.images.empty() || record.turns.size() > 2) continue;
+    const std::string& caption = record.turns[1].value;
+    for (std::sregex_iterator it(caption.begin(), caption.end(), remark), end; it != end; ++it) {
+      const std::string kind = (*it)[4].matched ? (*it)[4] : (*it)[5];
+      const Shapes& shapes = shapes_.at(record.images[0]);
+      const int64_t number = std::count_if(shapes.begin(), shapes.end(), [&](const Shape& shape) {
+        return shape.colour == kind || shape.shape == kind;
+      });
+      EXPECT_EQ(number, numbers.at((*it)[2])) << caption << ": " << kind;
+      ++num_remarks;
+    }
+  }
+  EXPECT_GT(num_remarks, 300);
 }
 
 TEST_F(Scenes, BlindGuessingIsPoor) {
