@@ -1,4 +1,5 @@
 #include "base/error.h"
+#include "base/log.h"
 #include "base/strings.h"
 #include "model/vision/towers.h"
 #include "model/weights/json_fields.h"
@@ -47,6 +48,11 @@ ImageSpec image_spec_from(const Json& preprocessor, ImageSpec spec) {
   if (size != preprocessor.end() && (size->is_number() || size->contains("shortest_edge")))
     spec.keeps_aspect = true;
   if (size != preprocessor.end() && size->contains("height")) spec.keeps_aspect = false;
+  const auto resample = preprocessor.find("resample");
+  if (resample != preprocessor.end() && *resample != 3)
+    log_warning(
+        "{}: resample {}: pictures are resized bicubically here (3); the numbers will differ a little", where,
+        json_line(*resample));
   for (const float deviation : spec.image_std)
     CALDERA_CHECK(deviation > 0, CheckpointError, "{}: image_std: expected positive numbers, got {}", where,
                   deviation);

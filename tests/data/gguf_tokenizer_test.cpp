@@ -144,6 +144,37 @@ TEST_F(GgufTokenizerTest, SentencePiecePiecesWithScores) {
   expect_error(without_scores.numbers<float>("tokenizer.ggml.scores", 6, {1.0f}), "scores has 1 entries");
 }
 
+// Vocabularies that made other readers write outside of their tables.
+TEST_F(GgufTokenizerTest, ByteTokensOfNoByteAreRefused) {
+  for (const char* piece : {"<0x-1>", "<0x100>", "<0xZZ>", "<0x>", "<0x00", "byte"}) {
+    std::vector<std::string> tokens = {"<unk>", "<s>", "</s>"};
+    std::vector<int32_t> types = {2, 3, 3};
+    for (int byte = 0; byte < 256; ++byte) {
+      tokens.push_back(byte == 65 ? piece : fmt::format("<0x{:02X}>", byte));
+      types.push_back(6);
+    }
+    GgufWriter writer;
+    writer.string("tokenizer.ggml.model", "llama").strings("tokenizer.ggml.tokens", tokens);
+    writer.numbers<float>("tokenizer.ggml.scores", 6, std::vector<float>(tokens.size()));
+    expect_error(writer.numbers<int32_t>("tokenizer.ggml.token_type", 5, types),
+                 "SentencePiece cannot load it");
+  }
+}
+
+TEST_F(GgufTokenizerTest, ArraysOfAnotherTypeAreRefused) {
+  GgufWriter writer;
+  writer.string("tokenizer.ggml.model", "gpt2");
+  GgufWriter types = writer;
+  expect_error(writer.numbers<int32_t>("tokenizer.ggml.tokens", 5, {1, 2}),
+               "tokenizer.ggml.tokens: expected array of strings, got array of integers");
+  types.strings("tokenizer.ggml.tokens", {"a"}).strings("tokenizer.ggml.merges", {});
+  expect_error(types.strings("tokenizer.ggml.token_type", {"1"}),
+               "tokenizer.ggml.token_type: expected array of integers, got array of strings");
+  GgufWriter negative = smollm();
+  expect_error(negative.integer("tokenizer.ggml.padding_token_id", static_cast<uint32_t>(-1)),
+               "padding_token_id is 4294967295, but there are");
+}
+
 TEST_F(GgufTokenizerTest, ErrorsNameTheKey) {
   const auto small = [](const std::vector<std::string>& tokens, const std::vector<std::string>& merges) {
     GgufWriter writer;
