@@ -22,6 +22,8 @@ checks = [
     ("trajectory", {}, [python("trajectory.py", caldera)]),
     ("decoders", {"CALDERA_DECODERS": str(work / "decoders")},
      [python("decoders.py", work / "decoders"), [build / "model_decoder_live_test"]]),
+    ("llavas", {"CALDERA_LLAVAS": str(work / "llavas")},
+     [python("llavas.py", work / "llavas"), [build / "model_llava_live_test"]]),
     ("hf_folder", {"CALDERA_PARITY_DIR": str(work)},
      [[build / "model_export_test"], python("hf_folder.py", work, "--batch", work / "batch.safetensors")]),
 ]
