@@ -116,9 +116,6 @@ void setup_make_scenes(CLI::App& command) {
   command.add_option("--image-size", scenes.image_size_px, "edge in pixels")
       ->check(CLI::Range(16, 4096))
       ->capture_default_str();
-  command.add_option("--text-only", scenes.text_only, "share of text-only records in base.json")
-      ->check(CLI::Range(0.0, 1.0))
-      ->capture_default_str();
   command.add_option("--seed", scenes.seed, "another seed, other pictures")->capture_default_str();
   command.callback([options] {
     check_out_folder(options->out, "finetune.json");

@@ -17,28 +17,13 @@ namespace {
 
 // Streams of random numbers: each picture and each file draws from its own, so none depends on how many
 // others there are.
-enum Stream : uint64_t {
-  kScene = 1,
-  kPretrain,
-  kFinetune,
-  kBase,
-  kBaseText,
-  kTest,
-  kCaptionTest,
-  kBoxes,
-  kInventory
-};
+enum Stream : uint64_t { kScene = 1, kPretrain, kFinetune, kTest, kCaptionTest, kBoxes, kInventory };
 
-// LLaVA's instructions for brief and for detailed descriptions (Tables 11 and 12 of the paper), a selection.
+// LLaVA's instructions for brief descriptions (Table 11 of the paper), a selection.
 const std::vector<std::string> kBriefRequests = {
     "Describe the image concisely.", "Provide a brief description of the given image.",
     "Share a concise interpretation of the image provided.", "Summarize the visual content of the image.",
     "Give a short and clear explanation of the subsequent image."};
-const std::vector<std::string> kDetailedRequests = {
-    "Describe the following image.", "Provide a detailed description of the given image.",
-    "Explain the various aspects of the image before you.",
-    "Can you describe the main features of this image for me?"};
-
 struct Picture {
   std::string id, file;
   Scene scene;
@@ -49,10 +34,10 @@ struct Picture {
 Json turn(const char* from, const std::string& value) { return Json{{"from", from}, {"value", value}}; }
 std::string with_image(const std::string& text) { return std::string(kImagePlaceholder) + "\n" + text; }
 
-Json record(const std::string& id, const Picture* picture, Json conversations) {
+Json record(const std::string& id, const Picture& picture, Json conversations) {
   Json json;
   json["id"] = id;
-  if (picture) json["image"] = picture->file;
+  json["image"] = picture.file;
   json["conversations"] = std::move(conversations);
   return json;
 }
@@ -111,43 +96,25 @@ std::vector<Question> ask_many(const Scene& scene, size_t count, Rng& rng) {
   return questions;
 }
 
-Json as_turns(const std::vector<Question>& questions, const std::string& before_first) {
-  Json turns = Json::array();
-  for (const Question& question : questions) {
-    turns.push_back(turn("human", turns.empty() ? before_first + question.text : question.text));
-    turns.push_back(turn("gpt", question.answer));
-  }
-  return turns;
-}
-
-size_t num_turns(Rng& rng) { return static_cast<size_t>(rng.between(8, 12)); }
-
 Json caption_record(const Picture& picture, Rng rng) {
   const std::string request = rng.pick(kBriefRequests);
-  return record(picture.id, &picture,
+  return record(picture.id, picture,
                 {turn("human", with_image(request)), turn("gpt", short_caption(picture.scene, rng))});
 }
 
-Json questions_record(const std::string& id, const Picture& picture, Rng rng) {
-  return record(id, &picture, as_turns(ask_many(picture.scene, num_turns(rng), rng), with_image("")));
+Json questions_record(const Picture& picture, Rng rng) {
+  Json turns = Json::array();
+  for (const Question& question : ask_many(picture.scene, static_cast<size_t>(rng.between(8, 12)), rng)) {
+    turns.push_back(turn("human", turns.empty() ? with_image(question.text) : question.text));
+    turns.push_back(turn("gpt", question.answer));
+  }
+  return record(picture.id, picture, std::move(turns));
 }
 
 Json inventory_record(const Picture& picture, Rng rng) {
-  return record(picture.id + "-inventory", &picture,
+  return record(picture.id + "-inventory", picture,
                 {turn("human", with_image("Make an inventory of the image.")),
                  turn("gpt", inventory(picture.scene, rng))});
-}
-
-// Text alone: a long caption as an answer, or questions about a caption that is given.
-Json text_record(const std::string& id, Rng rng) {
-  const Scene scene = sample_scene(rng, /*with_held_out=*/false);
-  if (rng.below(2) == 0) {
-    return record(
-        id, nullptr,
-        {turn("human", "Describe a picture of coloured shapes."), turn("gpt", long_caption(scene, rng))});
-  }
-  const std::string caption = rng.below(2) == 0 ? short_caption(scene, rng) : long_caption(scene, rng);
-  return record(id, nullptr, as_turns(ask_many(scene, num_turns(rng), rng), caption + "\n"));
 }
 
 // LLaVA's caps_boxes form: five captions and, of each object, what it is and where (x1, y1, x2, y2 from 0 to
@@ -178,7 +145,7 @@ void add_test_questions(RecordFile& file, const Picture& picture, uint64_t seed)
     Question question = ask(picture.scene, type, rng);
     while (type == "yes_no" && question.answer != (i == 0 ? "yes" : "no"))
       question = ask(picture.scene, type, rng);
-    Json json = record(fmt::format("{}-{}", picture.id, i), &picture,
+    Json json = record(fmt::format("{}-{}", picture.id, i), picture,
                        {turn("human", with_image(question.text)), turn("gpt", question.answer)});
     json["type"] = type;
     json["held_out"] = picture.is_held_out;
@@ -191,7 +158,7 @@ void fill(const fs::path& folder, const ScenesOptions& options) {
   const auto size_px = static_cast<int>(options.image_size_px);
   fs::create_directory(folder / "images");
   RecordFile pretrain(folder / "pretrain.json"), finetune(folder / "finetune.json"),
-      base_captions(folder / "base_captions.json"), base(folder / "base.json");
+      base_captions(folder / "base_captions.json");
   RecordFile test(folder / "test.json"), captions_test(folder / "captions_test.json"),
       boxes(folder / "boxes.json");
   for (uint64_t i = 0; i < static_cast<uint64_t>(options.num_train); ++i) {
@@ -201,19 +168,8 @@ void fill(const fs::path& folder, const ScenesOptions& options) {
     pretrain.add(caption);
     base_captions.add(caption);
     base_captions.add(inventory_record(picture, Rng(seed, Stream::kInventory, i)));
-    finetune.add(questions_record(picture.id, picture, Rng(seed, Stream::kFinetune, i)));
+    finetune.add(questions_record(picture, Rng(seed, Stream::kFinetune, i)));
     boxes.add(boxes_record(picture, Rng(seed, Stream::kBoxes, 0, i)));
-    Rng rng(seed, Stream::kBase, i);
-    const std::string request = rng.pick(kDetailedRequests);
-    base.add(record(picture.id + "-caption", &picture,
-                    {turn("human", with_image(request)), turn("gpt", long_caption(picture.scene, rng))}));
-    base.add(questions_record(picture.id + "-questions", picture, rng));
-  }
-  const double share = options.text_only / (1 - options.text_only);
-  const auto num_texts =
-      static_cast<uint64_t>(std::llround(2 * static_cast<double>(options.num_train) * share));
-  for (uint64_t i = 0; i < num_texts; ++i) {
-    base.add(text_record(fmt::format("text-{:06}", i), Rng(seed, Stream::kBaseText, i)));
   }
   for (uint64_t i = 0; i < static_cast<uint64_t>(options.num_test); ++i) {
     const Picture picture = make_picture(options, i, /*is_test=*/true);
@@ -222,7 +178,7 @@ void fill(const fs::path& folder, const ScenesOptions& options) {
     captions_test.add(caption_record(picture, Rng(seed, Stream::kCaptionTest, i)));
     boxes.add(boxes_record(picture, Rng(seed, Stream::kBoxes, 1, i)));
   }
-  for (RecordFile* file : {&pretrain, &finetune, &base_captions, &base, &test, &captions_test, &boxes})
+  for (RecordFile* file : {&pretrain, &finetune, &base_captions, &test, &captions_test, &boxes})
     file->commit();
 }
 
@@ -234,8 +190,6 @@ void make_scenes(const std::filesystem::path& folder, const ScenesOptions& optio
                 options.num_train, options.num_test);
   CALDERA_CHECK(options.image_size_px >= 32 && options.image_size_px <= 4096, ConfigError,
                 "scenes: image_size_px: expected 32 to 4096, got {}", options.image_size_px);
-  CALDERA_CHECK(options.text_only >= 0 && options.text_only < 1, ConfigError,
-                "scenes: text_only: expected a share from 0 to below 1, got {}", options.text_only);
   // The folder is replaced whole, so it must be ours.
   CALDERA_CHECK(!fs::exists(folder) || fs::is_empty(folder) || fs::exists(folder / "boxes.json"), ConfigError,
                 "{}: the folder holds something else than scenes; choose another, it would be replaced",

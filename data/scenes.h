@@ -10,22 +10,18 @@ struct ScenesOptions {
   int64_t num_test = 500;    // pictures; half of them show a held-out combination
   int64_t image_size_px = 64;
   uint64_t seed = 0;
-  // Text-only records among base.json (captions and question-answer texts without their picture), as a share
-  // of it.
-  double text_only = 0.25;
 };
 
 // Writes into the folder (atomically) images/*.png, the image folder of every file here, and
-//   pretrain.json       a short caption a picture
-//   finetune.json       8 to 12 questions a picture, in one conversation
-//   base_captions.json  short captions and inventories: what the small base models begin with
-//   base.json           a long caption and a conversation a picture, and text-only records: what they go on
-//   with test.json           one question a record, two a picture, "type" in {colour, shape, count, position,
-//   yes_no} evenly,
-//                       "held_out": true where the picture shows a combination of colour and shape that never
-//                       met in training
-//   captions_test.json  short captions of the same pictures
-//   boxes.json          LLaVA's caps_boxes form, with "split": train or test
+// - pretrain.json: a short caption a picture;
+// - finetune.json: 8 to 12 questions a picture, in one conversation;
+// - base_captions.json: short captions and inventories, from which the small base models learn to see and
+// speak;
+// - test.json: one question a record, two a picture, "type" in {colour, shape, count, position, yes_no}
+// evenly,
+//   "held_out": true where the picture shows a combination of colour and shape that never met in training;
+// - captions_test.json: short captions of the same pictures;
+// - boxes.json: LLaVA's caps_boxes form, with "split": train or test.
 // A picture and its texts depend on the seed and its number alone. Replaces scenes that are there; throws
 // ConfigError for a folder that holds something else.
 void make_scenes(const std::filesystem::path& folder, const ScenesOptions& options);

@@ -6,11 +6,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <functional>
 #include <map>
 #include <regex>
 #include <set>
 
 #include "base/json.h"
+#include "base/strings.h"
 #include "data/image.h"
 #include "tests/data/fake_text.h"
 
@@ -101,9 +103,11 @@ class Scenes : public ::testing::Test {
 }  // namespace
 
 TEST_F(Scenes, FilesAreRecordsOfTheirPictures) {
-  const std::map<std::string, size_t> sizes = {{"pretrain.json", 300},      {"finetune.json", 300},
-                                               {"base_captions.json", 600}, {"base.json", 800},
-                                               {"test.json", 200},          {"captions_test.json", 100}};
+  const std::map<std::string, size_t> sizes = {{"pretrain.json", 300},
+                                               {"finetune.json", 300},
+                                               {"base_captions.json", 600},
+                                               {"test.json", 200},
+                                               {"captions_test.json", 100}};
   for (const auto& [name, size] : sizes) {
     const std::vector<Record> records = read_records(path(name));
     EXPECT_EQ(records.size(), size) << name;
@@ -115,8 +119,6 @@ TEST_F(Scenes, FilesAreRecordsOfTheirPictures) {
   const Image image = load_image(path("images/train-000000.png"));
   EXPECT_EQ(image.height, 64);
   EXPECT_EQ(image.width, 64);
-  const std::vector<Record> base = read_records(path("base.json"));
-  EXPECT_EQ(std::count_if(base.begin(), base.end(), [](const Record& r) { return r.images.empty(); }), 200);
   for (const Record& record : read_records(path("finetune.json"))) {
     EXPECT_GE(record.turns.size(), 16u);
     EXPECT_LE(record.turns.size(), 24u);
@@ -135,7 +137,7 @@ TEST_F(Scenes, TheSameSeedGivesTheSameBytes) {
   make_scenes(other.path() / "a", {.num_train = 20, .num_test = 10, .seed = 5});
   make_scenes(other.path() / "b", {.num_train = 20, .num_test = 10, .seed = 5});
   make_scenes(other.path() / "c", {.num_train = 20, .num_test = 10, .seed = 6});
-  EXPECT_EQ(files(other.path() / "a").size(), 37u);
+  EXPECT_EQ(files(other.path() / "a").size(), 36u);
   EXPECT_TRUE(files(other.path() / "a") == files(other.path() / "b"));
   EXPECT_FALSE(files(other.path() / "a") == files(other.path() / "c"));
   // A picture depends on the seed and its number alone.
@@ -150,7 +152,7 @@ TEST_F(Scenes, HeldOutCombinationsNeverMeetInTraining) {
     });
     EXPECT_FALSE(shows && image.starts_with("train")) << image;
   }
-  for (const char* name : {"pretrain.json", "finetune.json", "base.json"}) {
+  for (const char* name : {"pretrain.json", "finetune.json", "base_captions.json"}) {
     const std::string text = read_file(path(name));
     for (const std::string& pair : kHeldOut)
       EXPECT_EQ(text.find(pair), std::string::npos) << name << ": " << pair;
@@ -189,24 +191,32 @@ TEST_F(Scenes, EveryAnswerFollowsFromTheBoxes) {
 }
 
 TEST_F(Scenes, CaptionsNameEveryShapeInItsPlace) {
-  for (const char* name : {"pretrain.json", "captions_test.json", "base.json"}) {
-    for (const Record& record : read_records(path(name))) {
-      if (record.images.empty() || record.turns.size() > 2) continue;
-      const std::string caption = record.turns[1].value;
-      static const std::regex named(
-          "(red|orange|yellow|green|blue|purple|pink) (circle|square|triangle|star|cross)");
-      const std::sregex_iterator begin(caption.begin(), caption.end(), named), end;
-      EXPECT_EQ(static_cast<size_t>(std::distance(begin, end)), shapes_.at(record.images[0]).size())
-          << caption;
-      for (const Shape& shape : shapes_.at(record.images[0])) {
-        const std::string what = shape.colour + " " + shape.shape;
-        const std::regex either("[^.,]*(" + what + "( is)? in the " + shape.place + "|[Ii]n the " +
-                                shape.place + "( there)?( is)? an? " + what + "|" + shape.place + " is an? " +
-                                what + ").*");
-        EXPECT_TRUE(std::regex_search(caption, either)) << caption << " / " << what << " " << shape.place;
-      }
+  static const std::regex named(
+      "(red|orange|yellow|green|blue|purple|pink) (circle|square|triangle|star|cross)");
+  const auto check = [](const std::string& caption, const Shapes& shapes) {
+    const std::sregex_iterator begin(caption.begin(), caption.end(), named), end;
+    EXPECT_EQ(static_cast<size_t>(std::distance(begin, end)), shapes.size()) << caption;
+    for (const Shape& shape : shapes) {
+      const std::string what = shape.colour + " " + shape.shape;
+      const std::regex either("[^.,]*(" + what + "( is)? in the " + shape.place + "|[Ii]n the " +
+                              shape.place + "( there)?( is)? an? " + what + "|" + shape.place + " is an? " +
+                              what + ").*");
+      EXPECT_TRUE(std::regex_search(caption, either)) << caption << " / " << what << " " << shape.place;
     }
+  };
+  for (const char* name : {"pretrain.json", "captions_test.json"}) {
+    for (const Record& record : read_records(path(name)))
+      check(record.turns[1].value, shapes_.at(record.images[0]));
   }
+  for (const Json& boxes : read("boxes.json")) {
+    for (const std::string caption : boxes["captions"]) check(caption, shapes_.at(boxes["image"]));
+  }
+}
+
+static int64_t count_kind(const Shapes& shapes, const std::string& kind) {
+  return std::count_if(shapes.begin(), shapes.end(), [&](const Shape& shape) {
+    return kind == shape.colour || kind == shape.shape || kind == shape.colour + " " + shape.shape;
+  });
 }
 
 TEST_F(Scenes, RemarksOfCaptionsCountRight) {
@@ -216,20 +226,59 @@ TEST_F(Scenes, RemarksOfCaptionsCountRight) {
       "There (is|are) (no|one|two|three|four) ((\\w+) "
       "shapes?|(circle|square|triangle|star|cross)(s|es)?)\\.");
   int64_t num_remarks = 0;
-  for (const Record& record : read_records(path("base.json"))) {
-    if (record.images.empty() || record.turns.size() > 2) continue;
-    const std::string& caption = record.turns[1].value;
-    for (std::sregex_iterator it(caption.begin(), caption.end(), remark), end; it != end; ++it) {
-      const std::string kind = (*it)[4].matched ? (*it)[4] : (*it)[5];
-      const Shapes& shapes = shapes_.at(record.images[0]);
-      const int64_t number = std::count_if(shapes.begin(), shapes.end(), [&](const Shape& shape) {
-        return shape.colour == kind || shape.shape == kind;
-      });
-      EXPECT_EQ(number, numbers.at((*it)[2])) << caption << ": " << kind;
-      ++num_remarks;
+  for (const Json& boxes : read("boxes.json")) {
+    for (const std::string caption : boxes["captions"]) {
+      for (std::sregex_iterator it(caption.begin(), caption.end(), remark), end; it != end; ++it) {
+        const std::string kind = (*it)[4].matched ? (*it)[4] : (*it)[5];
+        EXPECT_EQ(count_kind(shapes_.at(boxes["image"]), kind), numbers.at((*it)[2]))
+            << caption << ": " << kind;
+        ++num_remarks;
+      }
     }
   }
-  EXPECT_GT(num_remarks, 300);
+  EXPECT_GT(num_remarks, 1000);
+}
+
+TEST_F(Scenes, InventoriesAreTrue) {
+  std::map<std::string, int64_t> num_facts;  // by section
+  for (const Record& record : read_records(path("base_captions.json"))) {
+    if (!record.id.ends_with("-inventory")) continue;
+    const Shapes& shapes = shapes_.at(record.images[0]);
+    const auto is_so = [&](const std::function<bool(const Shape&)>& holds) {
+      return std::any_of(shapes.begin(), shapes.end(), holds);
+    };
+    for (const std::string& part : split(record.turns[1].value, ".")) {
+      const size_t colon = part.find(": ");
+      if (colon == std::string::npos) continue;
+      const std::string heading(strip(part.substr(0, colon)));
+      for (const std::string& fact : split(part.substr(colon + 2), ",")) {
+        const size_t middle = fact.find(": ");
+        ASSERT_NE(middle, std::string::npos) << fact;
+        const std::string of(strip(fact.substr(0, middle))), is(strip(fact.substr(middle + 2)));
+        ++num_facts[heading];
+        const auto is_of = [&](const Shape& s) {
+          return of == s.colour || of == s.shape || of == s.colour + " " + s.shape;
+        };
+        const int64_t number = count_kind(shapes, of);
+        const bool is_right =
+            heading == "Places"
+                ? number == 1 && is_so([&](const Shape& s) { return is_of(s) && s.place == is; })
+            : heading == "Things"
+                ? is_so([&](const Shape& s) { return s.place == of; })
+                      ? is_so([&](const Shape& s) { return s.place == of && s.colour + " " + s.shape == is; })
+                      : is == "empty"
+            : heading == "Colours"
+                ? number == 1 && is_so([&](const Shape& s) { return s.shape == of && s.colour == is; })
+            : heading == "Shapes"
+                ? number == 1 && is_so([&](const Shape& s) { return s.colour == of && s.shape == is; })
+            : heading == "Numbers" ? is == std::to_string(number)
+                                   : heading == "Present" && is == (number > 0 ? "yes" : "no");
+        EXPECT_TRUE(is_right) << record.id << ": " << part << ": " << fact;
+      }
+    }
+  }
+  for (const char* heading : {"Places", "Things", "Colours", "Shapes", "Numbers", "Present"})
+    EXPECT_GT(num_facts[heading], 100);
 }
 
 TEST_F(Scenes, BlindGuessingIsPoor) {
@@ -281,7 +330,6 @@ TEST_F(Scenes, RefusesWhatItCannotDo) {
   };
   EXPECT_THAT(message({.num_train = 0}), HasSubstr("at least one picture"));
   EXPECT_THAT(message({.image_size_px = 8}), HasSubstr("image_size_px: expected 32 to 4096, got 8"));
-  EXPECT_THAT(message({.text_only = 1}), HasSubstr("text_only"));
   other.write("thesis.txt", "years of work");
   EXPECT_THAT(error_of<ConfigError>([&] { make_scenes(other.path(), {.num_train = 1, .num_test = 1}); }),
               HasSubstr("the folder holds something else"));
