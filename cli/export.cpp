@@ -9,6 +9,7 @@
 #include "cli/command.h"
 #include "data/template.h"
 #include "eval/model_session.h"
+#include "model/weights/mapped_model.h"
 
 namespace caldera {
 namespace {
@@ -45,17 +46,21 @@ std::string chat_template_of(const ModelCard& card, const Tokenizer& tokenizer) 
 
 void export_model(const ExportOptionsGiven& given) {
   const ExportFormat& format = find_format(given.format);
-  CALDERA_CHECK(!given.merge || &format == &kExportPeft, ConfigError, "--merge belongs to --format peft; {} is merged anyway",
-                given.format);
+  CALDERA_CHECK(!given.merge || &format == &kExportPeft, ConfigError,
+                "--merge belongs to --format peft; {} is merged anyway", given.format);
   if (&format == &kExportPeft && !given.merge) return export_adapter(given);
   format.check(given);
   if (!given.conversation_template.empty()) find_template(given.conversation_template);
   check_out_folder(given.out, format.marker);
 
-  LoadedModel loaded = load_llava(given.model, given.model_base);
+  // Where the weights lie in files as they are, they stay there until each is written.
+  std::optional<MappedModel> mapped;
+  if (given.model_base.empty()) mapped = map_llava(given.model);
+  LoadedModel loaded = mapped ? std::move(mapped->loaded) : load_llava(given.model, given.model_base);
   if (!given.conversation_template.empty()) loaded.card.conversation_template = given.conversation_template;
   const std::unique_ptr<Tokenizer> tokenizer = load_tokenizer(tokenizer_path(loaded.folder));
-  const ExportJob job = {given, loaded, *tokenizer, chat_template_of(loaded.card, *tokenizer)};
+  const ExportJob job = {given, loaded, mapped ? mapped->values : TensorValues(), *tokenizer,
+                         chat_template_of(loaded.card, *tokenizer)};
   write_folder_atomic(given.out, [&](const fs::path& folder) { format.write(job, folder); });
 }
 

@@ -23,6 +23,7 @@ struct ExportOptionsGiven {
 struct ExportJob {
   const ExportOptionsGiven& given;
   LoadedModel& loaded;
+  TensorValues values;  // of loaded.model, whose own memory is not set where this is not empty
   const Tokenizer& tokenizer;
   std::string chat_template;  // Jinja; "" where there is none
 };

@@ -47,7 +47,8 @@ void write(const ExportJob& job, const std::filesystem::path& folder) {
       .general = {{"general.name", std::filesystem::path(job.given.out).filename().string()},
                   {"caldera.card", json_line(to_json(job.loaded.card))}},
       .tokenizer = {},
-      .image_aspect_ratio = job.loaded.card.image_aspect_ratio};
+      .image_aspect_ratio = job.loaded.card.image_aspect_ratio,
+      .values = job.values};
   std::string decoder_file, tower_file;
   if (with_decoder) {
     decoder_file = fmt::format("model-{}.gguf", job.given.dtype);

@@ -14,17 +14,18 @@ void write(const ExportJob& job, const std::filesystem::path& folder) {
   const at::ScalarType dtype = float_dtype(job.given.dtype);
   LlavaModel& model = *job.loaded.model;
   if (job.given.part == "vision_tower")
-    return save_hf_component(model, job.given.part, dtype, folder, job.given.max_shard_bytes);
+    return save_hf_component(model, job.given.part, dtype, folder, job.given.max_shard_bytes, job.values);
   const int64_t image_token_id = job.tokenizer.save(folder, job.chat_template);
   if (job.given.part == "language_model")
-    return save_hf_component(model, job.given.part, dtype, folder, job.given.max_shard_bytes);
+    return save_hf_component(model, job.given.part, dtype, folder, job.given.max_shard_bytes, job.values);
   save_hf_llava(model, job.loaded.card,
                 {.dtype = dtype,
                  .image_token_id = image_token_id,
                  .bos_token_id = job.tokenizer.bos_id(),
                  .eos_token_id = job.tokenizer.eos_id(),
                  .pad_token_id = job.tokenizer.pad_id(),
-                 .max_shard_bytes = job.given.max_shard_bytes},
+                 .max_shard_bytes = job.given.max_shard_bytes,
+                 .values = job.values},
                 folder);
 }
 

@@ -20,12 +20,14 @@ void write(const ExportJob& job, const std::filesystem::path& folder) {
                                 .bos_token_id = job.tokenizer.bos_id(),
                                 .eos_token_id = job.tokenizer.eos_id(),
                                 .pad_token_id = job.tokenizer.pad_id(),
-                                .max_shard_bytes = job.given.max_shard_bytes};
+                                .max_shard_bytes = job.given.max_shard_bytes,
+                                .values = job.values};
   // LLaVA loads the tower by the name in config.json, whatever the weights hold: a path from its working
   // folder.
   if (options.mm_vision_tower.empty()) {
     std::filesystem::create_directories(folder / "vision_tower");
-    save_hf_component(model, "vision_tower", options.dtype, folder / "vision_tower", options.max_shard_bytes);
+    save_hf_component(model, "vision_tower", options.dtype, folder / "vision_tower", options.max_shard_bytes,
+                      job.values);
     options.mm_vision_tower =
         (std::filesystem::absolute(job.given.out) / "vision_tower").lexically_normal().string();
   }

@@ -14,10 +14,10 @@ bool fits_hf_llava(const LlavaModel& model) {
   return tower.in_hf_llava && model.mm_projector_type == "mlp2x_gelu";
 }
 
-TensorList values_of(const NamedTensors& tensors) {
-  TensorList values;
-  for (const NamedTensor& named : tensors) values.emplace_back(named.name, named.value());
-  return values;
+TensorList list_of(const NamedTensors& tensors, const TensorValues& values) {
+  TensorList list;
+  for (const NamedTensor& named : tensors) list.emplace_back(named.name, value_of(named, values));
+  return list;
 }
 
 // The vocabulary's matrix with rows added up to `num_rows`, each the mean of the rows there are.
@@ -121,7 +121,7 @@ void save_hf_llava(LlavaModel& model, const ModelCard& card, const ExportOptions
   const int64_t trained_vocab = model.language->vocab_size();
   const int64_t highest_id = std::max(options.image_token_id, options.pad_token_id);
   const int64_t vocab_size = highest_id < trained_vocab ? trained_vocab : (highest_id + 64) / 64 * 64;
-  TensorList tensors = values_of(model.tensors());
+  TensorList tensors = list_of(model.tensors(), options.values);
   if (vocab_size > trained_vocab)
     for (auto& [name, value] : tensors)
       if (name.ends_with("embed_tokens.weight") || name.ends_with("lm_head.weight"))
@@ -153,13 +153,14 @@ void save_hf_llava(LlavaModel& model, const ModelCard& card, const ExportOptions
 }
 
 void save_hf_component(LlavaModel& model, const std::string& part, at::ScalarType dtype,
-                       const fs::path& folder, int64_t max_shard_bytes) {
+                       const fs::path& folder, int64_t max_shard_bytes, const TensorValues& values) {
   const bool is_tower = part == "vision_tower";
   CALDERA_CHECK(is_tower || part == "language_model", ConfigError,
                 "\"{}\" has no folder of its own; vision_tower and language_model have", part);
   Json config = is_tower ? model.vision->config() : model.language->config();
   config["dtype"] = config["torch_dtype"] = dtype_name(dtype);
-  write_weights_folder(folder, values_of(is_tower ? model.vision->tensors() : model.language->tensors()),
+  write_weights_folder(folder,
+                       list_of(is_tower ? model.vision->tensors() : model.language->tensors(), values),
                        max_shard_bytes, dtype);
   if (is_tower)
     write_json(folder / "preprocessor_config.json",

@@ -78,6 +78,20 @@ Json object_field(const Json& config, const std::string& where, const char* key)
 }
 
 std::unique_ptr<LlavaModel> load_hf_llava(const fs::path& folder, int64_t vocab_size) {
+  std::unique_ptr<LlavaModel> model = make_hf_llava(folder, vocab_size);
+  const bool tied = model->language->config().value("tie_word_embeddings", false);
+  const std::unique_ptr<TensorSource> file = open_weights_folder(folder);
+  const UnpaddedVocabulary source(*file, vocab_size);
+  const std::vector<std::string> leftovers = load_tensors(
+      model->tensors(), source, [&source](const std::string& name) { return find_llava_name(name, source); });
+  refuse_leftovers(leftovers, source,
+                   [tied](const std::string& name) { return tied && name.ends_with("lm_head.weight"); });
+  return model;
+}
+
+}  // namespace
+
+std::unique_ptr<LlavaModel> make_hf_llava(const fs::path& folder, int64_t vocab_size) {
   const std::string where = (folder / "config.json").string();
   const Json config = read_config(folder / "config.json");
   const std::string model_type = text_field(config, where, "model_type", "");
@@ -114,17 +128,8 @@ std::unique_ptr<LlavaModel> load_hf_llava(const fs::path& folder, int64_t vocab_
       find_language_model(text_field(text, where, "model_type", "llama"), where + ": text_config").make(text);
   model->projector =
       make_projector(model->mm_projector_type, model->vision->hidden_size(), model->language->hidden_size());
-
-  const std::unique_ptr<TensorSource> file = open_weights_folder(folder);
-  const UnpaddedVocabulary source(*file, vocab_size);
-  const std::vector<std::string> leftovers = load_tensors(
-      model->tensors(), source, [&source](const std::string& name) { return find_llava_name(name, source); });
-  refuse_leftovers(leftovers, source,
-                   [tied](const std::string& name) { return tied && name.ends_with("lm_head.weight"); });
   return model;
 }
-
-}  // namespace
 
 fs::path resolve_model_folder(const fs::path& dir) {
   CALDERA_CHECK(fs::is_directory(dir), CheckpointError, "{}: no such folder", dir.string());

@@ -156,13 +156,13 @@ void save_gguf_decoder(LanguageModel& language, const GgufExportOptions& options
     const std::string name = gguf_decoder_name(named.name);
     CALDERA_CHECK(!name.empty(), ConfigError,
                   "--format gguf: llama.cpp has no place for the decoder's tensor {}", named.name);
-    GgufTensorToWrite tensor = gguf_tensor(name, named.value(), options.type);
+    GgufTensorToWrite tensor = gguf_tensor(name, value_of(named, options.values), options.type);
     const bool is_q = named.name.find(".q_proj.") != std::string::npos;
     const bool is_k = named.name.find(".k_proj.") != std::string::npos;
     if (architecture.rotates_neighbours && (is_q || is_k)) {
       const int64_t heads = config.at(is_q ? "num_attention_heads" : "num_key_value_heads");
-      tensor.bytes = [=, type = tensor.type] {
-        return encode_ggml(to_neighbour_order(named.value(), heads), type, name);
+      tensor.bytes = [=, type = tensor.type, values = value_of(named, options.values)] {
+        return encode_ggml(to_neighbour_order(values, heads), type, name);
       };
     }
     tensors.push_back(std::move(tensor));

@@ -4,6 +4,7 @@
 
 #include "base/gguf_writer.h"
 #include "model/llava.h"
+#include "model/weights/tensor_values.h"
 
 namespace caldera {
 
@@ -12,6 +13,7 @@ struct GgufExportOptions {
   GgufFields general;              // further "general.*" fields and provenance, into both files
   GgufFields tokenizer;            // "tokenizer.*", into the decoder's file
   std::string image_aspect_ratio;  // how pictures became square in training (words.h)
+  TensorValues values;             // where they are not the model's own
 };
 
 // Throws ConfigError saying why where llama.cpp cannot represent the decoder (its family, its rotary

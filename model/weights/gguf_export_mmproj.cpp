@@ -106,12 +106,12 @@ void save_gguf_mmproj(LlavaModel& model, const GgufExportOptions& options,
     if (name == "v.position_embd.weight") type = GgmlType::kF32;
     if (name == "v.patch_embd.weight" && type != GgmlType::kF16)
       type = GgmlType::kF32;  // its convolution knows two types
-    tensors.push_back(gguf_tensor(name, named.value(), type));
+    tensors.push_back(gguf_tensor(name, value_of(named, options.values), type));
   }
   for (const NamedTensor& named : model.projector->tensors()) {  // linear_1, linear_2; the GELU is layer 1
     const bool first = named.name.starts_with("linear_1.");
-    tensors.push_back(
-        gguf_tensor((first ? "mm.0." : "mm.2.") + named.name.substr(9), named.value(), options.type));
+    tensors.push_back(gguf_tensor((first ? "mm.0." : "mm.2.") + named.name.substr(9),
+                                  value_of(named, options.values), options.type));
   }
   write_gguf(file, mmproj_fields(model, options), tensors);
 }

@@ -16,6 +16,10 @@ bool is_original_llava(const Json& config);
 // vision_feature_layer and vision_feature_select_strategy; throws CheckpointError for what is not supported.
 VisionFeatures hf_vision_features(const Json& config, const std::string& where);
 
+// The model that an HF folder's config.json describes; the weights' memory is not set. `vocab_size` > 0: the rows of the vocabulary
+// without an export's padding.
+std::unique_ptr<LlavaModel> make_hf_llava(const std::filesystem::path& folder, int64_t vocab_size);
+
 // What the original LLaVA's says.
 struct OriginalLlava {
   Json text;                           // the decoder's own configuration

@@ -22,10 +22,11 @@ std::string llava_name(const std::string& name, const std::string& mm_projector_
   return fmt::format("model.mm_projector.{}{}", 2 * (std::stoi(rest) - 1), parameter);
 }
 
-TensorList llava_tensors(const NamedTensors& tensors, const std::string& mm_projector_type) {
+TensorList llava_tensors(const NamedTensors& tensors, const std::string& mm_projector_type,
+                         const TensorValues& values) {
   TensorList list;
   for (const NamedTensor& named : tensors)
-    list.emplace_back(llava_name(named.name, mm_projector_type), named.value());
+    list.emplace_back(llava_name(named.name, mm_projector_type), value_of(named, values));
   return list;
 }
 
@@ -98,7 +99,7 @@ void check_original_llava(const LlavaModel& model) {
 void save_original_llava(LlavaModel& model, const ModelCard& card, const LlavaExportOptions& options,
                          const fs::path& folder) {
   check_original_llava(model);
-  write_weights_folder(folder, llava_tensors(model.tensors(), model.mm_projector_type),
+  write_weights_folder(folder, llava_tensors(model.tensors(), model.mm_projector_type, options.values),
                        options.max_shard_bytes, options.dtype);
   Json generation = {{"_from_model_config", true},
                      {"bos_token_id", options.bos_token_id},
@@ -115,9 +116,10 @@ void save_original_projector(LlavaModel& model, const ModelCard& card, const Lla
   check_original_llava(model);
   CALDERA_CHECK(model.mm_projector_type != "identity", ConfigError,
                 "--part projector: an identity projector has no weights");
-  write_torch_pickle(folder / "mm_projector.bin",
-                     llava_tensors(model.component_tensors("projector"), model.mm_projector_type),
-                     options.dtype);
+  write_torch_pickle(
+      folder / "mm_projector.bin",
+      llava_tensors(model.component_tensors("projector"), model.mm_projector_type, options.values),
+      options.dtype);
   Json config = llava_config(model, card, options);
   config["tune_mm_mlp_adapter"] = true;
   write_json(folder / "config.json", config);

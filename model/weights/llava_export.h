@@ -15,6 +15,7 @@ struct LlavaExportOptions {
   int64_t model_max_length = 2048;
   int64_t bos_token_id = 1, eos_token_id = 2, pad_token_id = 0;
   int64_t max_shard_bytes = 5'000'000'000;
+  TensorValues values;  // where they are not the model's own
 };
 
 // Throws ConfigError saying why where LLaVA's code has no such model: towers other than CLIP, decoders other

@@ -10,6 +10,7 @@
 
 #include "model/llava.h"
 #include "model/weights/safetensors.h"
+#include "model/weights/tensor_values.h"
 
 namespace caldera {
 
@@ -102,12 +103,13 @@ struct ExportOptions {
   int64_t image_token_id = -1;
   int64_t bos_token_id = 1, eos_token_id = 2, pad_token_id = 0;
   int64_t max_shard_bytes = 5'000'000'000;  // weights above it are sharded, with an index
+  TensorValues values;                      // where they are not the model's own
 };
 void save_hf_llava(LlavaModel& model, const ModelCard& card, const ExportOptions& options,
                    const std::filesystem::path& folder);
 // One component as an HF folder of its own: CLIPVisionModel or LlamaForCausalLM.
 void save_hf_component(LlavaModel& model, const std::string& part /* "vision_tower" | "language_model" */,
                        at::ScalarType dtype, const std::filesystem::path& folder,
-                       int64_t max_shard_bytes = 5'000'000'000);
+                       int64_t max_shard_bytes = 5'000'000'000, const TensorValues& values = {});
 
 }  // namespace caldera

@@ -24,6 +24,9 @@ checks = [
      [python("decoders.py", work / "decoders"), [build / "model_decoder_live_test"]]),
     ("llavas", {"CALDERA_LLAVAS": str(work / "llavas")},
      [python("llavas.py", work / "llavas"), [build / "model_llava_live_test"]]),
+    ("gguf_files", {}, [python("gguf_files.py", caldera)]),
+    ("exports", {}, [python("exports.py", caldera)]),
+    ("taps", {}, [python("taps.py", caldera)]),
     ("hf_folder", {"CALDERA_PARITY_DIR": str(work)},
      [[build / "model_export_test"], python("hf_folder.py", work, "--batch", work / "batch.safetensors")]),
 ]
