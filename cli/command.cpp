@@ -13,14 +13,18 @@
 namespace caldera {
 
 void add_session_options(CLI::App& command, SessionOptions& options) {
-  command.add_option("--model", options.model, "a run's folder, a checkpoint, an exported or an adapter's folder")
+  command
+      .add_option("--model", options.model,
+                  "a run's folder, a checkpoint, an exported or an adapter's folder")
       ->required();
   command.add_option("--model-base", options.model_base,
                      "the model that an adapter's folder belongs to (default: the one it names)");
   command.add_option("--template", options.conversation_template,
                      "conversation template (default: the model's own, else its tokenizer's)");
   command
-      .add_option("--dtype", options.dtype, "float32 or bfloat16; auto: float32 on the CPU, bfloat16 on CUDA")
+      .add_option(
+          "--dtype", options.dtype,
+          "float32, bfloat16 or (decoder's weights, CPU) int8; auto: float32 on the CPU, bfloat16 on CUDA")
       ->capture_default_str();
   command.add_option("--device", options.device, "cpu or cuda; auto: CUDA where there is one")
       ->capture_default_str();

@@ -44,10 +44,13 @@ ModelSession open_model(const SessionOptions& options) {
   CALDERA_CHECK(options.device == "auto" || options.device == "cpu" || options.device == "cuda", ConfigError,
                 "device \"{}\": expected auto, cpu or cuda", options.device);
   const at::Device device = choose_device(options.device);
-  CALDERA_CHECK(options.dtype == "auto" || options.dtype == "float32" || options.dtype == "bfloat16",
-                ConfigError, "dtype \"{}\": expected auto, float32 or bfloat16", options.dtype);
-  const at::ScalarType dtype =
-      options.dtype == "auto" ? (device.is_cuda() ? at::kBFloat16 : at::kFloat) : parse_dtype(options.dtype);
+  const bool int8 = options.dtype == "int8";
+  CALDERA_CHECK(options.dtype == "auto" || options.dtype == "float32" || options.dtype == "bfloat16" || int8,
+                ConfigError, "dtype \"{}\": expected auto, float32, bfloat16 or int8", options.dtype);
+  CALDERA_CHECK(!int8 || device.is_cpu(), ConfigError, "dtype int8 runs on the CPU: add --device cpu");
+  const at::ScalarType dtype = int8                      ? at::kFloat
+                               : options.dtype == "auto" ? (device.is_cuda() ? at::kBFloat16 : at::kFloat)
+                                                         : parse_dtype(options.dtype);
   if (!options.conversation_template.empty())
     find_template(options.conversation_template);  // fails before loading
 
@@ -61,6 +64,7 @@ ModelSession open_model(const SessionOptions& options) {
   format.model_max_length = session.model->language->max_position_embeddings();
   session.model->to(device, dtype);
   set_trainable(session.model->tensors(), false);
+  if (int8) session.model->language->quantize_int8();
   return session;
 }
 

@@ -13,11 +13,12 @@
 namespace caldera {
 
 struct SessionOptions {
-  std::filesystem::path model;  // see resolve_model_folder()
+  std::filesystem::path model;       // see resolve_model_folder()
   std::filesystem::path model_base;  // of an adapter's folder; "": the one that the folder names
   std::string
       conversation_template;    // "": the folder's own, else what the tokenizer's chat template amounts to
-  std::string dtype = "auto";   // float32, bfloat16; auto: float32 on the CPU, bfloat16 on CUDA
+  std::string dtype = "auto";   // float32, bfloat16, int8 (the decoder's weights; for generation); auto:
+                                // float32 on the CPU, bfloat16 on CUDA
   std::string device = "auto";  // cpu, cuda; auto: CUDA where there is one
 };
 

@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/rng.h"
+#include "model/ops/matmul.h"
 
 namespace caldera {
 namespace {
@@ -55,6 +56,7 @@ std::vector<int64_t> next_tokens(at::Tensor logits_SV, const GenerateOptions& op
 std::vector<std::vector<int64_t>> generate(LlavaModel& model, const PackedBatch& prompts,
                                            const GenerateOptions& options) {
   const at::NoGradGuard no_grad;
+  const FewRowsGuard few_rows;
   const auto num_sequences = static_cast<size_t>(prompts.num_samples());
   std::vector<std::vector<int64_t>> answers(num_sequences);
   if (options.max_new_tokens <= 0 || num_sequences == 0) return answers;
@@ -74,7 +76,7 @@ std::vector<std::vector<int64_t>> generate(LlavaModel& model, const PackedBatch&
     return at::tensor(values, at::kLong).to(model.device());
   };
   const auto head = [&](const at::Tensor& hidden) {
-    return at::linear(hidden, language.head_weight()).to(at::kFloat);
+    return language.logits(hidden).to(at::kFloat);
   };
 
   std::vector<size_t> active(num_sequences);

@@ -67,7 +67,8 @@ Linear::Linear(int64_t num_inputs, std::vector<Module> modules, bool has_bias)
 }
 
 at::Tensor Linear::forward(const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed) const {
-  at::Tensor y_TO = at::linear(x_TI, weight_OI_, bias_O_);
+  if (int8_) return affine_int8(x_TI, *int8_, bias_O_);
+  at::Tensor y_TO = affine(x_TI, weight_OI_, bias_O_);
   if (adapters_.empty()) return y_TO;
   std::vector<at::Tensor> updates;
   for (size_t i = 0; i < modules_.size(); ++i) updates.push_back(update(i, x_TI, dropout_seed));
@@ -81,7 +82,7 @@ at::Tensor Linear::update(size_t module, const at::Tensor& x_TI, std::optional<u
   const bool drops = dropout_seed && dropout_ > 0;
   const at::Tensor x =
       drops ? dropped_out(x_TI, dropout_, mix64(*dropout_seed ^ hash_text(modules_[module].name))) : x_TI;
-  return at::linear(at::linear(x, adapter.a_RI), adapter.b_OR);
+  return affine(affine(x, adapter.a_RI), adapter.b_OR);
 }
 
 void Linear::append_tensors(NamedTensors& list) {
@@ -129,6 +130,12 @@ void Linear::attach(const LoraConfig& config, uint64_t seed) {
     init_uniform_(adapter.a_RI, 1 / std::sqrt(static_cast<double>(weight_OI_.size(1))), seed,
                   modules_[i].name + ".lora_A.weight");
   }
+}
+
+void Linear::quantize_int8() {
+  CALDERA_ASSERT(adapters_.empty());
+  int8_ = caldera::quantize_int8(weight_OI_);
+  weight_OI_ = at::Tensor();
 }
 
 void Linear::merge() {

@@ -11,6 +11,7 @@
 
 #include "base/json.h"
 #include "model/module.h"
+#include "model/ops/matmul.h"
 
 namespace caldera {
 
@@ -54,6 +55,9 @@ class Linear {
   void attach(const LoraConfig& config, uint64_t seed);
   // Adds B A * scaling to the weight, computed in float32, and forgets the adapters.
   void merge();
+  // The weight in 8 bits from now on, for generation alone: it is no longer among the tensors. Adapters must
+  // be merged before.
+  void quantize_int8();
 
  private:
   struct Adapter {
@@ -65,6 +69,7 @@ class Linear {
   std::vector<Adapter> adapters_;  // empty, or one a module
   double scaling_ = 0, dropout_ = 0;
   at::Tensor weight_OI_, bias_O_;
+  std::optional<Int8Weight> int8_;
 };
 
 // Whether a tensor of this name belongs to an adapter.

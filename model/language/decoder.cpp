@@ -71,7 +71,9 @@ class Decoder : public LanguageModel {
       const auto run = [this, layer, row, rows](const at::Tensor& input) {
         return run_block(layer, input, *row, rows);
       };
-      x = gradient_checkpointing_ ? recompute(run, x, leaves(blocks_[layer])) : run(x);
+      std::function<std::shared_ptr<void>()> hold;
+      if (block_hold_) hold = [this, layer] { return block_hold_(layer); };
+      x = gradient_checkpointing_ ? recompute(run, x, leaves(blocks_[layer]), hold) : run(x);
       tap("language_model.layers", layer, x);
     }
     for (size_t s = 0; s < caches.size(); ++s) caches[s]->length += cu_seqlens[s + 1] - cu_seqlens[s];
@@ -81,6 +83,15 @@ class Decoder : public LanguageModel {
   }
 
   const at::Tensor& head_weight() const override { return lm_head_.defined() ? lm_head_ : embed_tokens_; }
+
+  at::Tensor logits(const at::Tensor& hidden_ND) const override {
+    return head_int8_ ? affine_int8(hidden_ND, *head_int8_) : affine(hidden_ND, head_weight());
+  }
+
+  void quantize_int8() override {
+    for (Linear* linear : linears()) linear->quantize_int8();
+    head_int8_ = caldera::quantize_int8(head_weight());
+  }
 
   KvCache make_cache(int64_t capacity) const override {
     KvCache cache;
@@ -125,6 +136,7 @@ class Decoder : public LanguageModel {
   Json config() const override { return config_.json; }
   const char* id() const override { return config_.id; }
   void set_gradient_checkpointing(bool on) override { gradient_checkpointing_ = on; }
+  void set_block_hold(std::function<std::shared_ptr<void>(size_t)> hold) override { block_hold_ = std::move(hold); }
   void set_dropout_seed(std::optional<uint64_t> seed) override { dropout_seed_ = seed; }
   double initializer_range() const { return config_.initializer_range; }
 
@@ -197,8 +209,10 @@ class Decoder : public LanguageModel {
 
   DecoderConfig config_;
   bool gradient_checkpointing_ = false;
+  std::function<std::shared_ptr<void>(size_t)> block_hold_;
   std::optional<uint64_t> dropout_seed_;
   at::Tensor embed_tokens_, norm_, lm_head_;
+  std::optional<Int8Weight> head_int8_;
   std::vector<Block> blocks_;
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <ATen/ATen.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -36,6 +37,11 @@ class LanguageModel {
                              std::span<KvCache*> caches = {}) = 0;
   // The output projection's weight [V, D] (the embedding where tied).
   virtual const at::Tensor& head_weight() const = 0;
+  // Hidden states [N, D] times that weight: [N, V], without gradients.
+  virtual at::Tensor logits(const at::Tensor& hidden_ND) const = 0;
+  // The blocks' linear layers and the head in 8 bits, for generation alone; they are no longer among the tensors
+  // (the head's weight stays beside, as the embedding may be it). Adapters must be merged before.
+  virtual void quantize_int8() = 0;
   // Empty caches for one sequence of at most `capacity` tokens.
   virtual KvCache make_cache(int64_t capacity) const = 0;
   virtual NamedTensors
@@ -49,6 +55,9 @@ class LanguageModel {
 
   // How many blocks keep nothing but their input between forward and backward, and run again in backward.
   virtual void set_gradient_checkpointing(bool on) = 0;
+  // Weights of blocks that are there only while the block runs: `hold(layer)` brings them, and what it returns lives as long as they
+  // are needed. Takes effect where blocks recompute, and without gradients.
+  virtual void set_block_hold(std::function<std::shared_ptr<void>(size_t layer)> hold) = 0;
   // Seeds the dropout of adapters in the forward passes that follow; none (evaluation, generation): nothing
   // is dropped.
   virtual void set_dropout_seed(std::optional<uint64_t> seed) = 0;

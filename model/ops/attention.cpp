@@ -4,6 +4,7 @@
 
 #include "base/error.h"
 #include "model/ops/autograd.h"
+#include "model/ops/matmul.h"
 #include "model/ops/ops.h"
 #include "model/ops/simd.h"
 
@@ -150,7 +151,7 @@ class SampleAttention {
     for (int64_t begin = 0; begin < N_; begin += kBlockRows) {
       const int64_t count = std::min(kBlockRows, N_ - begin), keys = num_keys(begin + count);
       const at::Tensor p = probabilities(group_heads(q_.narrow(0, begin, count), G_), begin, count, keys);
-      ungroup_heads(p.bmm(v_GLK_.narrow(1, 0, keys)), out.narrow(0, begin, count));
+      ungroup_heads(matrix_product(p, v_GLK_.narrow(1, 0, keys)), out.narrow(0, begin, count));
     }
   }
 
@@ -167,14 +168,14 @@ class SampleAttention {
       const at::Tensor q = group_heads(q_.narrow(0, begin, count), G_);
       const at::Tensor d_o = group_heads(d_out.narrow(0, begin, count), G_);
       const at::Tensor p = probabilities(q, begin, count, keys);
-      at::Tensor ds = d_o.bmm(v_GLK_.narrow(1, 0, keys).transpose(1, 2));
+      at::Tensor ds = matrix_product(d_o, v_GLK_.narrow(1, 0, keys).transpose(1, 2));
       with_cpu_type(ds, [&]<class T>(T*) {
         softmax_backward_rows(p.const_data_ptr<T>(), ds.mutable_data_ptr<T>(), ds.size(0) * ds.size(1), keys,
                               scale_);
       });
-      ungroup_heads(ds.bmm(k_GLK_.narrow(1, 0, keys)), dq.narrow(0, begin, count));
-      accumulate(dk_GLK, ds.transpose(1, 2).bmm(q), keys);
-      accumulate(dv_GLK, p.transpose(1, 2).bmm(d_o), keys);
+      ungroup_heads(matrix_product(ds, k_GLK_.narrow(1, 0, keys)), dq.narrow(0, begin, count));
+      accumulate(dk_GLK, matrix_product(ds.transpose(1, 2), q), keys);
+      accumulate(dv_GLK, matrix_product(p.transpose(1, 2), d_o), keys);
     }
     dk.copy_(dk_GLK.transpose(0, 1));
     dv.copy_(dv_GLK.transpose(0, 1));
@@ -184,7 +185,7 @@ class SampleAttention {
   int64_t num_keys(int64_t end) const { return causal_ ? L_ - N_ + end : L_; }
 
   at::Tensor probabilities(const at::Tensor& q, int64_t begin, int64_t count, int64_t keys) const {
-    at::Tensor p = q.bmm(k_GLK_.narrow(1, 0, keys).transpose(1, 2));
+    at::Tensor p = matrix_product(q, k_GLK_.narrow(1, 0, keys).transpose(1, 2));
     const int64_t rows = p.size(0) * p.size(1);
     with_cpu_type(p, [&]<class T>(T*) {
       T* data = p.mutable_data_ptr<T>();
@@ -296,6 +297,7 @@ void check_shapes(const at::Tensor& q, const std::vector<int64_t>& cu_seqlens) {
 
 at::Tensor packed_attention(const at::Tensor& q_THK, const at::Tensor& k_TGK, const at::Tensor& v_TGK,
                             const std::vector<int64_t>& cu_seqlens, bool causal) {
+  CALDERA_PROFILED("packed_attention");
   check_shapes(q_THK, cu_seqlens);
   CALDERA_ASSERT(q_THK.size(1) % k_TGK.size(1) == 0 && k_TGK.sizes() == v_TGK.sizes());
   if (has_cpu_kernel(q_THK)) return PackedAttentionFunction::apply(q_THK, k_TGK, v_TGK, cu_seqlens, causal);

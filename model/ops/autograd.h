@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -10,6 +11,9 @@ namespace caldera {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+
+// Names the rest of the scope in profiles (caldera train --profile); costs nothing otherwise.
+#define CALDERA_PROFILED(name) RECORD_FUNCTION("caldera::" name, c10::ArrayRef<const c10::IValue>{})
 
 // Whether the hand-written CPU kernels take this tensor; everything else goes through plain ATen.
 inline bool has_cpu_kernel(const at::Tensor& x) {

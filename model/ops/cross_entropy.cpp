@@ -3,6 +3,7 @@
 
 #include "base/error.h"
 #include "model/ops/autograd.h"
+#include "model/ops/matmul.h"
 #include "model/ops/ops.h"
 #include "model/ops/simd.h"
 
@@ -114,21 +115,20 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     if (wants_dhidden) dhidden = at::empty_like(hidden);
     for_each_chunk(hidden, weight, [&](int64_t begin, int64_t count) {
       const at::Tensor rows = hidden.narrow(0, begin, count);
-      at::Tensor logits = rows.mm(weight.t());
+      at::Tensor logits = matrix_product(rows, weight.t());
       total += cross_entropy(logits, targets.narrow(0, begin, count), gradient).sum();
       if (wants_dhidden) {
-        at::Tensor chunk = dhidden.narrow(0, begin, count);
-        at::mm_out(chunk, logits, weight);
+        matrix_product_into(logits, weight, dhidden.narrow(0, begin, count));
       }
       if (!wants_dweight) return;
       if (count == hidden.size(0)) {
-        dweight = logits.t().mm(rows);
+        dweight = matrix_product(logits.t(), rows);
       } else if (weight.scalar_type() == at::kFloat) {
         if (!dweight.defined()) dweight = at::zeros_like(weight);
-        dweight.addmm_(logits.t(), rows);
+        matrix_product_into(logits.t(), rows, dweight, /*accumulate=*/true);
       } else {  // each chunk's product is rounded once; their sum is kept in float32
         if (!dweight.defined()) dweight = at::zeros(weight.sizes(), weight.options().dtype(at::kFloat));
-        dweight.add_(logits.t().mm(rows));
+        dweight.add_(matrix_product(logits.t(), rows));
       }
     });
     if (wants_dweight)
@@ -155,6 +155,7 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
 
 at::Tensor linear_cross_entropy(const at::Tensor& hidden_ND, const at::Tensor& weight_VD,
                                 const at::Tensor& targets_N) {
+  CALDERA_PROFILED("linear_cross_entropy");
   check(hidden_ND, weight_VD, targets_N);
   return LinearCrossEntropyFunction::apply(hidden_ND, weight_VD, targets_N, wants_grad(hidden_ND),
                                            wants_grad(weight_VD));
@@ -166,7 +167,7 @@ at::Tensor linear_nll(const at::Tensor& hidden_ND, const at::Tensor& weight_VD, 
   const at::Tensor hidden = hidden_ND.contiguous(), targets = targets_N.contiguous();
   at::Tensor nll = at::empty({hidden.size(0)}, hidden.options().dtype(at::kFloat));
   for_each_chunk(hidden, weight_VD, [&](int64_t begin, int64_t count) {
-    at::Tensor logits = hidden.narrow(0, begin, count).mm(weight_VD.t());
+    at::Tensor logits = matrix_product(hidden.narrow(0, begin, count), weight_VD.t());
     nll.narrow(0, begin, count)
         .copy_(cross_entropy(logits, targets.narrow(0, begin, count), /*gradient=*/false));
   });

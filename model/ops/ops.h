@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <vector>
 
 namespace caldera {
@@ -49,8 +50,10 @@ at::Tensor linear_nll(const at::Tensor& hidden_ND, const at::Tensor& weight_VD, 
 
 // block(x), of which nothing but x is kept for backward: there the block runs again (Chen et al., arXiv
 // 1604.06174). `parameters` are the leaves that the block uses. Gradients are bit for bit those of block(x)
-// on CPU.
+// on CPU. `hold`, where given, is called before the block runs, in either pass; what it returns lives as long
+// as the block's weights are needed there.
 at::Tensor recompute(std::function<at::Tensor(const at::Tensor&)> block, const at::Tensor& x,
-                     const std::vector<at::Tensor>& parameters);
+                     const std::vector<at::Tensor>& parameters,
+                     std::function<std::shared_ptr<void>()> hold = {});
 
 }  // namespace caldera

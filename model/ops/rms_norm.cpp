@@ -118,6 +118,7 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
 }  // namespace
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  CALDERA_PROFILED("rms_norm");
   if (has_cpu_kernel(x) && weight.scalar_type() == x.scalar_type())
     return RmsNormFunction::apply(x, weight, eps);
   return at::rms_norm(x, weight.sizes(), weight, eps);

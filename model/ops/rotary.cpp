@@ -78,6 +78,7 @@ Rotary rotary_tables(const at::Tensor& inv_freq, const at::Tensor& positions_T, 
 }
 
 at::Tensor apply_rotary(const at::Tensor& x_THK, const Rotary& rotary) {
+  CALDERA_PROFILED("apply_rotary");
   const int64_t width = x_THK.size(2);
   CALDERA_ASSERT(width % 2 == 0 && rotary.cos_TK.size(0) == x_THK.size(0) && rotary.cos_TK.size(1) == width);
   if (has_cpu_kernel(x_THK) && rotary.cos_TK.scalar_type() == at::kFloat)

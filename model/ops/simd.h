@@ -63,6 +63,11 @@ CALDERA_INLINE void store(c10::BFloat16* x, const Vec& v, int64_t n = kLanes) {
 
 CALDERA_INLINE Vec max(const Vec& a, const Vec& b) { return a > b ? a : b; }
 CALDERA_INLINE Vec min(const Vec& a, const Vec& b) { return a < b ? a : b; }
+CALDERA_INLINE Vec sqrt(const Vec& x) {
+  Vec y;
+  for (int64_t i = 0; i < kLanes; ++i) y[i] = __builtin_sqrtf(x[i]);
+  return y;
+}
 CALDERA_INLINE float sum(const Vec& v) {
   using Half = float __attribute__((vector_size(32)));
   using Quarter = float __attribute__((vector_size(16)));

@@ -86,6 +86,7 @@ struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
 
 at::Tensor swiglu(const at::Tensor& gate_up) {
   CALDERA_ASSERT(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0);
+  CALDERA_PROFILED("swiglu");
   if (has_cpu_kernel(gate_up)) return SwigluFunction::apply(gate_up);
   const std::vector<at::Tensor> halves = gate_up.chunk(2, -1);
   return at::silu(halves[0]) * halves[1];

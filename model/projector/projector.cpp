@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "base/strings.h"
+#include "model/ops/matmul.h"
 
 namespace caldera {
 namespace {
@@ -22,7 +23,7 @@ class MlpProjector : public Projector {
   at::Tensor forward(const at::Tensor& features) override {
     at::Tensor x = features;
     for (size_t i = 0; i < weights_.size(); ++i)
-      x = at::linear(i == 0 ? x : at::gelu(x), weights_[i], biases_[i]);
+      x = affine(i == 0 ? x : at::gelu(x), weights_[i], biases_[i]);
     return x;
   }
 

@@ -1,0 +1,119 @@
+"""What the benchmarks run on: a small LLaVA with random weights (as transformers saves it), pictures, and conversations of given lengths."""
+import json, pathlib, random, shutil, subprocess
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CALDERA = pathlib.Path(__import__("os").environ.get("CALDERA", ROOT / "build/caldera"))
+VOCAB, IMAGE_TOKEN, IMAGE_PX = 32000, 31999, 112
+
+# Tokens of the samples of one step, image tokens included, and the share of each text that is supervised.
+MIXES = {
+    "llava": ([256, 216, 192, 168, 144, 120, 104, 85], 0.6),  # a random batch of short instructions: 62.7 % of the padded batch is real
+    "captions": ([100, 96, 92, 90, 88, 84, 82, 80, 98, 94, 91, 89, 87, 85, 83, 81], 0.9),  # stage 1's: picture and a line
+    "long": ([1024, 620, 410, 320], 0.5),  # conversations of many turns
+    "uniform": ([256] * 8, 0.6),  # no padding at all
+}
+
+
+def configs():
+    from transformers import CLIPVisionConfig, LlamaConfig
+    vision = CLIPVisionConfig(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=1024, image_size=IMAGE_PX,
+                              patch_size=14, projection_dim=256)
+    text = LlamaConfig(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8, intermediate_size=1376,
+                       vocab_size=VOCAB, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+                       tie_word_embeddings=False)
+    return vision, text
+
+
+def make_model(work):
+    """LlavaForConditionalGeneration with random weights as an HF folder, 63.4 M parameters, and its parts."""
+    import torch
+    from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+    if (work / "model/config.json").exists():
+        return
+    torch.manual_seed(0)
+    vision, text = configs()
+    model = LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, image_seq_length=64, projector_hidden_act="gelu",
+        vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False))
+    tokenizer = ROOT / "checkpoints/scenes/language_model"
+    processor = CLIPImageProcessor(size={"shortest_edge": IMAGE_PX}, crop_size={"height": IMAGE_PX, "width": IMAGE_PX})
+    for folder in ("model", "decoder", "tower"):
+        (work / folder).mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer.model", "tokenizer_config.json"):
+            shutil.copy(tokenizer / name, work / folder)
+        processor.save_pretrained(work / folder)
+    language = LlamaForCausalLM(text)
+    language.model.load_state_dict(model.model.language_model.state_dict())
+    language.lm_head.load_state_dict(model.lm_head.state_dict())
+    language.save_pretrained(work / "decoder")
+    tower = CLIPVisionModel(vision)
+    weights = {name.removeprefix("model.vision_tower."): value for name, value in model.state_dict().items() if "vision_tower" in name}
+    tower.load_state_dict(weights, strict=False)
+    tower.save_pretrained(work / "tower")
+    model.save_pretrained(work / "model")
+
+
+def preview(work, records, template):
+    """input_ids and labels of the records as Caldera makes them, images expanded."""
+    (work / "preview_in.json").write_text(json.dumps(records))
+    subprocess.run([CALDERA, "data", "preview", "--data", work / "preview_in.json", "--model", work / "model", "--template", template,
+                    "--out", work / "preview_out.jsonl"], check=True, capture_output=True)
+    rows = []
+    for row in map(json.loads, open(work / "preview_out.jsonl")):
+        ids, labels = [], []
+        for token, label in zip(row["input_ids"], row["labels"]):
+            repeat = row["num_image_tokens"] if token == -200 else 1
+            ids += [token] * repeat
+            labels += [label] * repeat
+        rows.append({"ids": ids, "labels": labels})
+    return rows
+
+
+def make_batch(work, mix, template):
+    """The samples of one step: a data file, pictures, and the same samples as token ids. Lengths are met to within two tokens."""
+    import numpy
+    from PIL import Image
+    file = work / f"{mix}_{template}.json"
+    lengths, share = MIXES[mix]
+    rng = random.Random(1)
+    words = "red green blue circle square star top left bottom right and a the is there yes no two three".split()
+    (work / "images").mkdir(exist_ok=True)
+    candidates = []
+    for i, length in enumerate(lengths):
+        image = f"{mix}{i}.png"
+        pixels = numpy.random.default_rng(i).integers(0, 255, (IMAGE_PX, IMAGE_PX, 3), dtype=numpy.uint8)
+        Image.fromarray(pixels).save(work / "images" / image)
+        text = [rng.choice(words) for _ in range(2000)]
+        for size in range(1, 1000):
+            if size > 2 * length:
+                break
+            asked = max(1, round(size * (1 - share)))
+            candidates.append((i, {"id": f"{i}", "image": image, "conversations": [
+                {"from": "human", "value": "<image>\n" + " ".join(text[:asked])},
+                {"from": "gpt", "value": " ".join(text[asked:asked + max(1, size - asked)])}]}))
+    rows = preview(work, [record for _, record in candidates], template)
+    best = {}
+    for (i, record), row in zip(candidates, rows):
+        distance = abs(len(row["ids"]) - lengths[i])
+        if i not in best or distance < best[i][0]:
+            best[i] = (distance, record, row)
+    records = [best[i][1] for i in range(len(lengths))]
+    file.write_text(json.dumps(records))
+    return {"records": records, "rows": [best[i][2] for i in range(len(lengths))], "file": file}
+
+
+def recipe(work, mix, template, stage, dtype, output, **changes):
+    """A recipe whose every step is the same batch: one stage, its learning rate constant."""
+    trainable = ["projector"] if stage == 1 else ["projector", "language_model"]
+    data = {"data_path": str(work / f"{mix}_{template}.json"), "image_folder": str(work / "images"), "conversation_template": template,
+            "dataloader_num_workers": 1}
+    optimizer = {"learning_rate": 2e-5, "max_grad_norm": 1.0, "lr_scheduler_type": "constant", "warmup_ratio": 0}
+    content = {"model": {"vision_tower": str(work / "tower"), "language_model": str(work / "decoder"),
+                         "pretrain_mm_mlp_adapter": str(work / "model")},
+               "stages": [{"name": f"stage{stage}", "trainable": trainable, "data": data, "optimizer": optimizer,
+                           "global_batch_size": len(MIXES[mix][0]), "max_tokens_per_micro_batch": 4096, "max_steps": 100000, "dtype": dtype,
+                           "save_steps": 0, **changes}],
+               "output": str(output), "device": "cpu", "seed": 0}
+    path = work / f"recipe_{mix}_{template}_{stage}_{dtype}.yaml"
+    path.write_text(json.dumps(content))  # JSON is YAML
+    return path

@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""transformers' training step on one batch, as a contender of pair.py.
+
+  step_hf.py WORK MIX TEMPLATE --stage 1|2 --dtype float32|bfloat16|autocast [--packed] [--compile] [--checkpointing]
+
+bfloat16: weights, gradients and AdamW's states in bfloat16; autocast: float32 weights under autocast. --packed: the samples in one row with
+restarting position_ids, transformers' padding-free form."""
+import argparse, json, pathlib, sys, time
+
+import numpy, torch
+from PIL import Image
+from transformers import CLIPImageProcessor, LlavaForConditionalGeneration
+
+import fixtures
+
+parser = argparse.ArgumentParser()
+parser.add_argument("work", type=pathlib.Path)
+parser.add_argument("mix")
+parser.add_argument("template")
+parser.add_argument("--stage", type=int)
+parser.add_argument("--dtype")
+parser.add_argument("--threads", type=int, default=2)
+for flag in ("--packed", "--compile", "--checkpointing"):
+    parser.add_argument(flag, action="store_true")
+args = parser.parse_args()
+torch.set_num_threads(args.threads)
+
+dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+model = LlavaForConditionalGeneration.from_pretrained(args.work / "model", dtype=dtype, attn_implementation="sdpa").train()
+model.config.use_cache = model.config.text_config.use_cache = False
+if args.checkpointing:
+    model.gradient_checkpointing_enable()
+trained = []
+for name, parameter in model.named_parameters():
+    parameter.requires_grad_("multi_modal_projector" in name or (args.stage == 2 and "vision_tower" not in name))
+    if parameter.requires_grad:
+        trained.append(parameter)
+optimizer = torch.optim.AdamW(trained, lr=2e-5, weight_decay=0.0, fused=True)
+
+batch = json.loads((args.work / f"{args.mix}_{args.template}.tokens.json").read_text())
+processor = CLIPImageProcessor.from_pretrained(args.work / "model")
+pixels = torch.cat([processor(Image.open(args.work / "images" / row["image"]), return_tensors="pt")["pixel_values"] for row in batch])
+rows = [(torch.tensor(row["ids"]), torch.tensor(row["labels"])) for row in batch]
+rows = [(torch.where(ids == -200, fixtures.IMAGE_TOKEN, ids), labels) for ids, labels in rows]
+if args.packed:
+    for _, labels in rows:
+        labels[0] = -100
+    inputs = {"input_ids": torch.cat([ids for ids, _ in rows])[None], "labels": torch.cat([labels for _, labels in rows])[None],
+              "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in rows])[None]}
+else:
+    pad = lambda values, value: torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=value)
+    inputs = {"input_ids": pad([ids for ids, _ in rows], 0), "labels": pad([labels for _, labels in rows], -100),
+              "attention_mask": pad([torch.ones_like(ids) for ids, _ in rows], 0)}
+inputs["pixel_values"] = pixels.to(dtype)
+forward = torch.compile(model) if args.compile else model
+
+
+def step():
+    with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "autocast"):
+        loss = forward(**inputs).loss
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item(), norm.item()
+
+
+def peak_mib():
+    return next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+
+print("READY", flush=True)
+open("/proc/self/clear_refs", "w").write("5")
+for line in sys.stdin:
+    start = time.perf_counter()
+    loss, norm = step()
+    print(json.dumps({"s": time.perf_counter() - start, "hwm": peak_mib(), "loss": loss, "grad_norm": norm}), flush=True)

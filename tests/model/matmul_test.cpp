@@ -1,0 +1,108 @@
+// Products and linear layers against ATen in double precision: transposed views, batches, sums in place,
+// gradients.
+#include "model/ops/matmul.h"
+
+#include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
+
+namespace caldera {
+namespace {
+
+double error(const at::Tensor& got, const at::Tensor& expected) {
+  return ((got.to(at::kDouble) - expected).norm() / expected.norm()).item<double>();
+}
+
+class Matmul : public ::testing::TestWithParam<at::ScalarType> {
+ protected:
+  at::Tensor random(at::IntArrayRef shape) const { return at::randn(shape).to(GetParam()); }
+  double tolerance() const { return GetParam() == at::kFloat ? 1e-6 : 5e-3; }
+};
+
+TEST_P(Matmul, TakesTransposedViewsAndSlices) {
+  at::manual_seed(1);
+  const at::Tensor a = random({37, 50}), b = random({29, 50}), wide = random({37, 80});
+  const at::Tensor a64 = a.to(at::kDouble), b64 = b.to(at::kDouble);
+  EXPECT_LT(error(matrix_product(a, b.t()), a64.mm(b64.t())), tolerance());
+  EXPECT_LT(error(matrix_product(a.t(), wide), a64.t().mm(wide.to(at::kDouble))), tolerance());
+  const at::Tensor slice = wide.narrow(1, 7, 50);  // rows farther apart than they are long
+  EXPECT_LT(error(matrix_product(slice, b.t()), slice.to(at::kDouble).mm(b64.t())), tolerance());
+}
+
+TEST_P(Matmul, TakesBatches) {
+  const at::Tensor a = random({3, 17, 20}), b = random({3, 11, 20});
+  EXPECT_LT(
+      error(matrix_product(a, b.transpose(1, 2)), a.to(at::kDouble).bmm(b.to(at::kDouble).transpose(1, 2))),
+      tolerance());
+}
+
+TEST_P(Matmul, AddsToWhatIsThere) {
+  const at::Tensor a = random({19, 33}), b = random({33, 21}), before = random({19, 21});
+  const at::Tensor out = before.clone();
+  matrix_product_into(a, b, out, /*accumulate=*/true);
+  EXPECT_LT(error(out, before.to(at::kDouble) + a.to(at::kDouble).mm(b.to(at::kDouble))), tolerance());
+}
+
+TEST_P(Matmul, OfNothingIsZeroOrEmpty) {
+  EXPECT_EQ(matrix_product(random({0, 5}), random({5, 3})).sizes(), at::IntArrayRef({0, 3}));
+  EXPECT_EQ(matrix_product(random({2, 0}), random({0, 3})).abs().sum().item<double>(), 0);
+}
+
+TEST_P(Matmul, AffineGivesTheGradientsOfALinearLayer) {
+  at::Tensor x = random({2, 13, 24}), weight = random({40, 24}), bias = random({40});
+  const at::Tensor grad = random({2, 13, 40});
+  std::vector<at::Tensor> inputs, exact;
+  for (at::Tensor* tensor : {&x, &weight, &bias}) {
+    exact.push_back(tensor->to(at::kDouble).requires_grad_());
+    inputs.push_back(tensor->requires_grad_());
+  }
+  const at::Tensor y = affine(x, weight, bias), expected = at::linear(exact[0], exact[1], exact[2]);
+  EXPECT_LT(error(y.detach(), expected.detach()), tolerance());
+  const auto got = torch::autograd::grad({y}, inputs, {grad});
+  const auto wanted = torch::autograd::grad({expected}, exact, {grad.to(at::kDouble)});
+  for (size_t i = 0; i < inputs.size(); ++i)
+    EXPECT_LT(error(got[i], wanted[i]), tolerance()) << "input " << i;
+}
+
+TEST_P(Matmul, AFrozenWeightHasNoGradientAndItsLayerMayBeAddedToInPlace) {
+  const at::Tensor weight = random({8, 6});
+  at::Tensor x = random({5, 6}).requires_grad_();
+  at::Tensor y = affine(x, weight);
+  y.add_(1);
+  y.sum().backward();
+  EXPECT_FALSE(weight.grad().defined());
+  EXPECT_LT(error(x.grad(), weight.to(at::kDouble).sum(0).expand({5, 6})), tolerance());
+}
+
+TEST_P(Matmul, FewRowsAreTheSameWithTheirWayOfTheirOwn) {
+  for (const int64_t num_rows : {1, 3, 4}) {
+    const at::Tensor x = random({num_rows, 70}), weight = random({29, 70}), bias = random({29});
+    const at::Tensor expected = at::linear(x.to(at::kDouble), weight.to(at::kDouble), bias.to(at::kDouble));
+    const at::NoGradGuard no_grad;
+    EXPECT_LT(error(affine_few_rows(x, weight, bias), expected), tolerance()) << num_rows;
+    const FewRowsGuard guard;
+    const at::Tensor y = affine(x, weight, bias);
+    EXPECT_TRUE(at::equal(y, affine_few_rows(x, weight, bias))) << num_rows;
+    // A row's bits do not depend on the others.
+    EXPECT_TRUE(at::equal(y.narrow(0, 0, 1), affine(x.narrow(0, 0, 1), weight, bias))) << num_rows;
+  }
+}
+
+TEST_P(Matmul, Int8WeightsErrByTheirRounding) {
+  const at::Tensor weight = at::randn({64, 96}), bias = at::randn({64});
+  const Int8Weight rounded = quantize_int8(weight);
+  EXPECT_EQ(rounded.values_OI.scalar_type(), at::kChar);
+  const at::Tensor restored =
+      rounded.values_OI.to(at::kDouble) * rounded.scale_O.to(at::kDouble).unsqueeze(1);
+  const at::Tensor bound = weight.abs().amax(1).to(at::kDouble) / 127 * 0.5001;
+  EXPECT_TRUE(((restored - weight.to(at::kDouble)).abs() <= bound.unsqueeze(1)).all().item<bool>());
+  for (const int64_t num_rows : {1, 4, 9}) {  // with their own kernel, and restored for a product
+    const at::Tensor x = random({num_rows, 96});
+    const at::Tensor expected = at::linear(x.to(at::kDouble), restored, bias.to(at::kDouble));
+    EXPECT_LT(error(affine_int8(x, rounded, bias.to(GetParam())), expected), 2 * tolerance()) << num_rows;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Types, Matmul, ::testing::Values(at::kFloat, at::kBFloat16));
+
+}  // namespace
+}  // namespace caldera

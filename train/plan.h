@@ -1,0 +1,43 @@
+// What a run will take, told before anything starts: memory by category, tokens, steps, and what to change
+// where it does not fit. Counts from configurations and texts alone; no weight and no picture is read.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "train/recipe.h"
+
+namespace caldera {
+
+// Bytes at the moment of a step when they are the most.
+struct MemoryPlan {
+  int64_t program = 0;      // code, libraries, and the pictures that the loader keeps
+  int64_t weights = 0;      // of all parts, in the dtype of compute
+  int64_t masters = 0;      // float32 copies of what trains, where it computes in another dtype
+  int64_t states = 0;       // AdamW's two moments
+  int64_t gradients = 0;    // those that exist at that moment, sums over micro-batches included
+  int64_t activations = 0;  // kept from forward for backward
+  int64_t workspace = 0;    // logits of one chunk and what an operation needs for itself
+  std::string moment;       // "loading the weights", "the head", "block 3 backward", "the update"
+  int64_t total() const { return program + weights + masters + states + gradients + activations + workspace; }
+};
+
+struct StagePlan {
+  std::string name;
+  int64_t num_samples = 0, steps_per_epoch = 0, num_steps = 0;
+  int64_t num_parameters = 0, num_trainable = 0;
+  // Of one pass over the data, image tokens included; from a part of the samples where there are many.
+  int64_t num_tokens = 0, num_supervised = 0, num_images = 0;
+  int64_t shortest = 0, median_length = 0, percentile_95 = 0, longest = 0;  // tokens of a sample
+  int64_t num_cut = 0;  // samples longer than model_max_length
+  double micro_batches_per_step = 0;
+  int64_t largest_micro_batch = 0;       // tokens
+  double fill = 0;                       // tokens of micro-batches over max_tokens_per_micro_batch
+  double flops_per_step = 0;             // of the matrix products, forward and backward
+  MemoryPlan memory, memory_recomputed;  // as the recipe says; with gradient_checkpointing on
+};
+
+// Throws what the data's and the models' readers throw. Looks at `max_samples` samples of a stage at most.
+std::vector<StagePlan> plan_recipe(const Recipe& recipe, int64_t max_samples = 20000);
+
+}  // namespace caldera
