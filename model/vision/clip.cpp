@@ -79,7 +79,7 @@ class ClipTower : public VisionTower {
     return config;
   }
 
-  // HF's CLIPPreTrainedModel._init_weights.
+  // HF's CLIPPreTrainedModel._init_weights, but for the positions.
   void init(uint64_t seed) {
     const double width = static_cast<double>(config_.hidden_size), factor = initializer_factor_;
     const double depth = std::pow(2.0 * static_cast<double>(config_.num_hidden_layers), -0.5);
@@ -88,6 +88,8 @@ class ClipTower : public VisionTower {
       const auto has = [&named](const char* part) { return named.name.find(part) != std::string::npos; };
       if (has("class_embedding"))
         init_normal_(value, factor * std::pow(width, -0.5), seed, named.name);
+      else if (has("position_embedding"))
+        fill_sincos_positions_(value, 1);
       else if (has("_embedding."))
         init_normal_(value, factor * initializer_range_, seed, named.name);
       else if (has("norm"))

@@ -4,6 +4,7 @@
 
 #include "base/error.h"
 #include "model/taps.h"
+#include "model/ops/matmul.h"
 #include "model/vision/towers.h"
 #include "model/weights/json_fields.h"
 
@@ -81,7 +82,7 @@ at::Tensor embed_patches(const at::Tensor& pixels_ICYX, const ImageSpec& spec, c
                                      .reshape({num_images, 3, grid, patch, grid, patch})
                                      .permute({0, 2, 4, 1, 3, 5})
                                      .reshape({num_images, grid * grid, 3 * patch * patch});
-  return at::linear(patches_IPV, weight.reshape({D, 3 * patch * patch}), bias);
+  return affine(patches_IPV, weight.reshape({D, 3 * patch * patch}), bias);
 }
 
 at::Tensor resize_positions(const at::Tensor& positions_ND, int64_t num_other, int64_t to) {
@@ -96,6 +97,22 @@ at::Tensor resize_positions(const at::Tensor& positions_ND, int64_t num_other, i
       at::upsample_bicubic2d(grid_1DYX.permute({0, 3, 1, 2}), {to, to}, /*align_corners=*/false);
   const at::Tensor patches_PD = resized_1DYX.permute({0, 2, 3, 1}).reshape({to * to, D});
   return at::cat({positions_ND.narrow(0, 0, num_other), patches_PD.to(positions_ND.scalar_type())});
+}
+
+void fill_sincos_positions_(const at::Tensor& positions_ND, int64_t num_other) {
+  const int64_t D = positions_ND.size(1), quarter = D / 4;
+  const auto side = static_cast<int64_t>(std::lround(std::sqrt(positions_ND.size(0) - num_other)));
+  const at::Tensor where_S = at::arange(side, at::kDouble);
+  const at::Tensor frequency_F =
+      at::pow(10000.0, at::arange(quarter, at::kDouble) / -static_cast<double>(std::max<int64_t>(quarter, 1)));
+  const at::Tensor angle_SF = at::outer(where_S, frequency_F);
+  const at::Tensor axis_SH = at::cat({angle_SF.sin(), angle_SF.cos()}, 1);
+  const auto over_grid = [&](int64_t axis) {
+    return axis_SH.unsqueeze(axis).expand({side, side, 2 * quarter}).reshape({side * side, 2 * quarter});
+  };
+  at::NoGradGuard no_grad;
+  positions_ND.zero_();
+  positions_ND.slice(0, num_other).slice(1, 0, 4 * quarter).copy_(at::cat({over_grid(0), over_grid(1)}, 1));
 }
 
 VitBlocks::VitBlocks(const VitConfig& config)
@@ -156,19 +173,19 @@ at::Tensor VitBlocks::run(const Block& block, const at::Tensor& x_IND) const {
     return at::layer_norm(x, {D}, weight, bias, config_.layer_norm_eps);
   };
   at::Tensor h_IND = norm(x_IND, block.norm1_weight, block.norm1_bias);
-  const std::vector<at::Tensor> qkv_IHNK = at::linear(h_IND, block.qkv_weight, block.qkv_bias)
+  const std::vector<at::Tensor> qkv_IHNK = affine(h_IND, block.qkv_weight, block.qkv_bias)
                                                .view({num_images, N, 3, H, K})
                                                .permute({2, 0, 3, 1, 4})
                                                .unbind(0);
   const at::Tensor attended_IHNK = at::scaled_dot_product_attention(qkv_IHNK[0], qkv_IHNK[1], qkv_IHNK[2]);
   h_IND =
-      at::linear(attended_IHNK.transpose(1, 2).reshape({num_images, N, D}), block.out_weight, block.out_bias);
+      affine(attended_IHNK.transpose(1, 2).reshape({num_images, N, D}), block.out_weight, block.out_bias);
   const at::Tensor middle_IND = add_residual(h_IND, x_IND);
 
   at::Tensor h_INF =
-      at::linear(norm(middle_IND, block.norm2_weight, block.norm2_bias), block.fc1_weight, block.fc1_bias);
+      affine(norm(middle_IND, block.norm2_weight, block.norm2_bias), block.fc1_weight, block.fc1_bias);
   h_INF = activate(std::move(h_INF), config_.hidden_act);
-  return add_residual(at::linear(h_INF, block.fc2_weight, block.fc2_bias), middle_IND);
+  return add_residual(affine(h_INF, block.fc2_weight, block.fc2_bias), middle_IND);
 }
 
 }  // namespace caldera

@@ -43,6 +43,11 @@ at::Tensor embed_patches(const at::Tensor& pixels_ICYX, const ImageSpec& spec, c
 // patches, stay.
 at::Tensor resize_positions(const at::Tensor& positions_ND, int64_t num_other, int64_t to);
 
+// Fills [num_other + side * side, D] with the sines and cosines of row and column that MAE (arXiv 2111.06377) and MoCo v3 begin
+// with; the first `num_other` rows become zero. HF's own start, noise of 0.02, is a thirtieth of what a patch brings: a tower
+// trained from it for minutes, not weeks, sees what is there and forgets where.
+void fill_sincos_positions_(const at::Tensor& positions_ND, int64_t num_other);
+
 class VitBlocks {
  public:
   explicit VitBlocks(const VitConfig& config);

@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "model/vision/tower.h"
+#include "model/vision/vit.h"
 #include "model/weights/load.h"
 
 namespace caldera {
@@ -134,6 +135,21 @@ TEST(Clip, FreshWeightsFollowTheRules) {
   EXPECT_TRUE((values.at("encoder.layers.1.self_attn.q_proj.bias") == 0).all().item<bool>());
 }
 
+// Neighbours are alike, and the further apart two patches are along one axis, the less so.
+TEST(Clip, FreshPositionsSayWhere) {
+  const int64_t side = 6, D = 64;
+  const at::Tensor positions = at::full({1 + side * side, D}, 9.0);
+  fill_sincos_positions_(positions, 1);
+  EXPECT_TRUE((positions[0] == 0).all().item<bool>());
+  const at::Tensor grid = positions.slice(0, 1).reshape({side, side, D});
+  EXPECT_NEAR(grid.square().sum(2).std().item<double>(), 0, 1e-5);  // all of one length, sqrt(D / 2)
+  const auto likeness = [&](int64_t y, int64_t x) { return (grid[0][0] * grid[y][x]).sum().item<double>(); };
+  for (int64_t i = 1; i < 4; ++i) {
+    EXPECT_LT(likeness(0, i), likeness(0, i - 1));
+    EXPECT_NEAR(likeness(0, i), likeness(i, 0), 1e-4);
+  }
+}
+
 TEST(Clip, RefusesWithReason) {
   const auto message = [](const Json& change, const VisionFeatures& features = {}) -> std::string {
     Json config = clip_config();
@@ -146,7 +162,8 @@ TEST(Clip, RefusesWithReason) {
     return "accepted";
   };
   EXPECT_EQ(message(Json::object()), "accepted");
-  EXPECT_THAT(message({{"hidden_act", "relu"}}), HasSubstr("hidden_act: expected quick_gelu, gelu or gelu_pytorch_tanh, got relu"));
+  EXPECT_THAT(message({{"hidden_act", "relu"}}),
+              HasSubstr("hidden_act: expected quick_gelu, gelu or gelu_pytorch_tanh, got relu"));
   EXPECT_THAT(message({{"hidden_size", "24"}}), HasSubstr("hidden_size: expected an integer"));
   EXPECT_THAT(message({{"hidden_size", 25}}), HasSubstr("no multiple of num_attention_heads"));
   EXPECT_THAT(message({{"num_hidden_layers", 1000000}}), HasSubstr("from 1 to 1024"));
