@@ -1,6 +1,7 @@
 #include "base/files.h"
 
 #include <fcntl.h>
+#include <linux/fs.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/fault.h"
 
 namespace caldera {
 namespace {
@@ -18,10 +20,29 @@ namespace {
   throw Error(fmt::format("{}: cannot {}: {}", path.string(), what, std::strerror(errno)));
 }
 
+// The system calls that can lose data, each a point where tests put faults.
+ssize_t do_write(int descriptor, const void* bytes, size_t num_bytes) {
+  if (const auto reason = pass_io_point("write")) return errno = *reason, -1;
+  return ::write(descriptor, bytes, num_bytes);
+}
+int do_fsync(int descriptor) {
+  if (const auto reason = pass_io_point("fsync")) return errno = *reason, -1;
+  return ::fsync(descriptor);
+}
+int do_rename(const fs::path& from, const fs::path& to) {
+  if (const auto reason = pass_io_point("rename")) return errno = *reason, -1;
+  return ::rename(from.c_str(), to.c_str());
+}
+// Swaps two paths in one step. False where the file system cannot.
+bool do_exchange(const fs::path& one, const fs::path& other) {
+  if (const auto reason = pass_io_point("rename")) return errno = *reason, false;
+  return ::renameat2(AT_FDCWD, one.c_str(), AT_FDCWD, other.c_str(), RENAME_EXCHANGE) == 0;
+}
+
 void flush_path(const fs::path& path, int flags) {
   const int descriptor = ::open(path.c_str(), flags);
   if (descriptor < 0) fail("open for flushing", path);
-  const int result = ::fsync(descriptor);
+  const int result = do_fsync(descriptor);
   ::close(descriptor);
   if (result != 0) fail("flush", path);
 }
@@ -30,7 +51,8 @@ void flush_folder(const fs::path& folder) {
   flush_path(folder.empty() ? fs::path(".") : folder, O_RDONLY | O_DIRECTORY);
 }
 
-// Everything below the folder to disk: file by file, or, for thousands of small files (pictures), the file system at once.
+// Everything below the folder to disk: file by file, or, for thousands of small files (pictures), the file
+// system at once.
 void flush_tree(const fs::path& folder) {
   constexpr size_t kMany = 100;
   std::vector<fs::path> files, folders = {folder};
@@ -57,8 +79,10 @@ std::string read_file(const fs::path& path) {
   if (descriptor < 0) fail("open", path);
   struct stat status {};
   std::string bytes;
-  if (::fstat(descriptor, &status) == 0 && S_ISDIR(status.st_mode)) errno = EISDIR;
-  else bytes.resize(static_cast<size_t>(std::max<off_t>(status.st_size, 0)));
+  if (::fstat(descriptor, &status) == 0 && S_ISDIR(status.st_mode))
+    errno = EISDIR;
+  else
+    bytes.resize(static_cast<size_t>(std::max<off_t>(status.st_size, 0)));
   size_t done = 0;
   while (done < bytes.size()) {
     const ssize_t count = ::read(descriptor, bytes.data() + done, bytes.size() - done);
@@ -86,7 +110,7 @@ AtomicFile::~AtomicFile() {
 void AtomicFile::write(const void* bytes, size_t num_bytes) {
   const char* next = static_cast<const char*>(bytes);
   while (num_bytes > 0) {
-    const ssize_t count = ::write(descriptor_, next, num_bytes);
+    const ssize_t count = do_write(descriptor_, next, num_bytes);
     if (count < 0 && errno == EINTR) continue;
     if (count < 0) fail("write", path_);
     next += count;
@@ -95,10 +119,10 @@ void AtomicFile::write(const void* bytes, size_t num_bytes) {
 }
 
 void AtomicFile::commit() {
-  if (::fsync(descriptor_) != 0) fail("flush", path_);
+  if (do_fsync(descriptor_) != 0) fail("flush", path_);
   const int result = ::close(descriptor_);
   descriptor_ = -1;
-  if (result != 0 || ::rename(temporary_.c_str(), path_.c_str()) != 0) {
+  if (result != 0 || do_rename(temporary_, path_) != 0) {
     const int reason = errno;
     ::unlink(temporary_.c_str());
     errno = reason;
@@ -120,21 +144,29 @@ void write_folder_atomic(const fs::path& path, const std::function<void(const fs
   try {
     fill(temporary);
     flush_tree(temporary);
-    if (fs::exists(path)) {
-      // Two renames: a folder cannot replace a full one. Between them `path` is absent, never mixed.
+    if (!fs::exists(path)) {
+      if (do_rename(temporary, path) != 0) fail("put in place", path);
+    } else if (!do_exchange(temporary, path)) {
+      // Where the file system cannot swap: a folder cannot replace a full one, so it takes two renames.
+      // Between them `path` is absent, never mixed.
+      if (errno != EINVAL && errno != ENOSYS) fail("put in place", path);
       const fs::path old = fmt::format("{}.tmp-old-{}", path.string(), ::getpid());
-      fs::rename(path, old);
-      fs::rename(temporary, path);
-      fs::remove_all(old);
-    } else {
-      fs::rename(temporary, path);
+      if (do_rename(path, old) != 0 || do_rename(temporary, path) != 0) fail("put in place", path);
+      fs::rename(old, temporary);
     }
     flush_folder(path.parent_path());
+    fs::remove_all(temporary);  // what was there before, if anything
   } catch (...) {
     std::error_code ignored;
     fs::remove_all(temporary, ignored);
     throw;
   }
+}
+
+void remove_folder(const fs::path& path) {
+  const fs::path temporary = fmt::format("{}.tmp-gone-{}", path.string(), ::getpid());
+  if (do_rename(path, temporary) != 0) fail("remove", path);
+  fs::remove_all(temporary);
 }
 
 void remove_leftovers(const fs::path& folder) {

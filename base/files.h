@@ -15,8 +15,9 @@ namespace fs = std::filesystem;
 // The whole file. Throws Error naming the file and the system's reason.
 std::string read_file(const fs::path& path);
 
-// A file under construction: bytes go to "PATH.tmp-PID", commit() flushes it to disk, renames it to PATH and flushes
-// the folder. Destroyed without commit(), it leaves nothing. Every failing system call throws Error with the path.
+// A file under construction: bytes go to "PATH.tmp-PID", commit() flushes it to disk, renames it to PATH and
+// flushes the folder. Destroyed without commit(), it leaves nothing. Every failing system call throws Error
+// with the path.
 class AtomicFile {
  public:
   explicit AtomicFile(fs::path path);
@@ -34,9 +35,13 @@ class AtomicFile {
 
 void write_file_atomic(const fs::path& path, std::string_view bytes);
 
-// Builds a folder beside its place: fill(temporary folder), flush every file in it, rename to `path` (replacing what is
-// there), flush the parent. After a crash `path` is the old folder, the new one, or absent; never a mixture.
+// Builds a folder beside its place: fill(temporary folder), flush every file in it, rename to `path`
+// (replacing what is there), flush the parent. After a crash `path` is the old folder, the new one, or
+// absent; never a mixture.
 void write_folder_atomic(const fs::path& path, const std::function<void(const fs::path&)>& fill);
+
+// Removes a folder with all that is in it; killed in between, it is whole or gone.
+void remove_folder(const fs::path& path);
 
 // Removes what interrupted writes left in a folder ("*.tmp-*").
 void remove_leftovers(const fs::path& folder);

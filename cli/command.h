@@ -28,6 +28,7 @@ struct Command {
 };
 
 void setup_train(CLI::App& command);
+void setup_launch(CLI::App& command);
 void setup_export(CLI::App& command);
 void setup_model(CLI::App& command);
 void setup_generate(CLI::App& command);
@@ -35,6 +36,8 @@ void setup_score(CLI::App& command);
 void setup_eval(CLI::App& command);
 void setup_data(CLI::App& command);
 void setup_recipe(CLI::App& command);
+void setup_bench(CLI::App& command);
+void setup_plan(CLI::App& command);
 
 // Declares --model, --template, --dtype and --device.
 void add_session_options(CLI::App& command, SessionOptions& options);

@@ -18,13 +18,16 @@ constexpr const char* kVersion = "caldera 0.1.0";
 
 constexpr std::array kCommands = {
     Command{"train", "train the stages of a recipe", setup_train},
+    Command{"launch", "train with several processes", setup_launch},
     Command{"recipe", "check a recipe, or print what one may say", setup_recipe},
+    Command{"plan", "memory, time and data of a recipe, before anything starts", setup_plan},
     Command{"data", "check, preview or make data", setup_data},
     Command{"generate", "answer a prompt about pictures, or a file of them", setup_generate},
     Command{"score", "likelihood of each sample of a data file", setup_score},
     Command{"eval", "measure a model on held-out data", setup_eval},
     Command{"model", "tell what a model folder or file holds", setup_model},
     Command{"export", "write a model for other programs to load", setup_export},
+    Command{"bench", "a step of work for each line on stdin, to be timed beside others", setup_bench},
 };
 
 int fail(const std::string& message, int exit_code) {

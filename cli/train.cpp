@@ -1,10 +1,15 @@
 // caldera train RECIPE.yaml [--stage NAME] [--resume auto|never|DIR] [key.path=value ...]
+// One process, or one of the ranks that caldera launch, torchrun, mpirun or srun started.
+#include "cli/train.h"
+
 #include <csignal>
+#include <cstdlib>
 
 #include "base/error.h"
 #include "base/files.h"
 #include "base/strings.h"
 #include "cli/command.h"
+#include "cli/train_profile.h"
 #include "cli/train_progress.h"
 #include "eval/html.h"
 #include "eval/report.h"
@@ -21,66 +26,91 @@ void on_signal(int signal) {
   std::signal(signal, SIG_DFL);
 }
 
-struct TrainCommand {
-  std::string recipe;
-  std::vector<std::string> overrides;
-  RunOptions run;
-};
-
 // What the run measured on held-out data, for the terminal; results.json and report.html say more.
 void print_summary(const Recipe& recipe, const HeldoutResult& result) {
   const auto row = [](const std::string& name, const Tally& tally) {
-    fmt::print(stderr, "  {:<12} {:>5} {:>10.1f}% {:>17.1f}%\n", name, tally.num_questions, 100 * tally.exact_match(),
-               100 * tally.exact_match_blind());
+    fmt::print(stderr, "  {:<12} {:>5} {:>10.1f}% {:>17.1f}%\n", name, tally.num_questions,
+               100 * tally.exact_match(), 100 * tally.exact_match_blind());
   };
   fmt::print(stderr, "\nheld-out data, after {} of training steps\n", human_duration(train_seconds(recipe)));
   if (result.nll_right && result.nll_shuffled)
-    fmt::print(stderr, "  loss per token: {:.3f} with the right picture, {:.3f} with another sample's ({:+.3f})\n",
+    fmt::print(stderr,
+               "  loss per token: {:.3f} with the right picture, {:.3f} with another sample's ({:+.3f})\n",
                *result.nll_right, *result.nll_shuffled, *result.nll_shuffled - *result.nll_right);
   if (result.all.num_questions > 0) {
     fmt::print(stderr, "  {:<12} {:>5} {:>11} {:>18}\n", "question", "asked", "right", "without looking");
     for (const auto& [type, tally] : result.by_type) row(type, tally);
     row("all", result.all);
-    for (const auto& [held_out, tally] : result.by_held_out) row(held_out ? "new kinds" : "known kinds", tally);
+    for (const auto& [held_out, tally] : result.by_held_out)
+      row(held_out ? "new kinds" : "known kinds", tally);
   }
   const fs::path output = recipe.output;
   fmt::print(stderr, "\n  {}\n  {}\n", (output / "report.html").string(), (output / "sheet.png").string());
   if (!result.answers.empty())
-    fmt::print(stderr, "\nask it more:\n  build/caldera generate --model {} --image {} --prompt {}\n",
-               shell_quote(output.string()),
-               shell_quote((fs::path(recipe.evaluation->image_folder) / result.answers.front().image).string()),
-               shell_quote(result.answers.front().question));
+    fmt::print(
+        stderr, "\nask it more:\n  build/caldera generate --model {} --image {} --prompt {}\n",
+        shell_quote(output.string()),
+        shell_quote((fs::path(recipe.evaluation->image_folder) / result.answers.front().image).string()),
+        shell_quote(result.answers.front().question));
+}
+
+// Ends a rank whose training thread is stuck; called on the thread that watches over the ranks.
+[[noreturn]] void abort_rank(const std::string& message) {
+  fmt::print(stderr, "error: {}\n", message);
+  std::fflush(stderr);
+  std::_Exit(DistributedError("").exit_code());
 }
 
 void train(const TrainCommand& command) {
   const Recipe recipe = read_recipe(command.recipe, command.overrides);
+  const WorldSpec spec = world_from_environment();
   tune_allocator();
-  std::signal(SIGINT, on_signal);
-  std::signal(SIGTERM, on_signal);
+  for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) std::signal(signal, on_signal);
   Outcome outcome;
+  int stop_signal = 0;
   {
-    TrainProgress progress;
-    outcome = run_recipe(recipe, command.run, progress, [] { return g_signal != 0; });
+    // A launcher keeps a log of each rank; without one the first rank speaks for all.
+    TrainProgress progress(/*is_quiet=*/spec.rank > 0 && spec.started_by != "caldera launch");
+    World world(spec, choose_device(recipe.device, spec.local_rank), recipe.distributed.timeout_s,
+                abort_rank);
+    RunOptions run = command.run;
+    run.world = &world;
+    ProfiledSteps profiled(recipe, command.profile_steps, progress);
+    TrainingObserver& observer = command.profile_steps > 0 ? static_cast<TrainingObserver&>(profiled) : progress;
+    outcome = run_recipe(recipe, run, observer, [] { return static_cast<int>(g_signal); });
+    stop_signal = progress.stop_signal();
   }
   if (outcome == Outcome::kStopped)
-    throw Error(fmt::format("stopped by signal {} after saving; the same command goes on from there", int{g_signal}),
-                128 + g_signal);
+    throw Error(
+        fmt::format("stopped by signal {} after saving; the same command goes on from there", stop_signal),
+        128 + stop_signal);
   if (!command.run.only_stage.empty() && command.run.only_stage != recipe.stages.back().name) return;
-  std::signal(SIGINT, SIG_DFL);
-  std::signal(SIGTERM, SIG_DFL);
-  if (const std::optional<HeldoutResult> result = evaluate_run(recipe, progress_line())) print_summary(recipe, *result);
+  if (spec.rank > 0) return;
+  for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) std::signal(signal, SIG_DFL);
+  if (const std::optional<HeldoutResult> result = evaluate_run(recipe, progress_line()))
+    print_summary(recipe, *result);
 }
 
 }  // namespace
 
+void add_train_options(CLI::App& command, TrainCommand& options) {
+  command.add_option("recipe", options.recipe, "the recipe, a YAML file")->required();
+  command.add_option("overrides", options.overrides,
+                     "settings that replace the recipe's, as stages.finetune.max_steps=10");
+  command.add_option("--stage", options.run.only_stage, "train this stage only");
+  command
+      .add_option("--resume", options.run.resume,
+                  "auto: go on where the run's folder stands; never: start anew; or a checkpoint's folder")
+      ->capture_default_str();
+  command
+      .add_option("--profile", options.profile_steps,
+                  "record so many steps of each stage: a table and a Chrome trace in the stage's folder")
+      ->check(CLI::Range(1, 1000));
+}
+
 void setup_train(CLI::App& command) {
   auto options = std::make_shared<TrainCommand>();
-  command.add_option("recipe", options->recipe, "the recipe, a YAML file")->required();
-  command.add_option("overrides", options->overrides, "settings that replace the recipe's, as stages.finetune.max_steps=10");
-  command.add_option("--stage", options->run.only_stage, "train this stage only");
-  command.add_option("--resume", options->run.resume,
-                     "auto: go on where the run's folder stands; never: start anew; or a checkpoint's folder")
-      ->capture_default_str();
+  add_train_options(command, *options);
   command.callback([options] { train(*options); });
 }
 

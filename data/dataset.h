@@ -82,4 +82,8 @@ std::vector<int64_t> modality_lengths(const std::vector<Record>& records);
 // first position. Returns indices into `lengths`.
 std::vector<std::vector<int64_t>> plan_micro_batches(const std::vector<int64_t>& lengths, int64_t max_tokens);
 
+// Deals samples of the given token counts to ranks, balanced by tokens: the longest first, each to the rank with the fewest tokens
+// so far. A rank's samples are in order of position; it may get none. Returns indices into `lengths`.
+std::vector<std::vector<int64_t>> deal_to_ranks(const std::vector<int64_t>& lengths, int num_ranks);
+
 }  // namespace caldera

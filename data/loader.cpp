@@ -5,6 +5,7 @@
 #include <cmath>
 #include <deque>
 #include <future>
+#include <numeric>
 
 #include "base/error.h"
 #include "base/threads.h"
@@ -20,36 +21,59 @@ std::vector<Sample> take(std::vector<Sample>& samples, const std::vector<int64_t
   return taken;
 }
 
-// A step whose samples are still being made. Each job makes one; the job that finishes last assembles the
-// step, so no worker ever waits for another.
+// A step whose samples are still being made. Each job makes one; the job that finishes last goes on with the
+// step, so no worker ever waits for another. Where there are several ranks, a first round of jobs makes all
+// texts, for their lengths; a second one makes this rank's samples, pictures and all.
 struct StepInMaking {
   StepData data;
+  std::vector<int64_t> picked;  // places in the epoch's order, of the step's samples
+  std::vector<int64_t> lengths, num_supervised, num_images;
+  std::vector<int64_t> mine;  // this rank's, positions in the step
   std::vector<Sample> samples;
   std::vector<std::exception_ptr> errors;  // one a sample
   std::atomic<int64_t> num_missing = 0;
   std::promise<StepData> promise;
 
-  void assemble(int64_t max_tokens) {
-    try {
-      // The error of the earliest sample, so that the message does not depend on which thread was first.
-      for (const std::exception_ptr& error : errors) {
-        if (error) std::rethrow_exception(error);
-      }
-      std::vector<int64_t> lengths;
-      for (const Sample& sample : samples) {
-        lengths.push_back(static_cast<int64_t>(sample.input_ids.size()));
-        data.num_tokens += lengths.back();
-        data.num_supervised += sample.num_supervised();
-        data.num_images += static_cast<int64_t>(sample.pixels.size());
-        data.sample_ids.push_back(sample.id);
-      }
-      for (const auto& indices : plan_micro_batches(lengths, max_tokens)) {
-        data.micro_batches.push_back(pack(take(samples, indices)));
-      }
-      promise.set_value(std::move(data));
-    } catch (...) {
-      promise.set_exception(std::current_exception());
+  // The error of the earliest sample, so that the message does not depend on which thread was first.
+  void check() const {
+    for (const std::exception_ptr& error : errors)
+      if (error) std::rethrow_exception(error);
+  }
+
+  void measure(size_t i, const Sample& sample, int64_t images) {
+    lengths[i] = static_cast<int64_t>(sample.input_ids.size());
+    num_supervised[i] = sample.num_supervised();
+    num_images[i] = images;
+    data.sample_ids[i] = sample.id;
+  }
+
+  // Who gets which sample, and in how many micro-batches.
+  void deal(const LoaderOptions& options) {
+    data.num_tokens = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
+    data.num_supervised = std::accumulate(num_supervised.begin(), num_supervised.end(), int64_t{0});
+    data.num_images = std::accumulate(num_images.begin(), num_images.end(), int64_t{0});
+    data.ranks.resize(lengths.size());
+    const auto dealt = deal_to_ranks(lengths, options.num_ranks);
+    for (int rank = 0; rank < options.num_ranks; ++rank) {
+      const std::vector<int64_t>& samples_of_rank = dealt[static_cast<size_t>(rank)];
+      for (const int64_t i : samples_of_rank) data.ranks[static_cast<size_t>(i)] = rank;
+      data.num_micro_batches.push_back(static_cast<int64_t>(
+          plan_micro_batches(lengths_of(samples_of_rank), options.max_tokens_per_micro_batch).size()));
     }
+    mine = dealt[static_cast<size_t>(options.rank)];
+  }
+
+  std::vector<int64_t> lengths_of(const std::vector<int64_t>& indices) const {
+    std::vector<int64_t> list;
+    for (const int64_t i : indices) list.push_back(lengths[static_cast<size_t>(i)]);
+    return list;
+  }
+
+  // `samples` are this rank's.
+  void assemble(int64_t max_tokens) {
+    for (const auto& indices : plan_micro_batches(lengths_of(mine), max_tokens))
+      data.micro_batches.push_back(pack(take(samples, indices)));
+    promise.set_value(std::move(data));
   }
 };
 
@@ -96,19 +120,74 @@ struct Loader::State {
     making->data.step = step;
     making->data.epoch =
         static_cast<double>(epoch) + static_cast<double>(end) / static_cast<double>(num_samples);
-    making->samples.resize(static_cast<size_t>(end - begin));
-    making->errors.resize(static_cast<size_t>(end - begin));
-    making->num_missing = end - begin;
+    making->picked.assign(order.begin() + begin, order.begin() + end);
+    const size_t size = making->picked.size();
+    making->lengths.resize(size);
+    making->num_supervised.resize(size);
+    making->num_images.resize(size);
+    making->data.sample_ids.resize(size);
     in_flight.push_back(making->promise.get_future());
-    for (int64_t i = begin; i < end; ++i) {
-      const Record& record = (*records)[static_cast<size_t>(order[static_cast<size_t>(i)])];
-      pool.submit([this, making, slot = static_cast<size_t>(i - begin), &record] {
+    const auto record = [this, making](size_t i) -> const Record& {
+      return (*records)[static_cast<size_t>(making->picked[i])];
+    };
+    if (options.num_ranks == 1) {
+      making->samples.resize(size);
+      each(
+          making, size,
+          [this, making, record](size_t i) {
+            making->samples[i] = make_sample(record(i), image_folder, format, &cache);
+            making->measure(i, making->samples[i], static_cast<int64_t>(making->samples[i].pixels.size()));
+          },
+          [this, making] {
+            making->deal(options);
+            making->assemble(options.max_tokens_per_micro_batch);
+          });
+      return;
+    }
+    each(
+        making, size,
+        [this, making, record](size_t i) {
+          const Sample text = make_sample_text(record(i), format);
+          const auto image_tokens =
+              std::count(text.input_ids.begin(), text.input_ids.end(), kImageTokenIndex);
+          making->measure(i, text, image_tokens / std::max<int64_t>(format.image_spec.num_image_tokens, 1));
+        },
+        [this, making, record] {
+          making->deal(options);
+          making->samples.resize(making->mine.size());
+          each(
+              making, making->mine.size(),
+              [this, making, record](size_t k) {
+                making->samples[k] =
+                    make_sample(record(static_cast<size_t>(making->mine[k])), image_folder, format, &cache);
+              },
+              [this, making] { making->assemble(options.max_tokens_per_micro_batch); });
+        });
+  }
+
+  // Runs make(0) to make(count - 1) in the pool, then `finish` in the thread that was last. What they throw
+  // comes out of the step's future.
+  template <class Make, class Finish>
+  void each(const std::shared_ptr<StepInMaking>& making, size_t count, Make make, Finish finish) {
+    making->errors.assign(count, nullptr);
+    making->num_missing = static_cast<int64_t>(count);
+    const auto end = [making, finish] {
+      try {
+        making->check();
+        finish();
+      } catch (...) {
+        making->promise.set_exception(std::current_exception());
+      }
+    };
+    if (count == 0) return end();
+    for (size_t i = 0; i < count; ++i) {
+      pool.submit([making, make, end, i] {
         try {
-          making->samples[slot] = make_sample(record, image_folder, format, &cache);
+          make(i);
         } catch (...) {
-          making->errors[slot] = std::current_exception();
+          making->errors[i] = std::current_exception();
         }
-        if (--making->num_missing == 0) making->assemble(options.max_tokens_per_micro_batch);
+        if (--making->num_missing == 0) end();
       });
     }
   }

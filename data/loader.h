@@ -11,13 +11,15 @@
 
 namespace caldera {
 
-// All that one optimizer step consumes.
+// All that one optimizer step consumes. Everything but `micro_batches` is the same on every rank.
 struct StepData {
   int64_t step = 0;  // from 0
   double epoch = 0;  // position at the step's end, in epochs
-  std::vector<PackedBatch> micro_batches;
-  std::vector<std::string> sample_ids;
-  int64_t num_tokens = 0, num_supervised = 0, num_images = 0;
+  std::vector<PackedBatch> micro_batches;  // this rank's
+  std::vector<std::string> sample_ids;     // of the whole step
+  std::vector<int> ranks;                  // which rank got each of them
+  int64_t num_tokens = 0, num_supervised = 0, num_images = 0;  // of the whole step
+  std::vector<int64_t> num_micro_batches;  // of each rank
 };
 
 struct LoaderOptions {
@@ -29,6 +31,7 @@ struct LoaderOptions {
   bool group_by_modality_length = false;
   int num_workers = 2;
   int64_t prefetch_steps = 4;
+  int rank = 0, num_ranks = 1;  // a step's samples are dealt to the ranks, balanced by tokens
 };
 
 // A dataset's steps from `first_step` on. The last step of an epoch holds what is left of it (as HF's Trainer

@@ -97,4 +97,21 @@ std::vector<std::vector<int64_t>> plan_micro_batches(const std::vector<int64_t>&
   return plan;
 }
 
+std::vector<std::vector<int64_t>> deal_to_ranks(const std::vector<int64_t>& lengths, int num_ranks) {
+  std::vector<int64_t> by_length(lengths.size());
+  std::iota(by_length.begin(), by_length.end(), int64_t{0});
+  std::stable_sort(by_length.begin(), by_length.end(), [&](int64_t a, int64_t b) {
+    return lengths[static_cast<size_t>(a)] > lengths[static_cast<size_t>(b)];
+  });
+  std::vector<std::vector<int64_t>> dealt(static_cast<size_t>(num_ranks));
+  std::vector<int64_t> tokens(dealt.size(), 0);
+  for (const int64_t i : by_length) {
+    const auto rank = static_cast<size_t>(std::min_element(tokens.begin(), tokens.end()) - tokens.begin());
+    dealt[rank].push_back(i);
+    tokens[rank] += lengths[static_cast<size_t>(i)];
+  }
+  for (std::vector<int64_t>& samples : dealt) std::sort(samples.begin(), samples.end());
+  return dealt;
+}
+
 }  // namespace caldera

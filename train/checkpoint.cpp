@@ -1,8 +1,11 @@
 #include "train/checkpoint.h"
 
 #include <algorithm>
+#include <chrono>
+#include <map>
 
 #include "base/error.h"
+#include "base/fault.h"
 #include "base/files.h"
 #include "base/hash.h"
 #include "base/log.h"
@@ -26,36 +29,125 @@ std::vector<fs::path> step_folders(const fs::path& stage_folder) {
   return folders;
 }
 
-Json make_manifest(const fs::path& folder) {
-  std::vector<fs::path> files;
-  for (const auto& entry : fs::directory_iterator(folder)) files.push_back(entry.path());
-  std::sort(files.begin(), files.end());
-  Json manifest;
-  for (const fs::path& file : files)
-    manifest["files"][file.filename().string()] = {{"bytes", fs::file_size(file)}, {"xxh3_128", hash_file(file)}};
-  return manifest;
+// {file's name: {"bytes", "xxh3_128"}} of some files of a folder.
+Json describe_files(const fs::path& folder, const std::vector<std::string>& names) {
+  Json files = Json::object();
+  for (const std::string& name : names)
+    files[name] = {{"bytes", fs::file_size(folder / name)}, {"xxh3_128", hash_file(folder / name)}};
+  return files;
+}
+
+// Writes what this rank has of a checkpoint and returns describe_files() of it.
+Json write_share(const fs::path& folder, const CheckpointShare& share, const World& world) {
+  std::vector<std::string> names;
+  const auto write = [&](const std::string& name, const TensorList& tensors) {
+    write_safetensors(folder / name, tensors);
+    names.push_back(name);
+  };
+  if (world.is_first()) {
+    write("model.safetensors", share.masters);
+    write_json(folder / "trainer_state.json",
+               {{"step", share.state.step}, {"seed", share.state.seed}, {"recipe", share.state.recipe}});
+    write_json(folder / "caldera.json", share.state.caldera);
+    names.insert(names.end(), {"trainer_state.json", "caldera.json"});
+  }
+  if (share.moments_in_parts)
+    write(fmt::format("optimizer-{:05}-of-{:05}.safetensors", world.rank() + 1, world.size()), share.moments);
+  else if (world.is_first())
+    write("optimizer.safetensors", share.moments);
+  return describe_files(folder, names);
+}
+
+// Every rank does its part and hears of the others': what `work` returns, by rank. Where it threw on a rank,
+// all throw that.
+std::vector<std::string> together(World& world, const std::function<std::string()>& work) {
+  std::string mine = "+";
+  std::exception_ptr error;
+  try {
+    mine += work();
+  } catch (const std::exception& failure) {
+    error = std::current_exception();
+    mine = fmt::format("-rank {}: {}", world.rank(), failure.what());
+  }
+  std::vector<std::string> all = world.exchange("save", mine);
+  if (error) std::rethrow_exception(error);
+  for (std::string& text : all) {
+    CALDERA_CHECK(text.starts_with('+'), Error, "{}", text.substr(1));
+    text.erase(0, 1);
+  }
+  return all;
 }
 
 }  // namespace
 
-void write_checkpoint(const fs::path& stage_folder, const CheckpointState& state, const AdamW& optimizer,
-                      int64_t save_total_limit) {
+void write_checkpoint(const fs::path& stage_folder, const CheckpointShare& share, int64_t save_total_limit,
+                      World& world) {
+  const SavingScope saving;
   const fs::path parent = stage_folder / "checkpoints";
-  fs::create_directories(parent);
-  remove_leftovers(parent);
-  const std::string name = step_name(state.step);
-  write_folder_atomic(parent / name, [&](const fs::path& folder) {
-    write_safetensors(folder / "model.safetensors", optimizer.masters());
-    write_safetensors(folder / "optimizer.safetensors", optimizer.moments());
-    write_json(folder / "trainer_state.json",
-               {{"step", state.step}, {"seed", state.seed}, {"recipe", state.recipe}});
-    write_json(folder / "caldera.json", state.caldera);
-    write_json(folder / "manifest.json", make_manifest(folder));
+  const std::string name = step_name(share.state.step);
+  // 1. The first rank makes the folder, beside its place; 2. each rank writes its files there; 3. the first
+  // rank writes the manifest, when all are through, and puts the folder in its place.
+  const auto fill = [&](const fs::path& folder) {
+    const fs::path shared = together(world, [&] { return folder.string(); }).front();
+    Json files = Json::object();
+    for (const std::string& text :
+         together(world, [&] { return json_line(write_share(shared, share, world)); }))
+      files.update(parse_json(text, "what a rank wrote"));
+    std::vector<std::string> names;
+    for (const auto& [file, description] : files.items()) names.push_back(file);
+    std::sort(names.begin(), names.end());
+    Json manifest;
+    for (const std::string& file : names) manifest["files"][file] = files[file];
+    if (world.is_first()) write_json(folder / "manifest.json", manifest);
+  };
+  if (!world.is_first()) fill("");
+  together(world, [&] {
+    if (!world.is_first()) return "";
+    fs::create_directories(parent);
+    remove_leftovers(parent);
+    write_folder_atomic(parent / name, fill);
+    write_file_atomic(stage_folder / "latest", name + "\n");
+    const std::vector<fs::path> folders = step_folders(stage_folder);
+    for (size_t i = static_cast<size_t>(save_total_limit); save_total_limit > 0 && i < folders.size(); ++i)
+      remove_folder(folders[i]);
+    return "";
   });
-  write_file_atomic(stage_folder / "latest", name + "\n");
-  const std::vector<fs::path> folders = step_folders(stage_folder);
-  if (save_total_limit <= 0) return;
-  for (size_t i = static_cast<size_t>(save_total_limit); i < folders.size(); ++i) fs::remove_all(folders[i]);
+}
+
+CheckpointWriter::CheckpointWriter(fs::path stage_folder, int64_t save_total_limit, bool in_background,
+                                   World& world)
+    : stage_folder_(std::move(stage_folder)),
+      save_total_limit_(save_total_limit),
+      in_background_(in_background),
+      world_(world) {}
+
+CheckpointWriter::~CheckpointWriter() {
+  if (writing_.valid()) writing_.wait();
+}
+
+void CheckpointWriter::save(CheckpointShare share) {
+  CALDERA_ASSERT(!writing_.valid());
+  // Training goes on over these tensors: what is written is a copy.
+  const at::NoGradGuard no_grad;
+  if (in_background_)
+    for (TensorList* list : {&share.masters, &share.moments})
+      for (auto& [name, tensor] : *list)
+        tensor = tensor.detach().to(at::kCPU, tensor.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+  writing_ = std::async(in_background_ ? std::launch::async : std::launch::deferred,
+                        [this, share = std::move(share)] {
+                          write_checkpoint(stage_folder_, share, save_total_limit_, world_);
+                          return stage_folder_ / "checkpoints" / step_name(share.state.step);
+                        });
+}
+
+std::optional<fs::path> CheckpointWriter::finish() {
+  return writing_.valid() ? std::optional(writing_.get()) : std::nullopt;
+}
+
+std::optional<fs::path> CheckpointWriter::finished() {
+  const bool has_ended =
+      writing_.valid() && writing_.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
+  return has_ended ? finish() : std::nullopt;
 }
 
 void verify_checkpoint(const fs::path& folder) {
@@ -66,10 +158,11 @@ void verify_checkpoint(const fs::path& folder) {
     const Json manifest = read_json(manifest_file);
     for (const auto& [name, expected] : manifest.at("files").items()) {
       const fs::path file = folder / name;
-      CALDERA_CHECK(fs::is_regular_file(file), CheckpointError, "{}: missing, but named in manifest.json", file.string());
+      CALDERA_CHECK(fs::is_regular_file(file), CheckpointError, "{}: missing, but named in manifest.json",
+                    file.string());
       const auto bytes = expected.at("bytes").get<uint64_t>();
-      CALDERA_CHECK(fs::file_size(file) == bytes, CheckpointError, "{}: damaged: expected {} bytes, got {}", file.string(),
-                    bytes, fs::file_size(file));
+      CALDERA_CHECK(fs::file_size(file) == bytes, CheckpointError, "{}: damaged: expected {} bytes, got {}",
+                    file.string(), bytes, fs::file_size(file));
       CALDERA_CHECK(hash_file(file) == expected.at("xxh3_128").get<std::string>(), CheckpointError,
                     "{}: damaged: its checksum is not the manifest's", file.string());
     }
@@ -106,21 +199,84 @@ CheckpointState read_checkpoint_state(const fs::path& folder) {
   }
 }
 
-void load_checkpoint(const fs::path& folder, AdamW& optimizer) {
-  const auto copy = [](const fs::path& file, const std::vector<std::pair<std::string, at::Tensor>>& wanted) {
-    const auto source = open_safetensors(file);
-    for (const auto& [name, tensor] : wanted) {
-      CALDERA_CHECK(source->has(name), CheckpointError, "{}: tensor {} is missing: does the stage train other parts now?",
-                    file.string(), name);
-      CALDERA_CHECK(source->shape(name) == tensor.sizes().vec(), CheckpointError,
-                    "{}: tensor {}: expected shape [{}], got [{}]", file.string(), name, fmt::join(tensor.sizes(), ", "),
-                    fmt::join(source->shape(name), ", "));
-      tensor.copy_(source->read(name));
+namespace {
+
+// The tensors of some files, whole or in parts ("NAME@BEGIN").
+class Parts {
+ public:
+  explicit Parts(const std::vector<fs::path>& files) {
+    for (const fs::path& file : files) {
+      files_.push_back(open_safetensors(file));
+      where_ += (where_.empty() ? "" : ", ") + file.string();
+      for (const std::string& name : files_.back()->names()) {
+        const size_t at = name.rfind('@');
+        const std::string number = at == std::string::npos ? "" : name.substr(at + 1);
+        const bool is_part = !number.empty() && number.size() < 16 &&
+                             number.find_first_not_of("0123456789") == std::string::npos;
+        parts_[is_part ? name.substr(0, at) : name].push_back(
+            {files_.back().get(), name, is_part ? std::stoll(number) : 0, is_part});
+      }
     }
+  }
+
+  // Fills `values`: elements [begin, begin + n) of the flattened tensor, or all of it in its shape where
+  // `is_part` is false.
+  void copy_to(const at::Tensor& values, const std::string& name, int64_t begin, bool is_part) const {
+    const auto found = parts_.find(name);
+    CALDERA_CHECK(found != parts_.end(), CheckpointError,
+                  "{}: tensor {} is missing: does the stage train other parts now?", where_, name);
+    const at::Tensor flat = values.contiguous().view(-1);
+    const int64_t end = begin + flat.numel();
+    int64_t num_filled = 0;
+    for (const Part& part : found->second) {
+      const std::vector<int64_t> shape = part.file->shape(part.name);
+      CALDERA_CHECK(part.is_part || is_part || shape == values.sizes().vec(), CheckpointError,
+                    "{}: tensor {}: expected shape [{}], got [{}]", where_, name,
+                    fmt::join(values.sizes(), ", "), fmt::join(shape, ", "));
+      const at::Tensor source = part.file->read(part.name).contiguous().view(-1);
+      const int64_t from = std::max(begin, part.begin), to = std::min(end, part.begin + source.numel());
+      if (from >= to) continue;
+      flat.narrow(0, from - begin, to - from).copy_(source.narrow(0, from - part.begin, to - from));
+      num_filled += to - from;
+    }
+    CALDERA_CHECK(num_filled == flat.numel(), CheckpointError,
+                  "{}: tensor {}: expected {} elements from {}, got {}", where_, name, flat.numel(), begin,
+                  num_filled);
+    if (!flat.is_alias_of(values)) values.copy_(flat.view(values.sizes()));
+  }
+
+ private:
+  struct Part {
+    const TensorSource* file;
+    std::string name;
+    int64_t begin;
+    bool is_part;
   };
+  std::vector<std::unique_ptr<TensorSource>> files_;
+  std::map<std::string, std::vector<Part>> parts_;
+  std::string where_;
+};
+
+void copy_all(const Parts& parts, const TensorList& wanted) {
+  for (const auto& [name, tensor] : wanted) {
+    const size_t at = name.rfind('@');
+    const bool is_part = at != std::string::npos;
+    parts.copy_to(tensor, name.substr(0, at), is_part ? std::stoll(name.substr(at + 1)) : 0, is_part);
+  }
+}
+
+}  // namespace
+
+void load_checkpoint(const fs::path& folder, AdamW& optimizer) {
   const at::NoGradGuard no_grad;
-  copy(folder / "model.safetensors", optimizer.masters());
-  copy(folder / "optimizer.safetensors", optimizer.moments());
+  copy_all(Parts({folder / "model.safetensors"}), optimizer.masters());
+  std::vector<fs::path> files;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    if (name.starts_with("optimizer") && name.ends_with(".safetensors")) files.push_back(entry.path());
+  }
+  std::sort(files.begin(), files.end());
+  copy_all(Parts(files), optimizer.moments());
   optimizer.restore(read_checkpoint_state(folder).step);
 }
 

@@ -1,18 +1,27 @@
 // Checkpoints of a stage: written as a whole or not at all, verified before use.
 //
-//   STAGE/checkpoints/step-00000100/{model.safetensors     float32 masters of what trains, HF names
-//                                    optimizer.safetensors exp_avg.NAME, exp_avg_sq.NAME
+//   STAGE/checkpoints/step-00000100/{model.safetensors     float32 masters of what trains, whole, HF names
+//                                    optimizer.safetensors exp_avg.NAME, exp_avg_sq.NAME; where the ranks
+//                                    share the state, one file
+//                                                          a rank instead,
+//                                                          optimizer-00001-of-00004.safetensors, with
+//                                                          NAME@BEGIN
 //                                    trainer_state.json    step, seed and the stage's recipe
-//                                    caldera.json          how to build the model around it (BuildSpec, ModelCard)
-//                                    manifest.json}        size and XXH3-128 of each of the above
+//                                    caldera.json          how to build the model around it (BuildSpec,
+//                                    ModelCard) manifest.json}        size and XXH3-128 of each of the above
 //   STAGE/latest                                           the newest step folder's name
+//
+// Any number of ranks, under any strategy, goes on from any of them.
 #pragma once
 #include <cstdint>
 #include <filesystem>
+#include <future>
 #include <optional>
 #include <string>
 
 #include "base/json.h"
+#include "model/weights/safetensors.h"
+#include "train/distributed/world.h"
 #include "train/optimizer.h"
 
 namespace caldera {
@@ -24,19 +33,50 @@ struct CheckpointState {
   Json caldera;        // {"build": BuildSpec, "card": ModelCard}
 };
 
-// Writes step-N below stage_folder/checkpoints, then "latest", then removes all but the newest `save_total_limit` (0: keeps
-// all). Throws Error naming the path where the disk does not take it; older checkpoints are then untouched.
-void write_checkpoint(const std::filesystem::path& stage_folder, const CheckpointState& state, const AdamW& optimizer,
-                      int64_t save_total_limit);
+// What one rank writes of a checkpoint.
+struct CheckpointShare {
+  CheckpointState state;
+  TensorList masters, moments;  // masters: the first rank's alone; moments: empty on a rank that writes none
+  bool moments_in_parts = false;  // each rank holds a part of them
+};
 
-// The newest checkpoint of a stage whose files all match their manifest; a broken one is named in a warning and passed over.
+// Writes step-N below stage_folder/checkpoints, then "latest", then removes all but the newest
+// `save_total_limit` (0: keeps all). All ranks call it; when it returns, the checkpoint stands. Throws Error
+// naming the path where the disk does not take it, on every rank; older checkpoints are then untouched.
+void write_checkpoint(const std::filesystem::path& stage_folder, const CheckpointShare& share,
+                      int64_t save_total_limit, World& world = World::alone());
+
+// Writes checkpoints, in the background where told so: from a copy in host memory, the same bytes.
+class CheckpointWriter {
+ public:
+  CheckpointWriter(std::filesystem::path stage_folder, int64_t save_total_limit, bool in_background,
+                   World& world);
+  ~CheckpointWriter();  // waits for what is being written
+  // Begins a save, after the one before has ended.
+  void save(CheckpointShare share);
+  // Waits for what is being written, throws what it threw, and returns its folder if there is one that was
+  // not returned before.
+  std::optional<std::filesystem::path> finish();
+  // The same where it has ended already.
+  std::optional<std::filesystem::path> finished();
+
+ private:
+  std::filesystem::path stage_folder_;
+  int64_t save_total_limit_;
+  bool in_background_;
+  World& world_;
+  std::future<std::filesystem::path> writing_;
+};
+
+// The newest checkpoint of a stage whose files all match their manifest; a broken one is named in a warning
+// and passed over.
 std::optional<std::filesystem::path> newest_checkpoint(const std::filesystem::path& stage_folder);
 // Throws CheckpointError naming the first file that does not match the manifest.
 void verify_checkpoint(const std::filesystem::path& folder);
 
 CheckpointState read_checkpoint_state(const std::filesystem::path& folder);
-// Copies masters and moments into the optimizer and rounds the weights from them. Throws CheckpointError for a missing tensor
-// or a shape that differs.
+// Copies masters and moments, or what this rank owns of them, into the optimizer and rounds the weights from
+// them. Throws CheckpointError for a missing tensor, part of a tensor, or a shape that differs.
 void load_checkpoint(const std::filesystem::path& folder, AdamW& optimizer);
 
 }  // namespace caldera

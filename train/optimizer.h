@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -23,43 +24,64 @@ struct ParameterGroup {
   NamedTensors tensors;
 };
 
-// Decoupled weight decay Adam (Loshchilov & Hutter, arXiv 1711.05101), the numbers of torch.optim.AdamW(fused=True).
-// A tensor that is not float32 has a float32 master, from which it is rounded after each update. Gradients of several
-// micro-batches are summed in float32.
+// The part of a tensor whose state this process holds, where several share it: elements [begin, begin +
+// weight.numel()) of the flattened tensor. `weight` [n] is their place in the model's memory, in the model's
+// dtype.
+struct OwnedPart {
+  int64_t begin = 0;
+  at::Tensor weight;
+};
+using OwnedParts = std::unordered_map<const at::Tensor*, OwnedPart>;  // by NamedTensor::owner
+
+// Decoupled weight decay Adam (Loshchilov & Hutter, arXiv 1711.05101), the numbers of
+// torch.optim.AdamW(fused=True). A tensor that is not float32 has a float32 master, from which it is rounded
+// after each update. Gradients of several micro-batches are summed in float32.
 class AdamW {
  public:
-  AdamW(std::vector<ParameterGroup> groups, const AdamWOptions& options);
+  // `owned`: empty where this process holds the state of all tensors in whole, else a part of each.
+  AdamW(std::vector<ParameterGroup> groups, const AdamWOptions& options, const OwnedParts& owned = {});
 
-  // Takes the gradients of one micro-batch from the tensors (call after each backward). With `more_to_come` false and
-  // nothing summed before, they are used where they are.
+  // Takes the gradients of one micro-batch from the tensors (call after each backward). With `more_to_come`
+  // false and nothing summed before, they are used where they are.
   void take_gradients(bool more_to_come);
   // Euclidean norm of all gradients taken, in float32: a scalar tensor on the device.
   at::Tensor grad_norm() const;
-  // One update with learning rates group.learning_rate * lr_factor and gradients times grad_scale; then forgets them.
+  // The gradient of a tensor, or of the part of it that is owned, from elsewhere: float32, used where it is
+  // until step().
+  void set_gradient(const at::Tensor* owner, const at::Tensor& gradient);
+  // One update with learning rates group.learning_rate * lr_factor and gradients times grad_scale; then
+  // forgets them.
   void step(double lr_factor, double grad_scale);
 
   int64_t num_updates() const { return num_updates_; }
   const std::vector<ParameterGroup>& groups() const { return groups_; }
-  // Float32 masters under their HF names; also "exp_avg.NAME" and "exp_avg_sq.NAME". Views: writing them writes the state;
-  // call restore() afterwards.
+  // Float32 masters under their HF names; also "exp_avg.NAME" and "exp_avg_sq.NAME". Views: writing them
+  // writes the state; call restore() afterwards. Of a tensor that is owned in part, "NAME@BEGIN" [n] are
+  // elements [BEGIN, BEGIN + n) of the flattened NAME; where nothing of it is owned, it does not appear.
   std::vector<std::pair<std::string, at::Tensor>> masters() const;
   std::vector<std::pair<std::string, at::Tensor>> moments() const;
-  void restore(int64_t num_updates);  // after the views were written: sets the count and rounds the weights from the masters
+  at::Tensor master(const at::Tensor* owner) const { return slots_[slot_of_.at(owner)].master; }
+  void restore(int64_t num_updates);  // after the views were written: sets the count and rounds the weights
+                                      // from the masters
 
  private:
   // One fused or plain leaf tensor; its HF names are ranges of its rows.
   struct Slot {
     at::Tensor weight, master, grad_sum, exp_avg, exp_avg_sq;
+    at::Tensor place;  // where the rounded master goes: the weight, or the owned part of it
+    int64_t begin = 0;
     size_t group = 0;
     bool decays = false;
-    at::Tensor gradient() const;  // float32
+    bool is_part = false;
+    void round_master() const;
   };
-  std::vector<std::pair<std::string, at::Tensor>> views(const std::string& prefix, at::Tensor Slot::* member) const;
+  std::vector<std::pair<std::string, at::Tensor>> views(const std::string& prefix,
+                                                        at::Tensor Slot::*member) const;
 
   std::vector<ParameterGroup> groups_;
   AdamWOptions options_;
   std::vector<Slot> slots_;
-  std::vector<size_t> slot_index_;  // of each group's each tensor, in order
+  std::unordered_map<const at::Tensor*, size_t> slot_of_;
   int64_t num_updates_ = 0;
 };
 

@@ -64,6 +64,7 @@ struct StageConfig {
   std::string dtype = "float32";    // of compute: float32 or bfloat16 (with float32 master weights)
   bool gradient_checkpointing = false;
   int64_t save_steps = 500, save_total_limit = 1;
+  bool async_save = false;
   int64_t eval_steps = 0;  // 0: at the end only
   int64_t logging_steps = 1;
 
@@ -82,10 +83,18 @@ struct EvaluationConfig {
   int64_t num_sheet = 24;  // pictures on the sheet
 };
 
+// How several processes train together; nothing of it changes what is computed but for rounding.
+struct DistributedConfig {
+  std::string strategy = "ddp";          // ddp, zero1, zero2, zero3
+  std::string reduce_dtype = "float32";  // of gradients on their way
+  double timeout_s = 600;
+};
+
 struct Recipe {
   ModelConfig model;
   std::vector<StageConfig> stages;
   std::optional<EvaluationConfig> evaluation;
+  DistributedConfig distributed;
   std::string output;  // the run's folder
   uint64_t seed = 0;
   std::string device = "auto";  // auto, cpu, cuda

@@ -102,6 +102,7 @@ void fields(V& v, StageConfig& c) {
     "recompute blocks in the backward pass: less memory, same numbers");
   v("save_steps", c.save_steps, "steps between checkpoints; 0: only at the end", at_least(0));
   v("save_total_limit", c.save_total_limit, "checkpoints kept, the newest ones", at_least(1));
+  v("async_save", c.async_save, "write checkpoints in the background from a copy in host memory; the same bytes");
   v("eval_steps", c.eval_steps, "steps between validation losses; 0: only at the end", at_least(0));
   v("logging_steps", c.logging_steps, "steps between lines of progress; metrics.jsonl has every step",
     at_least(1));
@@ -122,11 +123,23 @@ void fields(V& v, EvaluationConfig& c) {
 }
 
 template <class V>
+void fields(V& v, DistributedConfig& c) {
+  v("strategy", c.strategy,
+    "`ddp`: every rank holds all; `zero1`: each holds its part of the optimizer's state; `zero2`: and of the gradients; "
+    "`zero3`: and of the weights of the decoder's blocks",
+    one_of({"ddp", "zero1", "zero2", "zero3"}));
+  v("reduce_dtype", c.reduce_dtype, "in which gradients are summed over the ranks; `bfloat16` halves what is sent",
+    one_of({"float32", "bfloat16"}));
+  v("timeout_s", c.timeout_s, "seconds after which a rank that is silent or stuck ends the run, with its name", above(0));
+}
+
+template <class V>
 void fields(V& v, Recipe& c) {
   v("model", c.model, "the parts that training starts from", required());
   v("stages", c.stages, "what is trained, in order; each starts from what the ones before it made",
     required());
   v("evaluation", c.evaluation, "what is measured at the end; left out: nothing");
+  v("distributed", c.distributed, "how several processes share the work (see docs/distributed.md)");
   v("output", c.output, "the run's folder", required());
   v("seed", c.seed, "of sample order and of whatever is initialised anew");
   v("device", c.device, "`auto`: CUDA where there is a GPU, else the CPU", one_of({"auto", "cpu", "cuda"}));

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <sstream>
 
+#include "base/cpu_allocator.h"
 #include "base/error.h"
 #include "base/files.h"
 #include "base/log.h"
@@ -33,19 +34,31 @@ StageData prepare_data(const Recipe& recipe, const StageConfig& stage) {
 
 // Settings that may change when a run goes on: they do not touch what is computed.
 bool may_change(const std::string& yaml_line) {
-  constexpr std::array kKeys = {"save_steps:", "save_total_limit:", "eval_steps:", "logging_steps:",
-                                "dataloader_num_workers:", "eval_data_path:"};
+  constexpr std::array kKeys = {"save_steps:",
+                                "save_total_limit:",
+                                "eval_steps:",
+                                "logging_steps:",
+                                "async_save:",
+                                "gradient_checkpointing:",
+                                "dataloader_num_workers:",
+                                "eval_data_path:"};
   const std::string line = strip(yaml_line);
   return std::any_of(kKeys.begin(), kKeys.end(), [&](const char* key) { return line.starts_with(key); });
 }
 
 void check_same_recipe(const fs::path& checkpoint, const CheckpointState& state, const Recipe& recipe,
                        const StageConfig& stage) {
-  const std::vector<std::string> before = split(state.recipe, "\n"), now = split(recipe_part(recipe, stage), "\n");
+  const auto lines_of = [](const std::string& yaml) {
+    std::vector<std::string> lines = split(yaml, "\n");
+    std::erase_if(lines, may_change);
+    return lines;
+  };
+  const std::vector<std::string> before = lines_of(state.recipe), now = lines_of(recipe_part(recipe, stage));
   for (size_t i = 0; i < std::max(before.size(), now.size()); ++i) {
     const std::string old_line = i < before.size() ? before[i] : "", new_line = i < now.size() ? now[i] : "";
-    CALDERA_CHECK(old_line == new_line || (may_change(old_line) && may_change(new_line)), ConfigError,
-                  "{}: stage {} was begun with \"{}\", the recipe now says \"{}\"; set it back, or start anew with --resume never",
+    CALDERA_CHECK(old_line == new_line, ConfigError,
+                  "{}: stage {} was begun with \"{}\", the recipe now says \"{}\"; set it back, or start "
+                  "anew with --resume never",
                   checkpoint.string(), stage.name, strip(old_line), strip(new_line));
   }
 }
@@ -59,7 +72,8 @@ void move_aside(const fs::path& folder) {
   log_info("moved {} to {}", folder.string(), name().string());
 }
 
-std::optional<fs::path> checkpoint_to_resume(const Recipe& recipe, const StageConfig& stage, const std::string& resume) {
+std::optional<fs::path> checkpoint_to_resume(const Recipe& recipe, const StageConfig& stage,
+                                             const std::string& resume) {
   const fs::path folder = fs::path(recipe.output) / stage.name;
   std::optional<fs::path> checkpoint;
   if (resume == "auto") {
@@ -72,47 +86,87 @@ std::optional<fs::path> checkpoint_to_resume(const Recipe& recipe, const StageCo
   return checkpoint;
 }
 
-}  // namespace
+// What is done once for all ranks, by the first: its result, as text. The others wait for it.
+std::string once(World& world, const std::function<std::string()>& work) {
+  return world.from_first(world.is_first() ? work() : "");
+}
 
-Outcome run_recipe(const Recipe& recipe, const RunOptions& options, TrainingObserver& observer,
-                   const std::function<bool()>& stop_requested) {
+Outcome run_stages(const Recipe& recipe, const RunOptions& options, TrainingObserver& observer,
+                   const std::function<int()>& stop_requested, World& world) {
   const fs::path output = recipe.output;
   std::vector<std::string> names;
   for (const StageConfig& stage : recipe.stages) names.push_back(stage.name);
-  CALDERA_CHECK(options.only_stage.empty() || std::find(names.begin(), names.end(), options.only_stage) != names.end(),
-                ConfigError, "--stage {}: the recipe has no such stage{}", options.only_stage,
-                suggestion(options.only_stage, names));
+  CALDERA_CHECK(
+      options.only_stage.empty() || std::find(names.begin(), names.end(), options.only_stage) != names.end(),
+      ConfigError, "--stage {}: the recipe has no such stage{}", options.only_stage,
+      suggestion(options.only_stage, names));
+
+  for (const StageConfig& stage : recipe.stages)
+    CALDERA_CHECK(recipe.distributed.strategy != "zero3" || world.size() == 1 || stage.gradient_checkpointing,
+                  ConfigError,
+                  "distributed.strategy zero3 has a block's weights only while it runs: also set "
+                  "stages.{}.gradient_checkpointing: true",
+                  stage.name);
 
   // What is there already, and what will be needed: all of it is looked at before the first step.
+  world.at(0, "reading the data");
   std::vector<size_t> to_do;
   std::vector<StageData> data;
   for (size_t i = 0; i < recipe.stages.size(); ++i) {
     const StageConfig& stage = recipe.stages[i];
     if (!options.only_stage.empty() && stage.name != options.only_stage) continue;
-    if (options.resume == "never") move_aside(output / stage.name);
-    if (fs::exists(output / stage.name / "final")) {
-      log_info("stage {} is finished: {}", stage.name, (output / stage.name / "final").string());
+    const std::string finished = once(world, [&] {
+      if (options.resume == "never") move_aside(output / stage.name);
+      return fs::exists(output / stage.name / "final") ? (output / stage.name / "final").string()
+                                                       : std::string();
+    });
+    if (!finished.empty()) {
+      log_info("stage {} is finished: {}", stage.name, finished);
       continue;
     }
     to_do.push_back(i);
     data.push_back(prepare_data(recipe, stage));
   }
 
-  fs::create_directories(output);
-  remove_leftovers(output);
-  write_file_atomic(output / "recipe.yaml", dump_recipe(recipe));
-  write_json(output / "stages.json", names);
+  once(world, [&] {
+    fs::create_directories(output);
+    remove_leftovers(output);
+    write_file_atomic(output / "recipe.yaml", dump_recipe(recipe));
+    write_json(output / "stages.json", names);
+    return std::string();
+  });
   for (size_t k = 0; k < to_do.size(); ++k) {
     const StageConfig& stage = recipe.stages[to_do[k]];
     const fs::path folder = output / stage.name;
-    const std::optional<fs::path> checkpoint = checkpoint_to_resume(recipe, stage, options.resume);
-    fs::create_directories(folder);
-    remove_leftovers(folder);
-    write_file_atomic(folder / "recipe.yaml", dump_recipe(recipe));
-    Trainer trainer(recipe, to_do[k], std::move(data[k]), checkpoint, observer, stop_requested);
-    if (trainer.run() == Outcome::kStopped) return Outcome::kStopped;
+    const std::string checkpoint = once(world, [&] {
+      const std::optional<fs::path> found = checkpoint_to_resume(recipe, stage, options.resume);
+      fs::create_directories(folder);
+      remove_leftovers(folder);
+      write_file_atomic(folder / "recipe.yaml", dump_recipe(recipe));
+      return found ? found->string() : std::string();
+    });
+    Trainer trainer(recipe, to_do[k], std::move(data[k]),
+                    checkpoint.empty() ? std::nullopt : std::optional<fs::path>(checkpoint), observer,
+                    stop_requested, world);
+    try {
+      if (trainer.run() == Outcome::kStopped) return Outcome::kStopped;
+    } catch (const std::exception&) {
+      world.fail(std::current_exception());  // now: what the trainer still writes waits for other ranks
+    }
   }
   return Outcome::kFinished;
+}
+
+}  // namespace
+
+Outcome run_recipe(const Recipe& recipe, const RunOptions& options, TrainingObserver& observer,
+                   const std::function<int()>& stop_requested) {
+  World& world = options.world != nullptr ? *options.world : World::alone();
+  try {
+    return run_stages(recipe, options, observer, stop_requested, world);
+  } catch (const std::exception&) {
+    world.fail(std::current_exception());
+  }
 }
 
 double train_seconds(const Recipe& recipe) {
@@ -121,15 +175,17 @@ double train_seconds(const Recipe& recipe) {
     const fs::path path = fs::path(recipe.output) / stage.name / "metrics.jsonl";
     if (!fs::exists(path)) continue;
     std::istringstream lines(read_file(path));
-    for (std::string line; std::getline(lines, line);) total_ms += parse_json(line, path.string()).value("step_ms", 0.0);
+    for (std::string line; std::getline(lines, line);)
+      total_ms += parse_json(line, path.string()).value("step_ms", 0.0);
   }
   return total_ms / 1000;
 }
 
 void tune_allocator() {
-  ::mallopt(M_MMAP_MAX, 0);
-  ::mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
-  ::mallopt(M_TOP_PAD, 256 << 20);
+  use_caching_cpu_allocator();
+  // oneDNN's work space comes from malloc: it stays too.
+  ::mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  ::mallopt(M_TRIM_THRESHOLD, 256 << 20);
 }
 
 }  // namespace caldera

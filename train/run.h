@@ -10,22 +10,24 @@
 namespace caldera {
 
 struct RunOptions {
-  std::string only_stage;       // "" : all
-  // "auto": go on from the newest valid checkpoint, skip finished stages. "never": start anew (what is there moves aside).
-  // Anything else: a checkpoint's folder.
+  std::string only_stage;  // "" : all
+  // "auto": go on from the newest valid checkpoint, skip finished stages. "never": start anew (what is there
+  // moves aside). Anything else: a checkpoint's folder.
   std::string resume = "auto";
+  World* world = nullptr;  // none: a single process
 };
 
-// Reads and checks all the data of all stages first (records, pictures, template, tokenizer), then trains. Throws before any
-// training step what can be known before.
+// Reads and checks all the data of all stages first (records, pictures, template, tokenizer), then trains.
+// Throws before any training step what can be known before. All ranks call it alike; where one fails, the
+// others throw PeerError with its name and message.
 Outcome run_recipe(const Recipe& recipe, const RunOptions& options, TrainingObserver& observer,
-                   const std::function<bool()>& stop_requested);
+                   const std::function<int()>& stop_requested);
 
 // Seconds spent in the steps of all stages, from their metrics.jsonl.
 double train_seconds(const Recipe& recipe);
 
-// Settings of this process that make training on a CPU faster: freed large buffers stay with the process, instead of coming
-// back as page faults at each step (up to a third of the time).
+// Settings of this process that make training on a CPU faster: freed large buffers stay with the process,
+// instead of coming back as page faults at each step (up to a third of the time).
 void tune_allocator();
 
 }  // namespace caldera

@@ -5,10 +5,13 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <numeric>
 
 #include "base/error.h"
+#include "base/fault.h"
 #include "base/log.h"
 #include "base/rng.h"
 #include "base/strings.h"
@@ -17,6 +20,7 @@
 #include "train/schedule.h"
 #ifdef CALDERA_CUDA
 #include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAFunctions.h>
 #endif
 
 namespace caldera {
@@ -30,7 +34,8 @@ double milliseconds_since(Clock::time_point start) {
 int64_t peak_memory_bytes([[maybe_unused]] at::Device device) {
 #ifdef CALDERA_CUDA
   if (device.is_cuda()) {
-    const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(std::max<c10::DeviceIndex>(device.index(), 0));
+    const auto stats =
+        c10::cuda::CUDACachingAllocator::getDeviceStats(std::max<c10::DeviceIndex>(device.index(), 0));
     return stats.reserved_bytes[0].peak;
   }
 #endif
@@ -47,23 +52,30 @@ std::vector<ParameterGroup> parameter_groups(LlavaModel& model, const StageConfi
     if (part == "vision_tower") learning_rate = stage.optimizer.vision_tower_lr.value_or(learning_rate);
     groups.push_back({part, learning_rate, model.component_tensors(part)});
     if (part == "language_model" && stage.uses_lora())
-      std::erase_if(groups.back().tensors, [](const NamedTensor& tensor) { return !is_lora_name(tensor.name); });
+      std::erase_if(groups.back().tensors,
+                    [](const NamedTensor& tensor) { return !is_lora_name(tensor.name); });
   }
   return groups;
 }
 
 // Subnormal numbers slow a matrix product seventeenfold; each thread of the pool has its own switch.
 void flush_denormals_everywhere() {
-  at::parallel_for(0, at::get_num_threads(), 1, [](int64_t, int64_t) { at::globalContext().setFlushDenormal(true); });
+  at::parallel_for(0, at::get_num_threads(), 1,
+                   [](int64_t, int64_t) { at::globalContext().setFlushDenormal(true); });
 }
 
 }  // namespace
 
-at::Device choose_device(const std::string& device) {
+at::Device choose_device(const std::string& device, int local_rank) {
   const bool has_gpu = at::hasCUDA() && at::detail::getCUDAHooks().deviceCount() > 0;
   CALDERA_CHECK(device != "cuda" || has_gpu, ConfigError, "device: cuda asked for, but {}",
                 at::hasCUDA() ? "no GPU is visible" : "this build has no CUDA");
-  return has_gpu && device != "cpu" ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
+  if (!has_gpu || device == "cpu") return at::kCPU;
+  const auto num_gpus = static_cast<int>(at::detail::getCUDAHooks().deviceCount());
+  CALDERA_CHECK(local_rank < num_gpus, DistributedError,
+                "local rank {} has no GPU of its own: this machine shows {}; start {} ranks", local_rank,
+                num_gpus, num_gpus);
+  return {at::kCUDA, static_cast<c10::DeviceIndex>(local_rank)};
 }
 
 at::ScalarType parse_dtype(const std::string& dtype) {
@@ -84,7 +96,8 @@ BuildSpec build_spec_of(const Recipe& recipe, size_t stage_index) {
     spec.overlays.push_back({fs::absolute(projector).string(), {"projector"}});
   for (size_t i = 0; i < stage_index; ++i) {
     const StageConfig& earlier = recipe.stages[i];
-    spec.overlays.push_back({(fs::absolute(recipe.output) / earlier.name / "final").string(), earlier.trainable});
+    spec.overlays.push_back(
+        {(fs::absolute(recipe.output) / earlier.name / "final").string(), earlier.trainable});
   }
   if (recipe.stages[stage_index].uses_lora()) spec.lora = *recipe.stages[stage_index].lora;
   return spec;
@@ -99,20 +112,26 @@ std::string recipe_part(const Recipe& recipe, const StageConfig& stage) {
 }
 
 std::string tokenizer_of(const Recipe& recipe) {
-  return fs::absolute(recipe.model.tokenizer.empty() ? recipe.model.language_model : recipe.model.tokenizer).string();
+  return fs::absolute(recipe.model.tokenizer.empty() ? recipe.model.language_model : recipe.model.tokenizer)
+      .string();
 }
 
 Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::optional<fs::path> checkpoint,
-                 TrainingObserver& observer, std::function<bool()> stop_requested)
+                 TrainingObserver& observer, std::function<int()> stop_requested, World& world)
     : recipe_(recipe),
       stage_(recipe.stages[stage_index]),
       folder_(fs::path(recipe.output) / stage_.name),
       data_(std::move(data)),
       observer_(observer),
       stop_requested_(std::move(stop_requested)),
+      world_(world),
       build_(build_spec_of(recipe, stage_index)) {
   flush_denormals_everywhere();
-  const at::Device device = choose_device(recipe.device);
+  world_.at(0, "building the model");
+  const at::Device device = choose_device(recipe.device, world_.spec().local_rank);
+#ifdef CALDERA_CUDA
+  if (device.is_cuda()) c10::cuda::set_device(device.index());
+#endif
   model_ = build_llava(build_);
   model_->to(device, parse_dtype(stage_.dtype));
   model_->language->set_gradient_checkpointing(stage_.gradient_checkpointing);
@@ -125,12 +144,20 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
     set_trainable(group.tensors, true);
     num_trainable += count_parameters(group.tensors);
   }
-  optimizer_ = std::make_unique<AdamW>(std::move(groups), AdamWOptions{.beta1 = stage_.optimizer.adam_beta1,
-                                                                       .beta2 = stage_.optimizer.adam_beta2,
-                                                                       .epsilon = stage_.optimizer.adam_epsilon,
-                                                                       .weight_decay = stage_.optimizer.weight_decay});
+  if (world_.size() > 1)
+    sharding_ = std::make_unique<Sharding>(world_, recipe.distributed, groups,
+                                           model_->component_tensors("language_model"));
+  if (sharding_ && sharding_->frees_blocks())
+    model_->language->set_block_hold([this](size_t layer) { return sharding_->hold(layer); });
+  optimizer_ = std::make_unique<AdamW>(std::move(groups),
+                                       AdamWOptions{.beta1 = stage_.optimizer.adam_beta1,
+                                                    .beta2 = stage_.optimizer.adam_beta2,
+                                                    .epsilon = stage_.optimizer.adam_epsilon,
+                                                    .weight_decay = stage_.optimizer.weight_decay},
+                                       sharding_ ? sharding_->owned() : OwnedParts());
   if (checkpoint) {
     load_checkpoint(*checkpoint, *optimizer_);
+    if (sharding_) sharding_->gather_weights();
     steps_done_ = read_checkpoint_state(*checkpoint).step;
   }
 
@@ -140,13 +167,20 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
                               .max_steps = stage_.max_steps,
                               .seed = recipe.seed,
                               .group_by_modality_length = stage_.data.group_by_modality_length,
-                              .num_workers = static_cast<int>(stage_.data.dataloader_num_workers)};
-  loader_ = std::make_unique<Loader>(data_.records, stage_.data.image_folder, data_.format, options, steps_done_);
+                              .num_workers = static_cast<int>(stage_.data.dataloader_num_workers),
+                              .rank = world_.rank(),
+                              .num_ranks = world_.size()};
+  loader_ =
+      std::make_unique<Loader>(data_.records, stage_.data.image_folder, data_.format, options, steps_done_);
   num_steps_ = loader_->num_steps();
-  eval_batches_ = pack_all(data_.eval_records, stage_.data.image_folder, data_.format, stage_.max_tokens_per_micro_batch);
-  metrics_ = std::make_unique<MetricsLog>(folder_, steps_done_);
+  eval_batches_ =
+      pack_all(data_.eval_records, stage_.data.image_folder, data_.format, stage_.max_tokens_per_micro_batch);
+  if (world_.is_first()) metrics_ = std::make_unique<MetricsLog>(folder_, steps_done_);
+  checkpoints_ =
+      std::make_unique<CheckpointWriter>(folder_, stage_.save_total_limit, stage_.async_save, world_);
   observer_.on_stage({.name = stage_.name,
                       .device = device.str(),
+                      .world = world_.describe() + (sharding_ ? "; " + recipe.distributed.strategy : ""),
                       .folder = folder_,
                       .num_steps = num_steps_,
                       .first_step = steps_done_,
@@ -159,70 +193,138 @@ Outcome Trainer::run() {
   StepData data;
   while (steps_done_ < num_steps_) {
     const Clock::time_point start = Clock::now();
+    world_.at(steps_done_ + 1, "waiting for data");
     CALDERA_ASSERT(loader_->next(data));
     const StepMetrics metrics = step(data, milliseconds_since(start));
-    metrics_->step(metrics);
+    if (metrics_) metrics_->step(metrics);
     observer_.on_step(metrics);
 
     const bool last = steps_done_ == num_steps_;
     if (!eval_batches_.empty() && (last || (stage_.eval_steps > 0 && steps_done_ % stage_.eval_steps == 0))) {
       const double eval_loss = evaluate();
-      metrics_->evaluation(steps_done_, eval_loss);
+      if (metrics_) metrics_->evaluation(steps_done_, eval_loss);
       observer_.on_evaluation(steps_done_, eval_loss);
     }
-    const bool stop = !last && stop_requested_();
+    announce_saved(checkpoints_->finished());
+    // Several ranks agree on a signal within the step; a single one looks as late as it can.
+    if (!sharding_ && !last) stop_signal_ = stop_requested_();
+    const bool stop = !last && stop_signal_ != 0;
     if (stop || (!last && stage_.save_steps > 0 && steps_done_ % stage_.save_steps == 0)) save_checkpoint();
-    if (stop) return Outcome::kStopped;
+    if (!stop) continue;
+    announce_saved(checkpoints_->finish());
+    observer_.on_stop(stop_signal_);
+    return Outcome::kStopped;
   }
+  announce_saved(checkpoints_->finish());
   save_final();
   return Outcome::kFinished;
 }
 
-StepMetrics Trainer::step(const StepData& data, double data_wait_ms) {
-  const Clock::time_point start = Clock::now();
-  CALDERA_CHECK(data.num_supervised > 0, DataError, "step {}: nothing to learn in its samples ({}): every label is masked",
-                steps_done_ + 1, fmt::join(data.sample_ids, ", "));
-
-  // 1. Forward and backward of each micro-batch. Each supervised token weighs the same in the step (token_mean), or the same
-  //    within its micro-batch (micro_batch_mean, as LLaVA).
+// Each supervised token weighs the same in the step (token_mean), or the same within its micro-batch
+// (micro_batch_mean, as LLaVA).
+double Trainer::forward_and_backward(const StepData& data) {
   const bool token_mean = stage_.loss == "token_mean";
+  const auto rank = data.num_micro_batches.begin() + world_.rank();
+  const int64_t total =
+      std::accumulate(data.num_micro_batches.begin(), data.num_micro_batches.end(), int64_t{0});
+  const int64_t num_before = std::accumulate(data.num_micro_batches.begin(), rank, int64_t{0});
+  const int64_t num_rounds = *std::max_element(data.num_micro_batches.begin(), data.num_micro_batches.end());
+  const auto mine = static_cast<int64_t>(data.micro_batches.size());
   at::Tensor loss = at::zeros({}, at::TensorOptions(at::kDouble).device(model_->device()));
-  for (size_t i = 0; i < data.micro_batches.size(); ++i) {
-    const PackedBatch batch = data.micro_batches[i].to(model_->device());
-    const int64_t num_supervised = batch.supervised_K.size(0);
-    if (num_supervised == 0) continue;
-    const double weight = token_mean ? 1.0 / static_cast<double>(data.num_supervised)
-                                     : 1.0 / static_cast<double>(num_supervised * static_cast<int64_t>(data.micro_batches.size()));
-    model_->language->set_dropout_seed(Rng(recipe_.seed, steps_done_, i).next());
-    const at::Tensor micro_loss = model_->loss_sum(batch) * weight;
-    loss += micro_loss.detach();
-    if (micro_loss.requires_grad()) micro_loss.backward();
-    optimizer_->take_gradients(/*more_to_come=*/i + 1 < data.micro_batches.size());
+  for (int64_t i = 0; i < num_rounds; ++i) {
+    // Ranks with fewer micro-batches than others take part in the rounds that are left.
+    if (sharding_) sharding_->begin_round(/*is_last=*/i + 1 == num_rounds);
+    world_.at(steps_done_ + 1, "forward and backward");
+    const Fault fault = i < mine ? pass_fault_point("micro_batch") : Fault::kNone;
+    const PackedBatch batch =
+        i < mine ? data.micro_batches[static_cast<size_t>(i)].to(model_->device()) : PackedBatch();
+    const int64_t num_supervised = i < mine ? batch.supervised_K.size(0) : 0;
+    at::Tensor micro_loss;
+    if (num_supervised > 0) {
+      const double weight =
+          1.0 / static_cast<double>(token_mean ? data.num_supervised : num_supervised * total);
+      model_->language->set_dropout_seed(Rng(recipe_.seed, steps_done_, num_before + i).next());
+      micro_loss = model_->loss_sum(batch) * (fault == Fault::kNan ? std::nan("") : weight);
+      loss += micro_loss.detach();
+    } else if (sharding_) {
+      sharding_->idle_forward();
+    }
+    if (micro_loss.defined() && micro_loss.requires_grad())
+      micro_loss.backward();
+    else if (sharding_)
+      sharding_->idle_backward();
+    if (!sharding_ && num_supervised > 0) optimizer_->take_gradients(/*more_to_come=*/i + 1 < mine);
+    if (sharding_) sharding_->end_round();
   }
   model_->language->set_dropout_seed({});
+  return loss.item<double>();
+}
 
-  // 2. Is everything finite? The weights are still those before the step.
-  const double loss_value = loss.item<double>();
-  const double grad_norm = optimizer_->grad_norm().item<double>();
-  CALDERA_CHECK(std::isfinite(loss_value) && std::isfinite(grad_norm), Error,
-                "step {}: loss {} and gradient norm {}: not finite. Weights are as before this step; its samples: {}. Look at "
-                "them with `caldera data preview`, or lower the learning rate",
-                steps_done_ + 1, loss_value, grad_norm, fmt::join(data.sample_ids, ", "));
+StepReport Trainer::report_step(const StepData& data, double loss, double compute_ms) {
+  StepReport report{.loss = loss, .compute_ms = compute_ms};
+  world_.at(steps_done_ + 1, "sharing the step's loss");
+  if (sharding_) {
+    report.squared_norm = sharding_->hand_gradients_to(*optimizer_);
+    report.stop_signal = stop_requested_();
+    share(world_, model_->device(), report);
+    stop_signal_ = report.stop_signal;
+  } else {
+    report.grad_norm = optimizer_->grad_norm().item<double>();
+    if (!std::isfinite(loss)) report.bad_ranks = {0};
+  }
+  if (std::isfinite(report.loss) && std::isfinite(report.grad_norm)) return report;
+  // Where one rank's loss alone is not finite, it is one of its samples.
+  std::vector<std::string> suspects;
+  for (size_t i = 0; i < data.sample_ids.size(); ++i)
+    if (report.bad_ranks.empty() ||
+        std::find(report.bad_ranks.begin(), report.bad_ranks.end(), data.ranks[i]) != report.bad_ranks.end())
+      suspects.push_back(data.sample_ids[i]);
+  throw Error(
+      fmt::format("step {}: loss {} and gradient norm {}: not finite{}. Weights are as before this step; its "
+                  "samples: {}. "
+                  "Look at them with `caldera data preview`, or lower the learning rate",
+                  steps_done_ + 1, report.loss, report.grad_norm,
+                  world_.size() > 1 && !report.bad_ranks.empty()
+                      ? fmt::format(" on rank {}", fmt::join(report.bad_ranks, ", "))
+                      : "",
+                  fmt::join(suspects, ", ")));
+}
+
+StepMetrics Trainer::step(const StepData& data, double data_wait_ms) {
+  const Clock::time_point start = Clock::now();
+  pass_fault_point("step");
+  CALDERA_CHECK(data.num_supervised > 0, DataError,
+                "step {}: nothing to learn in its samples ({}): every label is masked", steps_done_ + 1,
+                fmt::join(data.sample_ids, ", "));
+
+  // 1. Forward and backward of each micro-batch; where there are several ranks, their gradients are summed
+  // meanwhile.
+  world_.take_waited_ms();
+  const double own_loss = forward_and_backward(data);
+
+  // 2. Is everything finite, on every rank? The weights are still those before the step.
+  const StepReport report = report_step(data, own_loss, milliseconds_since(start) - world_.take_waited_ms());
 
   // 3. Clip and update.
   const double max_norm = stage_.optimizer.max_grad_norm;
-  const double grad_scale = max_norm > 0 && grad_norm > max_norm ? max_norm / (grad_norm + 1e-6) : 1.0;
-  const double factor = lr_factor(stage_.optimizer.lr_scheduler_type, stage_.optimizer.warmup_ratio, steps_done_, num_steps_);
+  const double grad_scale =
+      max_norm > 0 && report.grad_norm > max_norm ? max_norm / (report.grad_norm + 1e-6) : 1.0;
+  const double factor =
+      lr_factor(stage_.optimizer.lr_scheduler_type, stage_.optimizer.warmup_ratio, steps_done_, num_steps_);
   optimizer_->step(factor, grad_scale);
+  if (sharding_) sharding_->gather_weights();
   ++steps_done_;
 
   // 4. Say what happened.
+  if (const auto straggler = stragglers_.look_at(steps_done_, report.all_compute_ms);
+      straggler && world_.is_first())
+    log_warning("{}", *straggler);
   const double step_ms = milliseconds_since(start) + data_wait_ms;
   return {.step = steps_done_,
           .epoch = data.epoch,
-          .loss = loss_value,
+          .loss = report.loss,
           .lr = stage_.optimizer.learning_rate * factor,
-          .grad_norm = grad_norm,
+          .grad_norm = report.grad_norm,
           .num_tokens = data.num_tokens,
           .num_supervised = data.num_supervised,
           .num_images = data.num_images,
@@ -232,14 +334,28 @@ StepMetrics Trainer::step(const StepData& data, double data_wait_ms) {
           .peak_memory_bytes = peak_memory_bytes(model_->device())};
 }
 
+// Each rank takes its share of the batches.
 double Trainer::evaluate() {
+  world_.at(steps_done_, "evaluating");
   double nll = 0;
   int64_t num_supervised = 0;
-  for (const PackedBatch& batch : eval_batches_) {
+  const auto size = static_cast<size_t>(world_.size());
+  for (size_t first = 0; first < eval_batches_.size(); first += size) {
+    const size_t i = first + static_cast<size_t>(world_.rank());
+    if (sharding_) sharding_->begin_evaluation();
+    if (i >= eval_batches_.size()) {
+      if (sharding_) sharding_->idle_forward();
+      continue;
+    }
+    const PackedBatch& batch = eval_batches_[i];
     nll += model_->nll(batch.to(model_->device())).sum(at::kDouble).item<double>();
     num_supervised += batch.supervised_K.size(0);
   }
-  return num_supervised > 0 ? nll / static_cast<double>(num_supervised) : 0;
+  const at::Tensor sums =
+      at::tensor({nll, static_cast<double>(num_supervised)}, at::kDouble).to(model_->device());
+  world_.sum(sums)();
+  const at::Tensor all = sums.cpu();
+  return all[1].item<double>() > 0 ? all[0].item<double>() / all[1].item<double>() : 0;
 }
 
 Json Trainer::describe() const {
@@ -257,21 +373,40 @@ Json Trainer::describe() const {
   return {{"build", to_json(build_)}, {"card", to_json(card)}, {"tokenizer", tokenizer_of(recipe_)}};
 }
 
+void Trainer::announce_saved(const std::optional<fs::path>& folder) {
+  if (folder) observer_.on_checkpoint(*folder);
+}
+
 void Trainer::save_checkpoint() {
-  write_checkpoint(folder_,
-                   {.step = steps_done_, .seed = recipe_.seed, .recipe = recipe_part(recipe_, stage_), .caldera = describe()},
-                   *optimizer_, stage_.save_total_limit);
-  observer_.on_checkpoint(folder_ / "checkpoints" / strip(read_file(folder_ / "latest")));
+  announce_saved(checkpoints_->finish());
+  world_.at(steps_done_, "saving a checkpoint");
+  const bool in_parts = sharding_ && !sharding_->is_replicated();
+  CheckpointShare share{.state = {.step = steps_done_,
+                                  .seed = recipe_.seed,
+                                  .recipe = recipe_part(recipe_, stage_),
+                                  .caldera = describe()},
+                        .moments_in_parts = in_parts};
+  if (in_parts)
+    share.masters = sharding_->gather_masters(*optimizer_);
+  else if (world_.is_first())
+    share.masters = optimizer_->masters();
+  if (in_parts || world_.is_first()) share.moments = optimizer_->moments();
+  checkpoints_->save(std::move(share));
+  if (!stage_.async_save) announce_saved(checkpoints_->finish());
 }
 
 void Trainer::keep_adapter(const fs::path& folder) {
   fs::create_directories(folder);
-  write_peft_adapter(adapter_of(*model_, build_, stage_.trainable), /*for_decoder=*/false, parse_dtype(stage_.dtype), folder);
+  write_peft_adapter(adapter_of(*model_, build_, stage_.trainable), /*for_decoder=*/false,
+                     parse_dtype(stage_.dtype), folder);
   write_json(folder / "caldera.json", describe());
   for (Linear* linear : model_->language->linears()) linear->merge();
 }
 
 void Trainer::save_final() {
+  world_.at(steps_done_, "writing the final model");
+  if (sharding_) sharding_->hold_all();
+  if (!world_.is_first()) return world_.barrier();
   const Tokenizer& tokenizer = *data_.format.tokenizer;
   write_folder_atomic(folder_ / "final", [&](const fs::path& folder) {
     const int64_t image_token_id = tokenizer.save(folder, data_.format.conversation->jinja);
@@ -284,6 +419,7 @@ void Trainer::save_final() {
                    .pad_token_id = tokenizer.pad_id()},
                   folder);
   });
+  world_.barrier();
 }
 
 }  // namespace caldera

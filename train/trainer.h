@@ -11,6 +11,10 @@
 #include "data/dataset.h"
 #include "data/loader.h"
 #include "model/weights/load.h"
+#include "train/checkpoint.h"
+#include "train/distributed/sharding.h"
+#include "train/distributed/step_report.h"
+#include "train/distributed/world.h"
 #include "train/metrics.h"
 #include "train/optimizer.h"
 #include "train/recipe.h"
@@ -28,6 +32,7 @@ struct StageData {
 struct StageStart {
   std::string name;
   std::string device;
+  std::string world;  // "1 process", "4 ranks on 1 machine, gloo, started by torchrun; zero2"
   std::filesystem::path folder;
   int64_t num_steps = 0, first_step = 0;  // first_step > 0: resumed
   int64_t num_samples = 0;
@@ -42,6 +47,7 @@ class TrainingObserver {
   virtual void on_step(const StepMetrics&) {}
   virtual void on_evaluation(int64_t /*step*/, double /*eval_loss*/) {}
   virtual void on_checkpoint(const std::filesystem::path&) {}
+  virtual void on_stop(int /*signal*/) {}  // the run ends early: some rank received this signal
 };
 
 enum class Outcome { kFinished, kStopped };
@@ -49,40 +55,52 @@ enum class Outcome { kFinished, kStopped };
 class Trainer {
  public:
   // Builds the model, optimizer and loader, and resumes from the checkpoint folder if there is one.
-  // `stop_requested` is asked after each step; true saves a checkpoint and ends the run.
-  Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::optional<std::filesystem::path> checkpoint,
-          TrainingObserver& observer, std::function<bool()> stop_requested);
+  // `stop_requested` is asked in each step; a signal's number on any rank saves a checkpoint and ends the
+  // run, 0 goes on. The observer hears the same on every rank; the first one alone writes metrics.
+  Trainer(const Recipe& recipe, size_t stage_index, StageData data,
+          std::optional<std::filesystem::path> checkpoint, TrainingObserver& observer,
+          std::function<int()> stop_requested, World& world);
 
-  // Trains to the end, then writes final/. Throws Error naming the samples where a loss or gradient is not finite; the
-  // weights are then those before the step.
+  // Trains to the end, then writes final/. Throws Error naming the samples where a loss or gradient is not
+  // finite, on all ranks in the same step; the weights are then those before the step.
   Outcome run();
 
  private:
   StepMetrics step(const StepData& data, double data_wait_ms);
+  double forward_and_backward(const StepData& data);  // returns this rank's share of the loss
+  StepReport report_step(const StepData& data, double loss, double compute_ms);
   double evaluate();
   void save_checkpoint();
+  void announce_saved(const std::optional<std::filesystem::path>& folder);
   void save_final();
-  void keep_adapter(const std::filesystem::path& folder);  // writes it as PEFT's folder, then merges it into the weights
-  Json describe() const;  // caldera.json of checkpoints
+  void keep_adapter(
+      const std::filesystem::path& folder);  // writes it as PEFT's folder, then merges it into the weights
+  Json describe() const;                     // caldera.json of checkpoints
 
   Recipe recipe_;
   StageConfig stage_;
   std::filesystem::path folder_;
   StageData data_;
   TrainingObserver& observer_;
-  std::function<bool()> stop_requested_;
+  std::function<int()> stop_requested_;
+  World& world_;
 
   BuildSpec build_;
   std::unique_ptr<LlavaModel> model_;
+  std::unique_ptr<Sharding> sharding_;  // none for a single process
   std::unique_ptr<AdamW> optimizer_;
   std::unique_ptr<Loader> loader_;
-  std::unique_ptr<MetricsLog> metrics_;
+  std::unique_ptr<MetricsLog> metrics_;  // the first rank's
+  std::unique_ptr<CheckpointWriter> checkpoints_;
+  Stragglers stragglers_;
   std::vector<PackedBatch> eval_batches_;
   int64_t steps_done_ = 0, num_steps_ = 0;
+  int stop_signal_ = 0;
 };
 
-// "auto": CUDA where there is a GPU, else the CPU. Throws ConfigError for "cuda" without one.
-at::Device choose_device(const std::string& device);
+// "auto": CUDA where there is a GPU, else the CPU. Throws ConfigError for "cuda" without one,
+// DistributedError where there are fewer GPUs than ranks on this machine.
+at::Device choose_device(const std::string& device, int local_rank = 0);
 at::ScalarType parse_dtype(const std::string& dtype);  // "float32" or "bfloat16"
 // How the model of a stage is built: the recipe's parts, and what earlier stages trained laid over.
 BuildSpec build_spec_of(const Recipe& recipe, size_t stage_index);

@@ -150,4 +150,33 @@ TEST(Loader, PackAllKeepsTheOrder) {
   for (size_t i = 0; i < 10; ++i) EXPECT_EQ(ids[i], fmt::format("r{}", i));
 }
 
+TEST(Loader, RanksShareTheSameSteps) {
+  const std::vector<StepData> whole = run(make_options(2));
+  for (const int num_ranks : {2, 3, 5}) {
+    std::vector<std::vector<StepData>> of_rank;
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      LoaderOptions options = make_options(2);
+      options.rank = rank;
+      options.num_ranks = num_ranks;
+      of_rank.push_back(run(options));
+      ASSERT_EQ(of_rank.back().size(), whole.size());
+    }
+    for (size_t step = 0; step < whole.size(); ++step) {
+      std::multiset<std::string> dealt;
+      for (int rank = 0; rank < num_ranks; ++rank) {
+        const StepData& data = of_rank[static_cast<size_t>(rank)][step];
+        EXPECT_EQ(data.sample_ids, whole[step].sample_ids);  // everybody knows them all
+        EXPECT_EQ(data.epoch, whole[step].epoch);
+        EXPECT_EQ(data.num_tokens, whole[step].num_tokens);
+        EXPECT_EQ(data.num_supervised, whole[step].num_supervised);
+        EXPECT_EQ(data.num_images, whole[step].num_images);
+        EXPECT_EQ(data.num_micro_batches, of_rank[0][step].num_micro_batches);
+        EXPECT_EQ(data.num_micro_batches[static_cast<size_t>(rank)], static_cast<int64_t>(data.micro_batches.size()));
+        for (const PackedBatch& batch : data.micro_batches) dealt.insert(batch.sample_ids.begin(), batch.sample_ids.end());
+      }
+      EXPECT_EQ(dealt, std::multiset<std::string>(whole[step].sample_ids.begin(), whole[step].sample_ids.end()));
+    }
+  }
+}
+
 }  // namespace caldera

@@ -14,6 +14,26 @@ std::vector<int64_t> sorted(std::vector<int64_t> order) {
   return order;
 }
 
+TEST(DealToRanks, BalancesTokensAndKeepsEachSampleOnce) {
+  const std::vector<int64_t> lengths = {10, 90, 20, 80, 30, 70, 40, 60};
+  const auto dealt = deal_to_ranks(lengths, 3);
+  std::vector<int64_t> all;
+  for (const std::vector<int64_t>& samples : dealt) {
+    int64_t tokens = 0;
+    for (const int64_t i : samples) tokens += lengths[static_cast<size_t>(i)];
+    EXPECT_NEAR(static_cast<double>(tokens), 400.0 / 3, 20);
+    EXPECT_TRUE(std::is_sorted(samples.begin(), samples.end()));
+    all.insert(all.end(), samples.begin(), samples.end());
+  }
+  std::sort(all.begin(), all.end());
+  EXPECT_EQ(all, (std::vector<int64_t>{0, 1, 2, 3, 4, 5, 6, 7}));
+}
+
+TEST(DealToRanks, MoreRanksThanSamplesLeaveSomeWithout) {
+  EXPECT_EQ(deal_to_ranks({5, 7}, 4), (std::vector<std::vector<int64_t>>{{1}, {0}, {}, {}}));
+  EXPECT_EQ(deal_to_ranks({5, 7}, 1), (std::vector<std::vector<int64_t>>{{0, 1}}));
+}
+
 }  // namespace
 
 TEST(Sampler, AnEpochIsAPermutationOfSeedAndEpoch) {

@@ -44,7 +44,11 @@ class CheckpointTest : public testing::Test {
   };
   void write(int64_t step, int64_t limit = 0) {
     const Fixture fixture(static_cast<int>(step));
-    write_checkpoint(folder_, {.step = step, .seed = 7, .recipe = "r", .caldera = {{"card", 1}}}, *fixture.optimizer, limit);
+    write_checkpoint(folder_,
+                     {.state = {.step = step, .seed = 7, .recipe = "r", .caldera = {{"card", 1}}},
+                      .masters = fixture.optimizer->masters(),
+                      .moments = fixture.optimizer->moments()},
+                     limit);
   }
   fs::path step(int64_t number) { return folder_ / "checkpoints" / fmt::format("step-{:08}", number); }
 

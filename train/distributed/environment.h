@@ -1,0 +1,23 @@
+// Who this process is among the ranks of a run, from what started it.
+#pragma once
+#include <cstdint>
+#include <string>
+
+namespace caldera {
+
+struct WorldSpec {
+  int rank = 0, size = 1;              // of all processes
+  int local_rank = 0, local_size = 1;  // of those on this machine; the local rank picks the GPU
+  int attempt = 0;                     // how often the launcher has started the run again
+  std::string address = "127.0.0.1";   // where the store listens
+  int port = 0;
+  bool store_is_hosted = false;  // by the launcher; else rank 0 hosts it
+  std::string started_by;        // "caldera launch", "torchrun", "mpirun", "srun", or "" for a single process
+};
+
+// Reads the variables of `caldera launch` and torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...), of
+// Open MPI's and MPICH's mpirun, or of srun. Where mpirun or srun names no port, one is derived from the
+// job's number. Throws DistributedError for variables that are missing or contradict each other.
+WorldSpec world_from_environment();
+
+}  // namespace caldera

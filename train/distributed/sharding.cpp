@@ -1,0 +1,344 @@
+#include "train/distributed/sharding.h"
+
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <unordered_map>
+#include <unordered_set>
+
+#include "base/error.h"
+
+namespace caldera {
+namespace {
+
+// Tensors begin at multiples of 64 bytes of float32, so that kernels see them aligned.
+constexpr int64_t kAlignment = 16;
+int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+// "language_model.model.layers.7.self_attn.q_proj.weight" -> {"language_model.model.layers.", 7}; -1 outside
+// of blocks.
+std::pair<std::string, int64_t> block_of(const std::string& name) {
+  const size_t layers = name.find("layers.");
+  if (layers == std::string::npos) return {name.substr(0, name.find('.')), -1};
+  const size_t begin = layers + 7, end = name.find('.', begin);
+  const std::string number = name.substr(begin, end - begin);
+  if (number.empty() || number.size() > 9 || number.find_first_not_of("0123456789") != std::string::npos)
+    return {name.substr(0, name.find('.')), -1};
+  return {name.substr(0, begin), std::stoll(number)};
+}
+
+// Gives a dense tensor's storage memory, uninitialised, or takes it away. Views of it share the storage.
+void set_storage(const at::Tensor& tensor, bool is_there) {
+  c10::StorageImpl* storage = tensor.storage().unsafeGetStorageImpl();
+  const size_t bytes = is_there ? static_cast<size_t>(tensor.numel()) * tensor.element_size() : 0;
+  storage->set_data_ptr_noswap(is_there ? c10::GetAllocator(tensor.device().type())->allocate(bytes)
+                                        : at::DataPtr(nullptr, tensor.device()));
+  storage->set_nbytes(bytes);
+}
+
+}  // namespace
+
+struct Sharding::Leaf {
+  at::Tensor* owner;
+  int64_t offset, numel;
+};
+
+// A block's tensors in one flat buffer of `length` elements, of which each rank owns `part`.
+struct Sharding::Unit {
+  std::vector<Leaf> leaves;
+  int64_t layer = -1;  // of the decoder's block; -1: none
+  bool trains = true, is_freed = false;
+  int num_holders = 0;
+  int64_t length = 0, part = 0;
+  at::Tensor weights, own_weights;    // zero: in the weights' dtype
+  at::Tensor gradient, own_gradient;  // float32
+  at::Tensor sent, received;          // of the reduction under way
+  Wait wait;
+  size_t num_ready = 0;
+
+  at::Tensor of(const at::Tensor& flat, const Leaf& leaf) const {
+    return flat.narrow(0, leaf.offset, leaf.numel).view(leaf.owner->sizes());
+  }
+  // The elements of a leaf that a rank owns: {first in the leaf, count}; the count may be 0.
+  std::pair<int64_t, int64_t> owned_range(const Leaf& leaf, int rank) const {
+    const int64_t begin = std::clamp<int64_t>(rank * part - leaf.offset, 0, leaf.numel);
+    const int64_t end = std::clamp<int64_t>((rank + 1) * part - leaf.offset, 0, leaf.numel);
+    return {begin, end - begin};
+  }
+};
+
+struct Sharding::Hook : torch::autograd::PostAccumulateGradHook {
+  Hook(Sharding& sharding, Unit& unit, Leaf& leaf) : sharding_(sharding), unit_(unit), leaf_(leaf) {}
+  void operator()(const at::Tensor&) override { sharding_.on_gradient(unit_, leaf_); }
+
+ private:
+  Sharding& sharding_;
+  Unit& unit_;
+  Leaf& leaf_;
+};
+
+Sharding::Sharding(World& world, const DistributedConfig& config, const std::vector<ParameterGroup>& groups,
+                   const NamedTensors& decoder)
+    : world_(world),
+      strategy_(config.strategy == "ddp"     ? Strategy::kDdp
+                : config.strategy == "zero1" ? Strategy::kZero1
+                : config.strategy == "zero2" ? Strategy::kZero2
+                                             : Strategy::kZero3),
+      reduce_dtype_(config.reduce_dtype == "bfloat16" ? at::kBFloat16 : at::kFloat) {
+  const at::NoGradGuard no_grad;
+  // The backward pass meets the decoder's blocks first, the last one ahead; then what is left of the decoder
+  // (its embedding comes late), the projector, the tower.
+  std::map<std::tuple<int, int64_t, std::string>, std::vector<at::Tensor*>> by_place;
+  std::unordered_set<at::Tensor*> seen;
+  for (const ParameterGroup& group : groups) {
+    for (const NamedTensor& tensor : group.tensors) {
+      if (!seen.insert(tensor.owner).second) continue;
+      const auto [block, layer] = block_of(tensor.name);
+      const bool is_decoder = group.name == "language_model", is_tower = group.name == "vision_tower";
+      const int place = is_decoder ? (layer >= 0 ? 0 : 1) : is_tower ? (layer >= 0 ? 3 : 4) : 2;
+      by_place[{place, -layer, block}].push_back(tensor.owner);
+    }
+  }
+  const auto unit_of = [](const std::vector<at::Tensor*>& owners, int64_t layer) {
+    auto unit = std::make_unique<Unit>();
+    unit->layer = layer;
+    for (at::Tensor* owner : owners) {
+      unit->leaves.push_back({owner, unit->length, owner->numel()});
+      unit->length += round_up(owner->numel(), kAlignment);
+    }
+    return unit;
+  };
+  for (const auto& [place, owners] : by_place)
+    units_.push_back(unit_of(owners, std::get<0>(place) == 0 ? -std::get<1>(place) : -1));
+  if (frees_blocks()) {
+    std::map<int64_t, std::vector<at::Tensor*>> rest;
+    int64_t num_layers = 0;
+    for (const NamedTensor& tensor : decoder) {
+      const int64_t layer = block_of(tensor.name).second;
+      num_layers = std::max(num_layers, layer + 1);
+      if (layer >= 0 && seen.insert(tensor.owner).second) rest[layer].push_back(tensor.owner);
+    }
+    for (const auto& [layer, owners] : rest) {
+      frozen_.push_back(unit_of(owners, layer));
+      frozen_.back()->trains = false;
+    }
+    blocks_.resize(static_cast<size_t>(num_layers));
+  }
+  for (const auto* list : {&units_, &frozen_}) {
+    for (const auto& unit : *list) {
+      if (frees_blocks() && unit->layer >= 0) {
+        unit->is_freed = true;
+        blocks_[static_cast<size_t>(unit->layer)].push_back(unit.get());
+      }
+      lay_out(*unit);
+    }
+  }
+}
+
+// Puts a unit's tensors into its flat buffer, finds this rank's part of each, and listens for their
+// gradients.
+void Sharding::lay_out(Unit& unit) {
+  unit.length = round_up(unit.length, kAlignment * world_.size());
+  unit.part = unit.length / world_.size();
+  const int64_t own_begin = world_.rank() * unit.part;
+  if (strategy_ != Strategy::kDdp) {
+    unit.weights = at::zeros({unit.length}, unit.leaves.front().owner->options().requires_grad(false));
+    for (const Leaf& leaf : unit.leaves) unit.of(unit.weights, leaf).copy_(*leaf.owner);
+    unit.own_weights = unit.weights.narrow(0, own_begin, unit.part);
+    if (unit.is_freed) unit.own_weights = unit.own_weights.clone();
+    for (const Leaf& leaf : unit.leaves) {
+      if (unit.trains) {
+        const auto [begin, count] = unit.owned_range(leaf, world_.rank());
+        const int64_t place = count > 0 ? leaf.offset + begin - own_begin : 0;
+        owned_[leaf.owner] = {begin, unit.own_weights.narrow(0, place, count)};
+      }
+      *leaf.owner = unit.of(unit.weights, leaf);
+      leaf.owner->set_requires_grad(unit.trains);
+    }
+    if (unit.is_freed) set_storage(unit.weights, false);
+  }
+  for (Leaf& leaf : unit.leaves)
+    if (unit.trains)
+      torch::autograd::impl::set_post_acc_grad_hooks(*leaf.owner, std::make_unique<Hook>(*this, unit, leaf));
+}
+
+Sharding::~Sharding() {
+  for (const auto& unit : units_)
+    for (const Leaf& leaf : unit->leaves)
+      torch::autograd::impl::set_post_acc_grad_hooks(*leaf.owner, nullptr);
+}
+
+void Sharding::begin_round(bool is_last) {
+  const at::NoGradGuard no_grad;
+  is_reducing_ = is_last || strategy_ == Strategy::kZero2 || strategy_ == Strategy::kZero3;
+  next_ = 0;
+  num_forward_ = 0;
+  for (const auto& unit : units_) {
+    unit->num_ready = 0;
+    if (!begins_step_) continue;
+    unit->own_gradient.reset();
+    if (unit->gradient.defined()) unit->gradient.zero_();
+  }
+  begins_step_ = false;
+}
+
+void Sharding::on_gradient(Unit& unit, Leaf& leaf) {
+  const at::NoGradGuard no_grad;
+  if (!unit.gradient.defined())
+    unit.gradient = at::zeros({unit.length}, leaf.owner->options().dtype(at::kFloat).requires_grad(false));
+  at::Tensor& grad = leaf.owner->mutable_grad();
+  unit.of(unit.gradient, leaf).add_(grad);
+  grad.reset();
+  ++unit.num_ready;
+  if (is_reducing_) start_ready(false);
+}
+
+void Sharding::start(Unit& unit) {
+  if (!unit.gradient.defined())
+    unit.gradient =
+        at::zeros({unit.length}, unit.leaves.front().owner->options().dtype(at::kFloat).requires_grad(false));
+  unit.sent = unit.gradient.to(reduce_dtype_);  // the gradient itself where that is float32
+  if (strategy_ == Strategy::kDdp) {
+    unit.wait = world_.sum(unit.sent);
+  } else {
+    unit.received = at::empty({unit.part}, unit.sent.options());
+    unit.wait = world_.reduce_scatter(unit.received, unit.sent);
+  }
+}
+
+void Sharding::start_ready(bool all) {
+  for (; next_ < units_.size(); ++next_) {
+    if (!all && units_[next_]->num_ready < units_[next_]->leaves.size()) return;
+    start(*units_[next_]);
+  }
+}
+
+// The blocks behind `layer` have had their backward pass, whether it touched all their tensors or not.
+void Sharding::start_layers_behind(int64_t layer) {
+  const at::NoGradGuard no_grad;
+  for (; next_ < units_.size() && units_[next_]->layer > layer; ++next_) start(*units_[next_]);
+}
+
+std::shared_ptr<void> Sharding::hold(size_t layer) {
+  // Collectives come in the same order on every rank: those of the blocks behind first.
+  const bool is_backward = num_forward_ == blocks_.size();
+  if (!is_backward)
+    ++num_forward_;
+  else if (is_reducing_)
+    start_layers_behind(static_cast<int64_t>(layer));
+  const at::NoGradGuard no_grad;
+  std::vector<Wait> waits;
+  for (Unit* unit : blocks_[layer]) {
+    if (unit->num_holders++ > 0) continue;
+    set_storage(unit->weights, true);
+    waits.push_back(world_.all_gather(unit->weights, unit->own_weights));
+  }
+  for (const Wait& wait : waits) wait();
+  return {nullptr, [this, layer](void*) {
+            for (Unit* unit : blocks_[layer])
+              if (--unit->num_holders == 0) set_storage(unit->weights, false);
+          }};
+}
+
+void Sharding::hold_all() {
+  for (size_t layer = 0; layer < blocks_.size(); ++layer) {
+    for (Unit* unit : blocks_[layer]) ++unit->num_holders;
+    for (Unit* unit : blocks_[layer]) {
+      set_storage(unit->weights, true);
+      world_.all_gather(unit->weights, unit->own_weights)();
+    }
+  }
+}
+
+void Sharding::idle_forward() {
+  for (size_t layer = 0; layer < blocks_.size(); ++layer) hold(layer);
+}
+
+void Sharding::idle_backward() {
+  for (size_t layer = blocks_.size(); layer-- > 0;) hold(layer);
+}
+
+void Sharding::end_round() {
+  if (!is_reducing_) return;
+  const at::NoGradGuard no_grad;
+  start_ready(true);
+  for (const auto& unit : units_) {
+    unit->wait();
+    if (strategy_ == Strategy::kDdp) {
+      if (!unit->sent.is_same(unit->gradient)) unit->gradient.copy_(unit->sent);
+      unit->own_gradient = unit->gradient.narrow(0, world_.rank() * unit->part, unit->part);
+    } else if (unit->own_gradient.defined()) {
+      unit->own_gradient.add_(unit->received);
+    } else {
+      unit->own_gradient = unit->received.to(at::kFloat);
+    }
+    if (strategy_ == Strategy::kZero2 || strategy_ == Strategy::kZero3) unit->gradient.reset();
+    unit->sent.reset();
+    unit->received.reset();
+    unit->wait = nullptr;
+  }
+}
+
+double Sharding::hand_gradients_to(AdamW& optimizer) {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> norms;
+  for (const auto& unit : units_) {
+    norms.push_back(at::linalg_vector_norm(unit->own_gradient, 2));
+    for (const Leaf& leaf : unit->leaves) {
+      if (is_replicated()) {
+        optimizer.set_gradient(leaf.owner, unit->of(unit->gradient, leaf));
+        continue;
+      }
+      const auto [begin, count] = unit->owned_range(leaf, world_.rank());
+      if (count > 0)
+        optimizer.set_gradient(leaf.owner, unit->own_gradient.narrow(
+                                               0, leaf.offset + begin - world_.rank() * unit->part, count));
+    }
+  }
+  begins_step_ = true;
+  return at::stack(norms).to(at::kDouble).square().sum().item<double>();
+}
+
+void Sharding::gather_weights() {
+  if (is_replicated()) return;
+  const at::NoGradGuard no_grad;
+  std::vector<Wait> waits;
+  for (const auto& unit : units_)
+    if (!unit->is_freed) waits.push_back(world_.all_gather(unit->weights, unit->own_weights));
+  for (const Wait& wait : waits) wait();
+}
+
+TensorList Sharding::gather_masters(const AdamW& optimizer) {
+  const at::NoGradGuard no_grad;
+  std::unordered_map<const at::Tensor*, at::Tensor> whole;
+  for (const auto& unit : units_) {
+    const at::Tensor own =
+        at::zeros({unit->part}, unit->leaves.front().owner->options().dtype(at::kFloat).requires_grad(false));
+    for (const Leaf& leaf : unit->leaves) {
+      const auto [begin, count] = unit->owned_range(leaf, world_.rank());
+      if (count > 0)
+        own.narrow(0, leaf.offset + begin - world_.rank() * unit->part, count)
+            .copy_(optimizer.master(leaf.owner));
+    }
+    const at::Tensor all = at::empty({unit->length}, own.options());
+    world_.all_gather(all, own)();
+    if (!world_.is_first()) continue;
+    const at::Tensor host = all.cpu();
+    for (const Leaf& leaf : unit->leaves) whole[leaf.owner] = unit->of(host, leaf);
+  }
+  TensorList list;
+  for (const ParameterGroup& group : optimizer.groups()) {
+    for (const NamedTensor& tensor : group.tensors) {
+      if (!world_.is_first()) break;
+      const at::Tensor& values = whole.at(tensor.owner);
+      list.emplace_back(tensor.name,
+                        tensor.num_rows < 0 ? values : values.narrow(0, tensor.row_begin, tensor.num_rows));
+    }
+  }
+  return list;
+}
+
+}  // namespace caldera

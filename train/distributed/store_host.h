@@ -1,0 +1,26 @@
+// The store of a run, hosted by a launcher: it outlives the ranks, and says what became of them.
+#pragma once
+#include <memory>
+#include <optional>
+#include <string>
+
+namespace caldera {
+
+class StoreHost {
+ public:
+  // Listens on the port, or on any free one (0). Throws DistributedError where it is taken.
+  explicit StoreHost(int port);
+  ~StoreHost();
+  int port() const;
+  // Why an attempt ended: the first rank's own failure, else what the watch found; none where neither was
+  // told.
+  std::optional<std::string> cause(int attempt) const;
+  // Where a rank was last: "step 12, forward and backward"; "" where it never came.
+  std::string where(int attempt, int rank) const;
+
+ private:
+  struct Store;
+  std::unique_ptr<Store> store_;
+};
+
+}  // namespace caldera

@@ -1,0 +1,80 @@
+// The watch over the ranks of a run, through the store alone: heartbeats, failures, and the verdict on who is
+// to blame.
+#pragma once
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/json.h"
+
+namespace caldera {
+
+// What the watch needs of a store: c10d's, or a test's. Calls return at once, or throw when the store is
+// gone.
+class TextStore {
+ public:
+  virtual ~TextStore() = default;
+  virtual void set(const std::string& key, const std::string& value) = 0;
+  virtual std::optional<std::string> find(const std::string& key) = 0;
+  virtual std::vector<std::string> get_all(const std::vector<std::string>& keys) = 0;  // keys that are there
+  // Sets the key where it is absent; what it holds afterwards.
+  virtual std::string set_once(const std::string& key, const std::string& value) = 0;
+};
+
+// Keys: beat/RANK {"beat", "step", "phase", "since", "waiting"}, "failure" the first rank's own error,
+// "verdict" what all say.
+class Watch {
+ public:
+  // `on_abort`: see World. Heartbeats begin at once: twice a second, and with each at().
+  Watch(int rank, int size, double timeout_s, std::unique_ptr<TextStore> store,
+        std::function<void(const std::string&)> on_abort);
+  // The last heartbeat says that this rank is done: it is missed by nobody.
+  ~Watch();
+
+  void at(int64_t step, const char* phase);
+  void set_waiting(bool waiting) { waiting_ = waiting; }
+  std::string where() const;  // "step 12, backward"
+
+  // Runs on the watching thread; called by it twice a second.
+  void look_around();
+
+ private:
+  struct Seen {
+    int64_t beat = -1, place = -1;
+    std::chrono::steady_clock::time_point beat_at, place_at;
+    Json json;
+  };
+  void run();
+  void beat(bool done);
+  void judge(int first, int last);
+  std::string everybody() const;  // where each rank is, a line each
+
+  const int rank_, size_;
+  const double timeout_s_;
+  const std::unique_ptr<TextStore> store_;
+  const std::function<void(const std::string&)> on_abort_;
+  std::atomic<int64_t> step_ = 0, place_ = 0, beats_ = 0;
+  std::atomic<const char*> phase_ = "starting";
+  std::atomic<bool> waiting_ = false;
+  std::vector<Seen> seen_;
+  bool all_here_ = false;
+  std::optional<std::chrono::steady_clock::time_point> doomed_at_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  bool stop_ = false, moved_ = false;
+  std::thread thread_;  // last: it uses all of the above
+};
+
+// For a rank that lost contact: the failure or verdict that is there or comes within two seconds, else which
+// ranks' hearts have stopped.
+std::string find_cause(TextStore& store, int rank, int size);
+
+}  // namespace caldera

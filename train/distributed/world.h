@@ -1,0 +1,87 @@
+// The processes that train together: collectives on tensors, exchange of texts, and the watch over every
+// rank.
+//
+// Tensors go through one process group of LibTorch's c10d (Gloo on CPUs, NCCL on GPUs), which only the
+// training thread uses and in the same order on every rank. Texts (paths, manifests, errors) go through the
+// TCP store, which any thread may use. A thread of its own writes a heartbeat per rank into the store, with
+// the step and the phase it is in.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "train/distributed/environment.h"
+
+namespace caldera {
+
+// Another rank failed, or no longer answers; this one is well.
+struct PeerError : DistributedError {
+  using DistributedError::DistributedError;
+};
+
+// Waits for a collective that was begun. On a GPU the current stream waits, not the caller.
+using Wait = std::function<void()>;
+
+class World {
+ public:
+  // A single process: no group, every operation is empty.
+  static World& alone();
+  // Joins the others; returns when all are there. `timeout_s`: how long a rank may be silent, or stuck in one
+  // phase, before all stop with its name; also of joining. `on_abort` is called on the watching thread when
+  // this process must end although its training thread does not come back; it must not return. Throws
+  // DistributedError.
+  World(const WorldSpec& spec, at::Device device, double timeout_s,
+        std::function<void(const std::string&)> on_abort);
+  ~World();
+  World(const World&) = delete;
+  World& operator=(const World&) = delete;
+
+  int rank() const { return spec_.rank; }
+  int size() const { return spec_.size; }
+  bool is_first() const { return spec_.rank == 0; }
+  const WorldSpec& spec() const { return spec_; }
+  // "4 ranks on 2 machines, gloo, started by torchrun".
+  std::string describe() const;
+
+  // Collectives on dense tensors of the group's device. `sum` leaves the same bits on every rank.
+  Wait sum(at::Tensor tensor);
+  // out [n] of in [size * n]: this rank's part of the sum.
+  Wait reduce_scatter(at::Tensor out, at::Tensor in);
+  // out [size * n] from each rank's in [n]; `in` may be the rank's own part of `out`.
+  Wait all_gather(at::Tensor out, at::Tensor in);
+  int64_t num_collectives() const { return num_collectives_; }
+  int64_t num_bytes() const { return num_bytes_; }  // handed to collectives by this rank
+  double take_waited_ms();                          // spent in Wait since the last call
+
+  // Every rank's text, in the order of ranks. Ranks call it in the same order per channel; a channel may be
+  // used by one thread at a time. Throws PeerError when a rank has failed meanwhile.
+  std::vector<std::string> exchange(const std::string& channel, const std::string& mine);
+  std::string from_first(const std::string& text) { return exchange("main", text).front(); }
+  void barrier() { exchange("main", ""); }
+
+  // Says where this rank is, for the watch and for messages. `is_waiting`: for other ranks.
+  void at(int64_t step, const char* phase);
+  // This rank fails with `error`: tells the others. A PeerError, or an exception from a collective, is given
+  // its cause: who failed, with what message and where. Rethrows.
+  [[noreturn]] void fail(std::exception_ptr error);
+
+ private:
+  World() = default;
+  struct Group;
+  template <class Start>
+  Wait begin(std::vector<at::Tensor> tensors, const Start& start);
+
+  WorldSpec spec_;
+  double timeout_s_ = 0;
+  std::unique_ptr<Group> group_;  // none: alone
+  int64_t num_collectives_ = 0, num_bytes_ = 0;
+  double waited_ms_ = 0;
+};
+
+}  // namespace caldera
