@@ -29,7 +29,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 // How long the others may take to end by themselves once a rank has failed; they look for the cause
 // meanwhile.
-constexpr auto kGrace = std::chrono::seconds(8);
+constexpr auto kGrace = std::chrono::seconds(6);
 
 volatile std::sig_atomic_t g_signal = 0;
 void on_signal(int signal) { g_signal = signal; }
@@ -256,8 +256,9 @@ const Rank& culprit_of(const Attempt& attempt) {
 
 std::string describe(const Rank& culprit, const Attempt& attempt, const StoreHost* store, int number) {
   const std::string where = store != nullptr ? store->where(number, culprit.rank) : "";
-  std::string text = fmt::format("rank {}", culprit.rank);
+  const auto cause = store != nullptr ? store->cause(number) : std::nullopt;
   const int status = *culprit.status;
+  std::string text = fmt::format("rank {}", culprit.rank);
   if (culprit.was_killed_by_us)
     text += " did not end when the others had to, and was killed";
   else if (WIFSIGNALED(status))
@@ -267,11 +268,12 @@ std::string describe(const Rank& culprit, const Attempt& attempt, const StoreHos
   else
     text += " failed";
   if (!where.empty()) text += fmt::format(" at {}", where);
-  const auto cause = store != nullptr ? store->cause(number) : std::nullopt;
-  if (!culprit.last_error.empty())
-    text += ": " + culprit.last_error;
-  else if (cause)
-    text += ": " + *cause;
+  if (!culprit.last_error.empty()) text += ": " + culprit.last_error;
+  // Where all that ended by themselves are victims, what they say of the culprit comes first.
+  const bool is_victim = !culprit.was_killed_by_us &&
+                         exit_code_of(culprit) == DistributedError("").exit_code() && !WIFSIGNALED(status);
+  if (cause && culprit.was_killed_by_us) text += ": " + *cause;
+  if (cause && is_victim) text = *cause;
   if (attempt.ranks().size() > 1)
     text += fmt::format(" (exit codes by rank: {})", [&] {
       std::vector<std::string> codes;

@@ -114,6 +114,13 @@ def test_any_number_of_ranks_gives_the_same_curve():
             assert (work / f"{strategy}_{n}/logs/rank-{rank}.log").exists()
 
 
+def test_adapters_too():
+    lora = ["stages.finetune.lora.lora_r=4", "stages.finetune.lora.lora_dropout=0", "stages.finetune.gradient_checkpointing=true"]
+    run([caldera, *train("lora_one", "ddp", *lora)])
+    run(launch(2) + train("lora_two", "zero3", *lora))
+    same_curve("lora_one", "lora_two")
+
+
 def test_a_killed_rank_and_restart_change_no_bit():
     # Killed within a micro-batch of rank 1; the launcher starts again from the last checkpoint. Written in the background.
     text = run(launch(2, "--max-restarts", "2") + train("killed", "zero2", async_save="true"), fault="sigkill@micro_batch:9,rank=1")

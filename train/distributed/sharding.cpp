@@ -44,6 +44,8 @@ void set_storage(const at::Tensor& tensor, bool is_there) {
 struct Sharding::Leaf {
   at::Tensor* owner;
   int64_t offset, numel;
+  at::Tensor
+      hooked;  // the tensor whose hook is ours; its owner may be gone before us (adapters that were merged)
 };
 
 // A block's tensors in one flat buffer of `length` elements, of which each rank owns `part`.
@@ -106,7 +108,7 @@ Sharding::Sharding(World& world, const DistributedConfig& config, const std::vec
     auto unit = std::make_unique<Unit>();
     unit->layer = layer;
     for (at::Tensor* owner : owners) {
-      unit->leaves.push_back({owner, unit->length, owner->numel()});
+      unit->leaves.push_back({owner, unit->length, owner->numel(), {}});
       unit->length += round_up(owner->numel(), kAlignment);
     }
     return unit;
@@ -160,15 +162,17 @@ void Sharding::lay_out(Unit& unit) {
     }
     if (unit.is_freed) set_storage(unit.weights, false);
   }
-  for (Leaf& leaf : unit.leaves)
-    if (unit.trains)
-      torch::autograd::impl::set_post_acc_grad_hooks(*leaf.owner, std::make_unique<Hook>(*this, unit, leaf));
+  for (Leaf& leaf : unit.leaves) {
+    if (!unit.trains) continue;
+    leaf.hooked = *leaf.owner;
+    torch::autograd::impl::set_post_acc_grad_hooks(leaf.hooked, std::make_unique<Hook>(*this, unit, leaf));
+  }
 }
 
 Sharding::~Sharding() {
   for (const auto& unit : units_)
     for (const Leaf& leaf : unit->leaves)
-      torch::autograd::impl::set_post_acc_grad_hooks(*leaf.owner, nullptr);
+      torch::autograd::impl::set_post_acc_grad_hooks(leaf.hooked, nullptr);
 }
 
 void Sharding::begin_round(bool is_last) {

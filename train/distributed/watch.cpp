@@ -13,7 +13,7 @@ double seconds_since(Clock::time_point start) {
 }
 
 // How long a process that is to end may take to do so by itself.
-constexpr double kGraceSeconds = 4;
+constexpr double kGraceSeconds = 3;
 
 std::vector<std::string> beat_keys(int first, int last) {
   std::vector<std::string> keys;
