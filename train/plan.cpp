@@ -1,7 +1,10 @@
 #include "train/plan.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
+#include <fstream>
 #include <set>
 
 #include "base/error.h"
@@ -16,11 +19,18 @@
 namespace caldera {
 namespace {
 
-constexpr int64_t kProgramBytes = 190 << 20;   // resident before any weight: code and libraries
+constexpr int64_t kCodeBytes = 32 << 20;       // of the products' code, made when they first run
 constexpr int64_t kLogitsBytes = 96 << 20;     // linear_cross_entropy's chunk
 constexpr int64_t kPixelCacheBytes = 1 << 30;  // the loader's
 constexpr int64_t kAttentionRows = 256;        // queries whose scores exist at once
 constexpr int64_t kThreads = 2;
+
+// What this process holds now: its code and libraries, which a training process holds as well.
+int64_t resident_bytes() {
+  int64_t pages = 0, resident = 0;
+  std::ifstream("/proc/self/statm") >> pages >> resident;
+  return resident * ::sysconf(_SC_PAGE_SIZE);
+}
 
 Json decoder_config(const fs::path& path) {
   if (fs::is_regular_file(path)) return open_gguf_decoder(path).config;
@@ -234,6 +244,7 @@ double flops_of_step(const Parts& p, const StagePlan& plan, bool recompute) {
 }  // namespace
 
 std::vector<StagePlan> plan_recipe(const Recipe& recipe, int64_t max_samples) {
+  const int64_t program_bytes = resident_bytes() + kCodeBytes;
   std::vector<StagePlan> plans;
   for (const StageConfig& stage : recipe.stages) {
     StagePlan plan;
@@ -244,7 +255,7 @@ std::vector<StagePlan> plan_recipe(const Recipe& recipe, int64_t max_samples) {
     plan.num_parameters = parts.num_parameters;
     plan.num_trainable = parts.num_trainable;
     plan.flops_per_step = flops_of_step(parts, plan, stage.gradient_checkpointing);
-    const int64_t program = kProgramBytes + picture_bytes;
+    const int64_t program = program_bytes + picture_bytes;
     plan.memory = plan_memory(parts, stage, plan, program, stage.gradient_checkpointing);
     plan.memory_recomputed = plan_memory(parts, stage, plan, program, true);
     plans.push_back(std::move(plan));

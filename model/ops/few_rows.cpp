@@ -15,6 +15,7 @@ namespace {
 using namespace simd;
 
 using Bytes = int8_t __attribute__((vector_size(16)));
+using Shorts = int16_t __attribute__((vector_size(32)));
 using Ints = int32_t __attribute__((vector_size(64)));
 CALDERA_INLINE Vec load(const int8_t* x, int64_t n = kLanes) {
   Bytes b = {};
@@ -22,7 +23,8 @@ CALDERA_INLINE Vec load(const int8_t* x, int64_t n = kLanes) {
     std::memcpy(&b, x, sizeof b);
   else
     for (int64_t i = 0; i < n; ++i) b[i] = x[i];
-  return __builtin_convertvector(__builtin_convertvector(b, Ints), Vec);
+  // Widened twice at a time: the compiler has instructions for each step, and none for several.
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, Shorts), Ints), Vec);
 }
 using simd::load;
 
@@ -71,6 +73,40 @@ CALDERA_OUTPUTS(c10::BFloat16)
 CALDERA_OUTPUTS(int8_t)
 #undef CALDERA_OUTPUTS
 
+template <class T>
+CALDERA_INLINE void restore_each(const int8_t* values, const float* scale, T* out, int64_t num_rows,
+                                 int64_t width) {
+  for (int64_t r = 0; r < num_rows; ++r, values += width, out += width) {
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const int64_t n = std::min(kLanes, width - i);
+      store(out + i, load(values + i, n) * scale[r], n);
+    }
+  }
+}
+CALDERA_SIMD void restore(const int8_t* values, const float* scale, float* out, int64_t num_rows,
+                          int64_t width) {
+  restore_each(values, scale, out, num_rows, width);
+}
+CALDERA_SIMD void restore(const int8_t* values, const float* scale, c10::BFloat16* out, int64_t num_rows,
+                          int64_t width) {
+  restore_each(values, scale, out, num_rows, width);
+}
+
+// The weight in float32 or bfloat16 again.
+at::Tensor restored(const Int8Weight& weight, at::ScalarType dtype) {
+  const int64_t O = weight.values_OI.size(0), I = weight.values_OI.size(1);
+  const at::Tensor out = at::empty({O, I}, dtype);
+  const int8_t* values = weight.values_OI.const_data_ptr<int8_t>();
+  const float* scale = weight.scale_O.const_data_ptr<float>();
+  with_cpu_type(out, [&]<class T>(T*) {
+    T* data = out.mutable_data_ptr<T>();
+    at::parallel_for(0, O, row_grain(I), [&](int64_t begin, int64_t end) {
+      restore(values + begin * I, scale + begin, data + begin * I, end - begin, I);
+    });
+  });
+  return out;
+}
+
 template <class W>
 at::Tensor run(const at::Tensor& x_NI, const at::Tensor& weight_OI, const at::Tensor& scale_O,
                const at::Tensor& bias_O) {
@@ -113,9 +149,7 @@ Int8Weight quantize_int8(const at::Tensor& weight_OI) {
 at::Tensor affine_int8(const at::Tensor& x_NI, const Int8Weight& weight, const at::Tensor& bias_O) {
   CALDERA_ASSERT(!wants_grad(x_NI) && x_NI.dim() == 2 && x_NI.size(1) == weight.values_OI.size(1));
   if (x_NI.size(0) <= 4) return run<int8_t>(x_NI, weight.values_OI, weight.scale_O, bias_O);
-  const at::Tensor whole =
-      (weight.values_OI.to(at::kFloat) * weight.scale_O.unsqueeze(1)).to(x_NI.scalar_type());
-  return affine(x_NI, whole, bias_O);
+  return affine(x_NI, restored(weight, x_NI.scalar_type()), bias_O);
 }
 
 }  // namespace caldera
