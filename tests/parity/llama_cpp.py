@@ -23,24 +23,39 @@ import subprocess
 import sys
 import tempfile
 
+import numpy as np
+from PIL import Image
+
+import random_llava
+
 NUM_TOKENS = 32
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+# Random models are chaotic: the first token that is not computed alike is in the text. In float32 throughout.
+RANDOM = {"plain": {}, "llama3": {"rope_scaling": LLAMA3}, "yarn": {"rope_scaling": YARN},
+          "yarn_magnitude": {"rope_scaling": {**YARN, "attention_factor": 1.4, "beta_fast": 20}},
+          "linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+          "biases_tied": {"attention_bias": True, "mlp_bias": True, "tied": True}}
+FLOAT32 = ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 
 
 def run(*command):
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, errors="replace",
+                          stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stderr}"
     return done.stdout
 
 
-def export(caldera, model, folder):
-    """The weights that both are given, rounded to float16 once: as Caldera's folder and as llama.cpp's arguments."""
-    run(caldera, "export", "--model", model, "--format", "hf", "--dtype", "f16", "--template", "v1", "--out",
+def export(caldera, model, folder, dtype="f16"):
+    """The weights that both are given, rounded once: as Caldera's folder and as llama.cpp's arguments."""
+    run(caldera, "export", "--model", model, "--format", "hf", "--dtype", dtype, "--template", "v1", "--out",
         folder / "hf")
-    run(caldera, "export", "--model", folder / "hf", "--format", "gguf", "--dtype", "f16", "--out", folder / "gguf")
-    decoder = ["-m", folder / "gguf/model-f16.gguf", "-t", 1, "--temp", 0, "-n", NUM_TOKENS]
-    return folder / "hf", decoder, ["--mmproj", folder / "gguf/mmproj-f16.gguf", "--jinja"]
+    run(caldera, "export", "--model", folder / "hf", "--format", "gguf", "--dtype", dtype, "--out", folder / "gguf")
+    decoder = ["-m", folder / f"gguf/model-{dtype}.gguf", "-t", 1, "--temp", 0, "-n", NUM_TOKENS]
+    return folder / "hf", decoder, ["--mmproj", folder / f"gguf/mmproj-{dtype}.gguf", "--jinja"]
 
 
 def generate(caldera, model, questions, images, work):
@@ -57,6 +72,33 @@ def generate(caldera, model, questions, images, work):
 def answer(*command):
     # llama.cpp's tools write from a thread of their own, and now and then end before it has written all: the longest of three.
     return max((run(*command).replace("[end of text]", "").strip() for _ in range(3)), key=len)
+
+
+def random_models(caldera, mtmd, completion, work):
+    """Random decoders with every rope scaling, and a SigLIP tower before each. Left out of the comparison is what the
+    two print differently: broken UTF-8, NUL, control tokens."""
+    size = random_llava.TOWER["image_size"]
+    pixels = np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(work / "random.png")
+
+    def readable(text):
+        for odd in ("\N{REPLACEMENT CHARACTER}", "\0", "<s>", "<unk>"):
+            text = text.replace(odd, "")
+        return text.strip()
+
+    results = {"random decoders": [], "random SigLIP towers": []}
+    for name, text in RANDOM.items():
+        random_llava.make(work / f"{name}_source", "siglip", **text)
+        folder, decoder, tower = export(caldera, work / f"{name}_source", work / name, "f32")
+        for question in ("What is it?", "Where is the red star"):
+            for kind, image, their in (
+                    ("random decoders", "", answer(completion, *decoder, *FLOAT32, "-no-cnv", "--no-display-prompt", "--simple-io",
+                                                   "-p", f"{SYSTEM} USER: {question} ASSISTANT:")),
+                    ("random SigLIP towers", "random.png", answer(mtmd, *decoder, *tower, *FLOAT32, "--image", work / "random.png",
+                                                                  "-p", "\n" + question))):
+                our, = generate(caldera, folder, [(image, question)], work, work)
+                results[kind].append(((name, question), readable(our), readable(their)))
+    return results
 
 
 def main() -> None:
@@ -95,6 +137,7 @@ def main() -> None:
                   for image, prompt in questions]
         results["captions"] = list(zip(questions, ours, theirs))
 
+    results |= random_models(args.caldera, mtmd, completion, work)
     for kind, rows in results.items():
         for question, our, their in rows:
             if our != their:
