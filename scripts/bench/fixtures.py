@@ -102,7 +102,7 @@ def make_batch(work, mix, template):
     return {"records": records, "rows": [best[i][2] for i in range(len(lengths))], "file": file}
 
 
-def recipe(work, mix, template, stage, dtype, output, **changes):
+def recipe(work, mix, template, stage, dtype, output, device="cpu", **changes):
     """A recipe whose every step is the same batch: one stage, its learning rate constant."""
     trainable = ["projector"] if stage == 1 else ["projector", "language_model"]
     data = {"data_path": str(work / f"{mix}_{template}.json"), "image_folder": str(work / "images"), "conversation_template": template,
@@ -113,7 +113,7 @@ def recipe(work, mix, template, stage, dtype, output, **changes):
                "stages": [{"name": f"stage{stage}", "trainable": trainable, "data": data, "optimizer": optimizer,
                            "global_batch_size": len(MIXES[mix][0]), "max_tokens_per_micro_batch": 4096, "max_steps": 100000, "dtype": dtype,
                            "save_steps": 0, **changes}],
-               "output": str(output), "device": "cpu", "seed": 0}
+               "output": str(output), "device": device, "seed": 0}
     path = work / f"recipe_{mix}_{template}_{stage}_{dtype}.yaml"
     path.write_text(json.dumps(content))  # JSON is YAML
     return path

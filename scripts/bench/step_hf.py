@@ -20,13 +20,14 @@ parser.add_argument("template")
 parser.add_argument("--stage", type=int)
 parser.add_argument("--dtype")
 parser.add_argument("--threads", type=int, default=2)
+parser.add_argument("--device", default="cpu")
 for flag in ("--packed", "--compile", "--checkpointing"):
     parser.add_argument(flag, action="store_true")
 args = parser.parse_args()
 torch.set_num_threads(args.threads)
 
 dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
-model = LlavaForConditionalGeneration.from_pretrained(args.work / "model", dtype=dtype, attn_implementation="sdpa").train()
+model = LlavaForConditionalGeneration.from_pretrained(args.work / "model", dtype=dtype, attn_implementation="sdpa").to(args.device).train()
 model.config.use_cache = model.config.text_config.use_cache = False
 if args.checkpointing:
     model.gradient_checkpointing_enable()
@@ -52,11 +53,12 @@ else:
     inputs = {"input_ids": pad([ids for ids, _ in rows], 0), "labels": pad([labels for _, labels in rows], -100),
               "attention_mask": pad([torch.ones_like(ids) for ids, _ in rows], 0)}
 inputs["pixel_values"] = pixels.to(dtype)
+inputs = {name: value.to(args.device) for name, value in inputs.items()}
 forward = torch.compile(model) if args.compile else model
 
 
 def step():
-    with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "autocast"):
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "autocast"):
         loss = forward(**inputs).loss
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -66,6 +68,8 @@ def step():
 
 
 def peak_mib():
+    if args.device == "cuda":
+        return torch.cuda.max_memory_reserved() >> 20
     return next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Training steps of both stages: Caldera (its own trainer, through the binary) against transformers, padded and at its best.
 
-  train.py [--short] [--rounds N] [--threads N] [--prefix "nice -n -15 taskset -c 1"] [--only TEXT] [--json FILE]"""
+  train.py [--short] [--rounds N] [--threads N] [--device cpu|cuda] [--prefix "nice -n -15 taskset -c 1"] [--only TEXT] [--json FILE]"""
 import argparse, json, pathlib, shlex, sys, tempfile
 
 import fixtures, pair
@@ -33,12 +33,14 @@ def run(work, case, args):
     env = {"OMP_NUM_THREADS": str(args.threads)}
     contenders = []
     for name, flags in settings:
-        command = [sys.executable, HERE / "step_hf.py", work, mix, template, "--stage", stage, "--dtype", dtype, "--threads", args.threads, *flags]
+        command = [sys.executable, HERE / "step_hf.py", work, mix, template, "--stage", stage, "--dtype", dtype, "--threads", args.threads,
+                   "--device", args.device, *flags]
         contenders.append(pair.Contender("transformers " + name, command, {**env, **pair.TUNED_MALLOC}, prefix))
     if dtype == "bfloat16":  # what Caldera's bfloat16 amounts to: float32 masters, gradients' sums and moments
-        command = [sys.executable, HERE / "step_hf.py", work, mix, template, "--stage", stage, "--dtype", "autocast", "--threads", args.threads]
+        command = [sys.executable, HERE / "step_hf.py", work, mix, template, "--stage", stage, "--dtype", "autocast", "--threads", args.threads,
+                   "--device", args.device]
         contenders.append(pair.Contender("transformers padded, autocast", command, {**env, **pair.TUNED_MALLOC}, prefix))
-    recipe = fixtures.recipe(work, mix, template, stage, dtype, work / "run")
+    recipe = fixtures.recipe(work, mix, template, stage, dtype, work / "run", args.device)
     contenders.append(pair.Contender("Caldera", [fixtures.CALDERA, "bench", "train", recipe, "--resume", "never"], env, prefix))
     rows = pair.race(contenders, args.rounds)
     # The same samples and mathematics: losses and gradient norms of the first two steps beside each other.
@@ -59,6 +61,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefix", default="")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", default="", help="cases whose 'mix stage dtype' holds this")
     parser.add_argument("--work", type=pathlib.Path)
     parser.add_argument("--json", type=pathlib.Path)

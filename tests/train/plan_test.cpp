@@ -1,0 +1,114 @@
+// What a plan counts, held against the run itself; and the profile of a run.
+#include "train/plan.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+#include "base/files.h"
+#include "base/json.h"
+#include "tests/eval/tiny_model.h"
+#include "train/profile.h"
+#include "train/run.h"
+
+namespace caldera {
+namespace {
+
+struct Counter : TrainingObserver {
+  void on_stage(const StageStart& stage) override { start = stage; }
+  void on_step(const StepMetrics& step) override {
+    num_tokens += step.num_tokens;
+    num_supervised += step.num_supervised;
+    num_images += step.num_images;
+  }
+  StageStart start;
+  int64_t num_tokens = 0, num_supervised = 0, num_images = 0;
+};
+
+class PlanTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    write_tiny_parts(folder_.path() / "parts");
+    write_tiny_data(folder_.path());
+    recipe_.model.vision_tower = (folder_.path() / "parts" / "vision").string();
+    recipe_.model.language_model = (folder_.path() / "parts" / "language").string();
+    recipe_.output = (folder_.path() / "run").string();
+    recipe_.device = "cpu";
+    StageConfig stage;
+    stage.name = "finetune";
+    stage.trainable = {"projector", "language_model"};
+    stage.data.data_path = (folder_.path() / "test.json").string();
+    stage.data.image_folder = (folder_.path() / "images").string();
+    stage.data.conversation_template = "v1";
+    stage.data.model_max_length = 400;
+    stage.global_batch_size = 4;
+    recipe_.stages = {stage};
+  }
+
+  TemporaryFolder folder_;
+  Recipe recipe_;
+};
+
+TEST_F(PlanTest, CountsWhatOneEpochTakes) {
+  const StagePlan plan = plan_recipe(recipe_).front();
+  Counter counter;
+  run_recipe(recipe_, {}, counter, [] { return 0; });
+  EXPECT_EQ(plan.num_steps, counter.start.num_steps);
+  EXPECT_EQ(plan.num_samples, counter.start.num_samples);
+  EXPECT_EQ(plan.num_parameters, counter.start.num_parameters);
+  EXPECT_EQ(plan.num_trainable, counter.start.num_trainable);
+  EXPECT_EQ(plan.num_tokens, counter.num_tokens);
+  EXPECT_EQ(plan.num_supervised, counter.num_supervised);
+  EXPECT_EQ(plan.num_images, counter.num_images);
+}
+
+TEST_F(PlanTest, WeightsMastersAndStatesFollowTheDtype) {
+  const StagePlan wide = plan_recipe(recipe_).front();
+  recipe_.stages[0].dtype = "bfloat16";
+  const StagePlan narrow = plan_recipe(recipe_).front();
+  EXPECT_EQ(wide.memory.masters, 0);
+  EXPECT_EQ(narrow.memory.masters, 4 * narrow.num_trainable);
+  EXPECT_EQ(wide.memory.states, 8 * wide.num_trainable);
+  EXPECT_EQ(2 * narrow.memory.weights, wide.memory.weights);
+}
+
+TEST_F(PlanTest, RecomputingKeepsLess) {
+  const StagePlan plan = plan_recipe(recipe_).front();
+  EXPECT_LT(plan.memory_recomputed.activations, plan.memory.activations);
+  recipe_.stages[0].gradient_checkpointing = true;
+  const StagePlan recomputing = plan_recipe(recipe_).front();
+  EXPECT_EQ(recomputing.memory.total() - recomputing.memory.program,
+            plan.memory_recomputed.total() - plan.memory_recomputed.program);
+  EXPECT_GT(recomputing.flops_per_step, plan.flops_per_step);
+}
+
+TEST_F(PlanTest, LowRankAdaptersNeedNoStatesForTheWeights) {
+  const StagePlan whole = plan_recipe(recipe_).front();
+  recipe_.stages[0].lora.emplace().lora_r = 4;
+  const StagePlan lora = plan_recipe(recipe_).front();
+  EXPECT_LT(lora.memory.states, whole.memory.states);
+  EXPECT_GT(lora.num_parameters, whole.num_parameters);
+}
+
+TEST_F(PlanTest, AProfileNamesTheOperationsAndWritesATrace) {
+  const fs::path trace = folder_.path() / "trace.json";
+  Counter counter;
+  Profiler profiler;
+  run_recipe(recipe_, {}, counter, [] { return 0; });
+  const Profile profile = profiler.stop(trace);
+  const auto row =
+      std::find_if(profile.operations.begin(), profile.operations.end(),
+                   [](const ProfileRow& each) { return each.name == "caldera::matrix_product"; });
+  ASSERT_NE(row, profile.operations.end());
+  EXPECT_GT(row->count, 0);
+  EXPECT_LE(row->self_ms, row->total_ms);
+  double all_ms = 0;
+  for (const ProfileRow& each : profile.operations) all_ms += each.self_ms;
+  EXPECT_GT(all_ms, 0);
+  EXPECT_THAT(profile_table(profile, counter.start.num_steps), testing::HasSubstr("self ms/step"));
+  EXPECT_TRUE(read_json(trace).contains("traceEvents"));
+}
+
+}  // namespace
+}  // namespace caldera
