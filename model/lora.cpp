@@ -148,6 +148,7 @@ void Linear::merge() {
     rows.copy_(rows.to(at::kFloat) +
                at::mm(adapter.b_OR.to(at::kFloat), adapter.a_RI.to(at::kFloat)) * scaling_);
   }
+  merged_ = std::move(adapters_);  // their addresses stay good: an optimizer may still list them
   adapters_.clear();
 }
 

@@ -67,6 +67,7 @@ class Linear {
 
   std::vector<Module> modules_;
   std::vector<Adapter> adapters_;  // empty, or one a module
+  std::vector<Adapter> merged_;    // what merge() took out
   double scaling_ = 0, dropout_ = 0;
   at::Tensor weight_OI_, bias_O_;
   std::optional<Int8Weight> int8_;
