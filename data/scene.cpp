@@ -94,8 +94,8 @@ std::array<double, 3> background_colour(Rng& rng) {
   return {grey + between(rng, -14, 14), grey + between(rng, -14, 14), grey + between(rng, -14, 14)};
 }
 
-// Plain, a gradient in any direction, or noise; always darker than the shapes, so that a small tower can tell figure from
-// ground without having to learn both polarities of every outline.
+// Plain, a gradient in any direction, or noise; always darker than the shapes, so that a small tower can tell
+// figure from ground without having to learn both polarities of every outline.
 cv::Mat draw_background(Rng& rng, int size_px) {
   const std::array<double, 3> from = background_colour(rng), to = background_colour(rng);
   const uint64_t kind = rng.below(3);

@@ -55,5 +55,8 @@ std::string long_caption(const Scene& scene, Rng& rng);
 // yes." Four of seven sections, entries in any order. Each value is to be looked up by the words right before
 // it, which is how a small decoder learns to look things up in a picture at all.
 std::string inventory(const Scene& scene, Rng& rng);
+// The section on places alone, with all that can be placed: by name, by shape and by colour. Where a thing
+// is, is what a decoder learns last.
+std::string place_list(const Scene& scene, Rng& rng);
 
 }  // namespace caldera

@@ -47,20 +47,27 @@ std::string section(const std::string& heading, std::vector<Fact> facts, Rng& rn
   return fmt::format("{}: {}.", heading, fmt::join(entries, ", "));
 }
 
-std::string places_by_name(const Scene& scene, Rng& rng) {
+std::vector<Fact> places_of_names(const Scene& scene) {
   std::vector<Fact> facts;
   for (const SceneObject& object : scene.objects) facts.push_back({name(object), place_name(object.place)});
-  return section("Places", facts, rng);
+  return facts;
 }
 
-std::string places_by_kind(const Scene& scene, Rng& rng) {
+std::vector<Fact> places_of_kinds(const Scene& scene) {
   std::vector<Fact> facts;
   for (const SceneObject& object : scene.objects) {
     const std::string place = place_name(object.place);
     if (count_shape(scene, object.shape) == 1) facts.push_back({shape_name(object.shape), place});
     if (count_colour(scene, object.colour) == 1) facts.push_back({colour_name(object.colour), place});
   }
-  return section("Places", facts, rng);
+  return facts;
+}
+
+std::string places_by_name(const Scene& scene, Rng& rng) {
+  return section("Places", places_of_names(scene), rng);
+}
+std::string places_by_kind(const Scene& scene, Rng& rng) {
+  return section("Places", places_of_kinds(scene), rng);
 }
 
 std::string things_by_place(const Scene& scene, Rng& rng) {
@@ -195,6 +202,13 @@ std::string inventory(const Scene& scene, Rng& rng) {
     if (sections.size() == 4) break;
   }
   return fmt::format("{}", fmt::join(sections, " "));
+}
+
+std::string place_list(const Scene& scene, Rng& rng) {
+  std::vector<Fact> facts = places_of_names(scene);
+  const std::vector<Fact> of_kinds = places_of_kinds(scene);
+  facts.insert(facts.end(), of_kinds.begin(), of_kinds.end());
+  return section("Places", facts, rng);
 }
 
 }  // namespace caldera

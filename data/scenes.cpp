@@ -111,10 +111,9 @@ Json questions_record(const Picture& picture, Rng rng) {
   return record(picture.id, picture, std::move(turns));
 }
 
-Json inventory_record(const Picture& picture, Rng rng) {
+Json inventory_record(const Picture& picture, const std::string& text) {
   return record(picture.id + "-inventory", picture,
-                {turn("human", with_image("Make an inventory of the image.")),
-                 turn("gpt", inventory(picture.scene, rng))});
+                {turn("human", with_image("Make an inventory of the image.")), turn("gpt", text)});
 }
 
 // LLaVA's caps_boxes form: five captions and, of each object, what it is and where (x1, y1, x2, y2 from 0 to
@@ -158,7 +157,7 @@ void fill(const fs::path& folder, const ScenesOptions& options) {
   const auto size_px = static_cast<int>(options.image_size_px);
   fs::create_directory(folder / "images");
   RecordFile pretrain(folder / "pretrain.json"), finetune(folder / "finetune.json"),
-      base_captions(folder / "base_captions.json");
+      base_captions(folder / "base_captions.json"), base_places(folder / "base_places.json");
   RecordFile test(folder / "test.json"), captions_test(folder / "captions_test.json"),
       boxes(folder / "boxes.json");
   for (uint64_t i = 0; i < static_cast<uint64_t>(options.num_train); ++i) {
@@ -167,7 +166,10 @@ void fill(const fs::path& folder, const ScenesOptions& options) {
     const Json caption = caption_record(picture, Rng(seed, Stream::kPretrain, i));
     pretrain.add(caption);
     base_captions.add(caption);
-    base_captions.add(inventory_record(picture, Rng(seed, Stream::kInventory, i)));
+    Rng rng(seed, Stream::kInventory, i);
+    base_captions.add(inventory_record(picture, inventory(picture.scene, rng)));
+    if (picture.scene.objects.size() > 1)
+      base_places.add(inventory_record(picture, place_list(picture.scene, rng)));
     finetune.add(questions_record(picture, Rng(seed, Stream::kFinetune, i)));
     boxes.add(boxes_record(picture, Rng(seed, Stream::kBoxes, 0, i)));
   }
@@ -178,7 +180,7 @@ void fill(const fs::path& folder, const ScenesOptions& options) {
     captions_test.add(caption_record(picture, Rng(seed, Stream::kCaptionTest, i)));
     boxes.add(boxes_record(picture, Rng(seed, Stream::kBoxes, 1, i)));
   }
-  for (RecordFile* file : {&pretrain, &finetune, &base_captions, &test, &captions_test, &boxes})
+  for (RecordFile* file : {&pretrain, &finetune, &base_captions, &base_places, &test, &captions_test, &boxes})
     file->commit();
 }
 

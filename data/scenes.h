@@ -17,6 +17,7 @@ struct ScenesOptions {
 // - finetune.json: 8 to 12 questions a picture, in one conversation;
 // - base_captions.json: short captions and inventories, from which the small base models learn to see and
 // speak;
+// - base_places.json: the same on places alone, of pictures with two or more shapes;
 // - test.json: one question a record, two a picture, "type" in {colour, shape, count, position, yes_no}
 // evenly,
 //   "held_out": true where the picture shows a combination of colour and shape that never met in training;

@@ -15,7 +15,7 @@ case "$what" in
 esac
 scripts/setup.sh
 if [ "$what" = scenes ]; then
-  [ -e data-cache/scenes/test.json ] || build/caldera data make-scenes --out data-cache/scenes --num-train 8000 --num-test 500
+  [ -e data-cache/scenes/test.json ] || build/caldera data make-scenes --out data-cache/scenes --num-train 16000 --num-test 500
 else
   scripts/stamps/fetch.sh data-cache/stamps
 fi

@@ -137,7 +137,7 @@ TEST_F(Scenes, TheSameSeedGivesTheSameBytes) {
   make_scenes(other.path() / "a", {.num_train = 20, .num_test = 10, .seed = 5});
   make_scenes(other.path() / "b", {.num_train = 20, .num_test = 10, .seed = 5});
   make_scenes(other.path() / "c", {.num_train = 20, .num_test = 10, .seed = 6});
-  EXPECT_EQ(files(other.path() / "a").size(), 36u);
+  EXPECT_EQ(files(other.path() / "a").size(), 37u);
   EXPECT_TRUE(files(other.path() / "a") == files(other.path() / "b"));
   EXPECT_FALSE(files(other.path() / "a") == files(other.path() / "c"));
   // A picture depends on the seed and its number alone.
@@ -152,7 +152,7 @@ TEST_F(Scenes, HeldOutCombinationsNeverMeetInTraining) {
     });
     EXPECT_FALSE(shows && image.starts_with("train")) << image;
   }
-  for (const char* name : {"pretrain.json", "finetune.json", "base_captions.json"}) {
+  for (const char* name : {"pretrain.json", "finetune.json", "base_captions.json", "base_places.json"}) {
     const std::string text = read_file(path(name));
     for (const std::string& pair : kHeldOut)
       EXPECT_EQ(text.find(pair), std::string::npos) << name << ": " << pair;
@@ -241,7 +241,10 @@ TEST_F(Scenes, RemarksOfCaptionsCountRight) {
 
 TEST_F(Scenes, InventoriesAreTrue) {
   std::map<std::string, int64_t> num_facts;  // by section
-  for (const Record& record : read_records(path("base_captions.json"))) {
+  std::vector<Record> records = read_records(path("base_captions.json"));
+  const std::vector<Record> on_places = read_records(path("base_places.json"));
+  records.insert(records.end(), on_places.begin(), on_places.end());
+  for (const Record& record : records) {
     if (!record.id.ends_with("-inventory")) continue;
     const Shapes& shapes = shapes_.at(record.images[0]);
     const auto is_so = [&](const std::function<bool(const Shape&)>& holds) {
