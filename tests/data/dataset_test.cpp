@@ -58,8 +58,8 @@ TEST(Dataset, ErrorsNameTheRecordAndTheFile) {
         [&] { make_sample(fake_record("r5", "<image>", "a", {image}), kPictures, fake_format()); });
   };
   EXPECT_THAT(message("missing.png"), AllOf(HasSubstr("record \"r5\""), HasSubstr("missing.png")));
-  EXPECT_THAT(message("image.gif"),
-              AllOf(HasSubstr("record \"r5\""), HasSubstr("image.gif"), HasSubstr("GIF")));
+  EXPECT_THAT(message("resize.bin"),
+              AllOf(HasSubstr("record \"r5\""), HasSubstr("resize.bin"), HasSubstr("not a picture")));
   EXPECT_THAT(message("../../x.png"), AllOf(HasSubstr("record \"r5\""), HasSubstr("\"..\"")));
   EXPECT_THAT(
       error_of<DataError>([] { make_sample(fake_record("r6", "<image>", "a"), kPictures, fake_format()); }),
