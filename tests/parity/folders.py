@@ -20,7 +20,7 @@ CLIP = CLIPVisionConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=
                         projection_dim=40)
 SIGLIP = SiglipVisionConfig(hidden_size=44, intermediate_size=76, num_hidden_layers=3, num_attention_heads=2, image_size=45, patch_size=11)
 TEXT = LlamaConfig(hidden_size=60, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
-                   vocab_size=540, max_position_embeddings=512, tie_word_embeddings=False)
+                   vocab_size=700, max_position_embeddings=512, tie_word_embeddings=False)
 worst = {}
 
 

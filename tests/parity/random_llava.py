@@ -8,7 +8,7 @@ from transformers import (CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, Lla
                           LlavaForConditionalGeneration, SiglipImageProcessor, SiglipVisionConfig)
 
 TOKENIZER = pathlib.Path(__file__).resolve().parents[2] / "checkpoints/scenes/language_model"
-IMAGE_TOKEN, VOCABULARY = 512, 513  # the tokenizer's 512 pieces and <image>: generation gives no id without a token
+IMAGE_TOKEN, VOCABULARY = 640, 641  # the tokenizer's 640 pieces and <image>: generation gives no id without a token
 TOWER = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, image_size=44, patch_size=11)
 
 

@@ -25,7 +25,7 @@ def make_parts(work):
                               patch_size=14, projection_dim=48)
     CLIPVisionModel(vision).save_pretrained(work / "tower")
     text = LlamaConfig(hidden_size=96, intermediate_size=176, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
-                       vocab_size=512, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=False)
+                       vocab_size=640, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=False)
     LlamaForCausalLM(text).save_pretrained(work / "decoder")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (work / "decoder" / name).write_bytes((tokenizer / name).read_bytes())
@@ -153,7 +153,7 @@ with tempfile.TemporaryDirectory(prefix="caldera_parity_") as name:
     finetune = lambda lr: stage(work, "finetune", "dialogues", "v1", ["projector", "language_model"], lr)
     train(work, work / "start", [dict(pretrain(1e-12), max_steps=1)])  # its first step has learning rate 0
     train(work, work / "run", [pretrain(5e-3), finetune(2e-3)])
-    vocab = 512
+    vocab = 640
 
     start = load(work / "start/pretrain/final")
     rows = batches(work, work / "start", "captions", "plain")
