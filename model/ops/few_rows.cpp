@@ -14,20 +14,6 @@ namespace {
 
 using namespace simd;
 
-using Bytes = int8_t __attribute__((vector_size(16)));
-using Shorts = int16_t __attribute__((vector_size(32)));
-using Ints = int32_t __attribute__((vector_size(64)));
-CALDERA_INLINE Vec load(const int8_t* x, int64_t n = kLanes) {
-  Bytes b = {};
-  if (n == kLanes)
-    std::memcpy(&b, x, sizeof b);
-  else
-    for (int64_t i = 0; i < n; ++i) b[i] = x[i];
-  // Widened twice at a time: the compiler has instructions for each step, and none for several.
-  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, Shorts), Ints), Vec);
-}
-using simd::load;
-
 // Four outputs share the loads of x; each has sums of its own, so that products do not wait for each other.
 template <class W>
 CALDERA_INLINE void outputs_each(const float* x, const W* weight, const float* scale, const float* bias,

@@ -23,6 +23,9 @@ inline constexpr int64_t kLanes = 16;
 using Vec = float __attribute__((vector_size(64)));
 using Bits = uint32_t __attribute__((vector_size(64)));
 using HalfBits = uint16_t __attribute__((vector_size(32)));
+using Bytes = int8_t __attribute__((vector_size(16)));
+using Shorts = int16_t __attribute__((vector_size(32)));
+using Ints = int32_t __attribute__((vector_size(64)));
 
 CALDERA_INLINE Vec splat(float x) { return x - Vec{}; }
 
@@ -48,6 +51,15 @@ CALDERA_INLINE Vec load(const c10::BFloat16* x, int64_t n = kLanes) {
   else
     for (int64_t i = 0; i < n; ++i) h[i] = x[i].x;
   return reinterpret_cast<Vec>(__builtin_convertvector(h, Bits) << 16);
+}
+CALDERA_INLINE Vec load(const int8_t* x, int64_t n = kLanes) {
+  Bytes b = {};
+  if (n == kLanes)
+    std::memcpy(&b, x, sizeof b);
+  else
+    for (int64_t i = 0; i < n; ++i) b[i] = x[i];
+  // Widened twice at a time: the compiler has instructions for each step, and none for several.
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, Shorts), Ints), Vec);
 }
 // Rounds to nearest even; NaN stays NaN.
 CALDERA_INLINE void store(c10::BFloat16* x, const Vec& v, int64_t n = kLanes) {

@@ -1,17 +1,15 @@
 // A tokenizer of one token a byte and a template of one word, so that tests of data need neither vocabulary
 // nor prompt.
 #pragma once
-#include <unistd.h>
-
 #include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "base/error.h"
-#include "base/files.h"
 #include "base/strings.h"
 #include "data/dataset.h"
+#include "tests/support.h"
 
 namespace caldera {
 
@@ -77,36 +75,6 @@ inline SampleFormat fake_format(int64_t image_size = 8, int64_t num_image_tokens
 inline Record fake_record(const std::string& id, const std::string& question, const std::string& answer,
                           std::vector<std::string> images = {}) {
   return {id, std::move(images), {{true, question}, {false, answer}}, ""};
-}
-
-// A folder of its own, removed at the end.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string name = (fs::temp_directory_path() / "caldera-test-XXXXXX").string();
-    if (!::mkdtemp(name.data())) throw Error("mkdtemp");
-    path_ = name;
-  }
-  ~TemporaryFolder() { fs::remove_all(path_); }
-  const fs::path& path() const { return path_; }
-  fs::path write(const std::string& name, std::string_view bytes) const {
-    write_file_atomic(path_ / name, bytes);
-    return path_ / name;
-  }
-
- private:
-  fs::path path_;
-};
-
-// The message of the error that this throws; "" if none.
-template <class ErrorType, class Function>
-std::string error_of(Function function) {
-  try {
-    function();
-  } catch (const ErrorType& error) {
-    return error.what();
-  }
-  return "";
 }
 
 }  // namespace caldera

@@ -117,7 +117,7 @@ TEST(Image, EveryTruncationOfAJpegOrPngIsAnError) {
   for (const char* name :
        {"rgb.jpg", "progressive.jpg", "rotated.jpg", "palette.png", "rgb16.png", "lossy.webp", "rgb.bmp"}) {
     const std::string bytes = read_file(kGoldens / name);
-    ASSERT_EQ(decode_error(bytes), "") << name;
+    ASSERT_EQ(decode_error(bytes), "accepted") << name;
     for (size_t size = 0; size < bytes.size(); ++size) {
       ASSERT_THAT(decode_error(std::string_view(bytes).substr(0, size)), HasSubstr("pic: "))
           << name << " cut at " << size;
@@ -141,9 +141,9 @@ TEST(Image, AGifCountsUpToItsFirstFrame) {
     ASSERT_THAT(decode_error(std::string_view(gif).substr(0, size)), HasSubstr("pic: ")) << "cut at " << size;
   EXPECT_THAT(decode_error(std::string_view(gif).substr(0, gif.size() / 2)), HasSubstr("truncated"));
   EXPECT_EQ(decode_error(std::string_view(gif).substr(0, gif.size() - 1)),
-            "");  // nothing but the trailer is missing
+            "accepted");  // nothing but the trailer is missing
   const std::string animated = read_file(kGoldens / "animated.gif");
-  EXPECT_EQ(decode_error(std::string_view(animated).substr(0, animated.size() * 9 / 10)), "");
+  EXPECT_EQ(decode_error(std::string_view(animated).substr(0, animated.size() * 9 / 10)), "accepted");
 
   std::string changed = gif;
   changed[13 + 3 * 16 + 10] = 9;  // bits of a pixel

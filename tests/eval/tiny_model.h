@@ -1,8 +1,6 @@
 // A model small enough for tests: a CLIP tower of 32-pixel pictures (4 tokens each) and a two-layer LLaMA
 // over bytes, with fresh weights, written as an HF folder.
 #pragma once
-#include <unistd.h>
-
 #include <filesystem>
 #include <opencv2/imgcodecs.hpp>
 #include <string>
@@ -11,26 +9,9 @@
 #include "base/json.h"
 #include "data/tokenizer.h"
 #include "model/weights/load.h"
+#include "tests/support.h"
 
 namespace caldera {
-
-// A folder that lives as long as the test.
-class TemporaryFolder {
- public:
-  TemporaryFolder()
-      : path_(fs::temp_directory_path() / fmt::format("caldera-test-{}-{}", ::getpid(), ++count())) {
-    fs::create_directories(path_);
-  }
-  ~TemporaryFolder() { fs::remove_all(path_); }
-  const fs::path& path() const { return path_; }
-
- private:
-  static int& count() {
-    static int number = 0;
-    return number;
-  }
-  fs::path path_;
-};
 
 // GPT-2's alphabet: the character that stands for each byte in a byte-level vocabulary.
 inline std::string byte_character(int byte) {

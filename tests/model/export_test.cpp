@@ -9,21 +9,12 @@
 #include "base/error.h"
 #include "base/log.h"
 #include "model/weights/load.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
 
 using testing::HasSubstr;
-
-template <class Function>
-std::string message_of(Function function) {
-  try {
-    function();
-  } catch (const CheckpointError& error) {
-    return error.what();
-  }
-  return "accepted";
-}
 
 class ExportTest : public testing::Test {
  protected:
@@ -183,10 +174,10 @@ TEST_F(ExportTest, OverlaysAreCheckedToo) {
   write_safetensors(out() / "a.safetensors", {{"something", at::ones({1})}});
   BuildSpec next = spec();
   next.overlays = {{(out() / "a.safetensors").string(), {"projector"}}};
-  EXPECT_THAT(message_of([&] { build_llava(next); }),
+  EXPECT_THAT(error_of<CheckpointError>([&] { build_llava(next); }),
               HasSubstr("a.safetensors: holds no tensor of projector"));
   write_safetensors(out() / "a.safetensors", {{"multi_modal_projector.linear_1.weight", at::ones({48, 31})}});
-  EXPECT_THAT(message_of([&] { build_llava(next); }),
+  EXPECT_THAT(error_of<CheckpointError>([&] { build_llava(next); }),
               HasSubstr("linear_1.weight: expected shape [48, 32], got [48, 31]"));
 }
 
@@ -295,9 +286,10 @@ TEST_F(ExportTest, ComponentsStandAlone) {
 TEST_F(ExportTest, FoldersAreResolved) {
   const auto model = build_llava(spec());
   const fs::path run = root_ / "run";
-  EXPECT_THAT(message_of([&] { resolve_model_folder(run); }), HasSubstr("no such folder"));
+  EXPECT_THAT(error_of<CheckpointError>([&] { resolve_model_folder(run); }), HasSubstr("no such folder"));
   fs::create_directories(run / "pretrain");
-  EXPECT_THAT(message_of([&] { resolve_model_folder(run); }), HasSubstr("no model: looked for config.json"));
+  EXPECT_THAT(error_of<CheckpointError>([&] { resolve_model_folder(run); }),
+              HasSubstr("no model: looked for config.json"));
 
   const fs::path steps = run / "pretrain" / "checkpoints";
   write_step(steps / "step-00000010", *model, "projector");
@@ -306,7 +298,7 @@ TEST_F(ExportTest, FoldersAreResolved) {
   write_step(steps / "step-00000040.tmp-1", *model, "projector");
   EXPECT_EQ(resolve_model_folder(run), steps / "step-00000020");  // the newest that is finished
   EXPECT_EQ(resolve_model_folder(steps / "step-00000010"), steps / "step-00000010");
-  EXPECT_THAT(message_of([&] { resolve_model_folder(steps / "step-00000030"); }),
+  EXPECT_THAT(error_of<CheckpointError>([&] { resolve_model_folder(steps / "step-00000030"); }),
               HasSubstr("no manifest.json"));
   write_file_atomic(run / "pretrain" / "latest", "step-00000010\n");
   EXPECT_EQ(resolve_model_folder(run / "pretrain"), steps / "step-00000010");
@@ -321,7 +313,7 @@ TEST_F(ExportTest, FoldersAreResolved) {
   EXPECT_EQ(resolve_model_folder(run / "pretrain"), run / "pretrain" / "final");
 
   write_step(run / "finetune" / "checkpoints" / "step-00000005", *model, "projector");
-  EXPECT_THAT(message_of([&] { resolve_model_folder(run); }),
+  EXPECT_THAT(error_of<CheckpointError>([&] { resolve_model_folder(run); }),
               HasSubstr("several stages (finetune, pretrain, ...)"));
   write_json(run / "stages.json", {"pretrain", "finetune"});
   EXPECT_EQ(resolve_model_folder(run), run / "finetune" / "checkpoints" / "step-00000005");
@@ -330,7 +322,7 @@ TEST_F(ExportTest, FoldersAreResolved) {
   write_json(run / "stages.json", {"finetune", "pretrain"});
   EXPECT_EQ(resolve_model_folder(run), run / "pretrain" / "final");
   write_json(run / "stages.json", {"../x"});
-  EXPECT_THAT(message_of([&] { resolve_model_folder(run); }),
+  EXPECT_THAT(error_of<CheckpointError>([&] { resolve_model_folder(run); }),
               HasSubstr("expected the names of folders beside it"));
 }
 
@@ -355,7 +347,7 @@ TEST_F(ExportTest, BuildSpecKeepsItself) {
   const auto refuse = [&](const char* key, const Json& value) {
     Json json = to_json(before);
     json[key] = value;
-    return message_of([&] { build_spec_from_json(json, "x/caldera.json"); });
+    return error_of<CheckpointError>([&] { build_spec_from_json(json, "x/caldera.json"); });
   };
   EXPECT_THAT(refuse("vision_tower", ""),
               HasSubstr("x/caldera.json: build: vision_tower and language_model"));
@@ -374,7 +366,7 @@ TEST_F(ExportTest, FoldersThatAreNoLlavaAreRefused) {
     Json config = read_json(out() / "config.json");
     config.update(change);
     write_json(out() / "config.json", config);
-    return message_of(load);
+    return error_of<CheckpointError>(load);
   };
   EXPECT_EQ(with(Json::object()), "accepted");
   EXPECT_EQ(with({{"vision_feature_layer", {-2}}}), "accepted");
@@ -386,16 +378,15 @@ TEST_F(ExportTest, FoldersThatAreNoLlavaAreRefused) {
   EXPECT_THAT(with({{"vision_feature_select_strategy", "some"}}),
               HasSubstr("expected default or full, got some"));
   EXPECT_THAT(with({{"vision_config", nullptr}}), HasSubstr("vision_config: expected an object"));
-  EXPECT_THAT(with({{"vision_config", {{"model_type", "dinov2"}}}}),
-              HasSubstr("dinov2"));
+  EXPECT_THAT(with({{"vision_config", {{"model_type", "dinov2"}}}}), HasSubstr("dinov2"));
   with(Json::object());
   TensorList tensors = list(model->tensors());
   tensors.emplace_back("image_newline", at::ones({48}));
   write_weights_folder(out(), tensors);
-  EXPECT_THAT(message_of(load), HasSubstr("tensor image_newline has no place"));
+  EXPECT_THAT(error_of<CheckpointError>(load), HasSubstr("tensor image_newline has no place"));
   tensors.resize(tensors.size() - 2);
   write_weights_folder(out(), tensors);
-  EXPECT_THAT(message_of(load), HasSubstr("1 of"));
+  EXPECT_THAT(error_of<CheckpointError>(load), HasSubstr("1 of"));
 }
 
 // Not a test of its own: writes a folder and a batch with our logits for tests/parity/hf_folder.py to judge.

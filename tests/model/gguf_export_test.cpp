@@ -12,21 +12,12 @@
 #include "model/weights/gguf_names.h"
 #include "model/weights/gguf_weights.h"
 #include "model/weights/load.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
 
 using testing::HasSubstr;
-
-template <class Function>
-std::string message_of(Function function) {
-  try {
-    function();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "accepted";
-}
 
 const std::pair<GgmlType, at::ScalarType> kFloatTypes[] = {
     {GgmlType::kF32, at::kFloat}, {GgmlType::kF16, at::kHalf}, {GgmlType::kBF16, at::kBFloat16}};
@@ -176,13 +167,14 @@ TEST_F(GgufExportTest, QuantisesAsGgmlDoes) {
 
 TEST_F(GgufExportTest, ValuesBeyondATypeAreRefused) {
   const at::Tensor large = at::full({1, 32}, 70000.0);
-  EXPECT_THAT(message_of([&] { encode_ggml(large, GgmlType::kF16, "big"); }),
+  EXPECT_THAT(error_of<Error>([&] { encode_ggml(large, GgmlType::kF16, "big"); }),
               HasSubstr("big: a value of 70000 is beyond float16; export bf16 or f32"));
-  EXPECT_EQ(message_of([&] { encode_ggml(large, GgmlType::kQ8_0, "big"); }), "accepted");
-  EXPECT_THAT(message_of([&] { encode_ggml(large * 1000, GgmlType::kQ8_0, "big"); }),
+  EXPECT_EQ(error_of<Error>([&] { encode_ggml(large, GgmlType::kQ8_0, "big"); }), "accepted");
+  EXPECT_THAT(error_of<Error>([&] { encode_ggml(large * 1000, GgmlType::kQ8_0, "big"); }),
               HasSubstr("q8_0's float16 scales"));
-  EXPECT_THAT(message_of([&] { encode_ggml(large / 0, GgmlType::kQ8_0, "big"); }), HasSubstr("not finite"));
-  EXPECT_EQ(message_of([&] { encode_ggml(large / 0, GgmlType::kF16, "big"); }), "accepted");
+  EXPECT_THAT(error_of<Error>([&] { encode_ggml(large / 0, GgmlType::kQ8_0, "big"); }),
+              HasSubstr("not finite"));
+  EXPECT_EQ(error_of<Error>([&] { encode_ggml(large / 0, GgmlType::kF16, "big"); }), "accepted");
 }
 
 TEST_F(GgufExportTest, MmprojHoldsWhatLlamaCppRuns) {
@@ -226,22 +218,22 @@ TEST_F(GgufExportTest, MmprojHoldsWhatLlamaCppRuns) {
 }
 
 TEST_F(GgufExportTest, WhatLlamaCppCannotRepresentIsRefusedWithTheReason) {
-  EXPECT_THAT(message_of([&] { check_gguf_mmproj(*llava("clip_vision_model", "linear")); }),
+  EXPECT_THAT(error_of<Error>([&] { check_gguf_mmproj(*llava("clip_vision_model", "linear")); }),
               HasSubstr("this model's, linear, cannot be written so that it gives the same features"));
-  EXPECT_THAT(message_of([&] { check_gguf_mmproj(*llava("clip_vision_model", "identity")); }),
+  EXPECT_THAT(error_of<Error>([&] { check_gguf_mmproj(*llava("clip_vision_model", "identity")); }),
               HasSubstr("identity"));
-  EXPECT_THAT(message_of([&] { check_gguf_mmproj(*llava("clip_vision_model", "mlp3x_gelu")); }),
+  EXPECT_THAT(error_of<Error>([&] { check_gguf_mmproj(*llava("clip_vision_model", "mlp3x_gelu")); }),
               HasSubstr("mlp3x_gelu"));
-  EXPECT_THAT(message_of([&] {
+  EXPECT_THAT(error_of<Error>([&] {
                 check_gguf_mmproj(*llava("clip_vision_model", "mlp2x_gelu",
                                          {.vision_feature_select_strategy = "cls_patch"}));
               }),
               HasSubstr("llama.cpp leaves the class token's feature out"));
-  EXPECT_THAT(message_of([&] { check_gguf_mmproj(*llava("efficientnet_lite", "mlp2x_gelu")); }),
+  EXPECT_THAT(error_of<Error>([&] { check_gguf_mmproj(*llava("efficientnet_lite", "mlp2x_gelu")); }),
               HasSubstr("CLIP and SigLIP towers, not this model's efficientnet"));
   const auto yarn = decoder(decoder_config(
       "qwen2", {{"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}, {"truncate", false}}}}));
-  EXPECT_THAT(message_of([&] { save_gguf_decoder(*yarn, options(GgmlType::kF32), file()); }),
+  EXPECT_THAT(error_of<Error>([&] { save_gguf_decoder(*yarn, options(GgmlType::kF32), file()); }),
               HasSubstr("\"truncate\": false"));
   EXPECT_FALSE(fs::exists(file()));
 }
@@ -265,7 +257,7 @@ TEST_F(GgufExportTest, UnknownRotaryDivisorsAreRefused) {
   bytes.replace(bytes.find(key), key.size(),
                 "caldera.rope_parameterz");  // as if another program had written it
   write_file_atomic(file(), bytes);
-  EXPECT_THAT(message_of([&] { open_gguf_decoder(file()); }),
+  EXPECT_THAT(error_of<Error>([&] { open_gguf_decoder(file()); }),
               HasSubstr("not stretched by the rule of Llama 3.1"));
 }
 

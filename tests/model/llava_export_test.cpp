@@ -9,21 +9,12 @@
 #include "base/error.h"
 #include "model/weights/torch_pickle.h"
 #include "model/weights/torch_pickle_write.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
 
 using testing::HasSubstr;
-
-template <class Function>
-std::string message_of(Function function) {
-  try {
-    function();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "accepted";
-}
 
 class LlavaExportTest : public testing::Test {
  protected:
@@ -138,13 +129,14 @@ TEST_F(LlavaExportTest, TheProjectorAloneIsStageOnes) {
 }
 
 TEST_F(LlavaExportTest, WhatLlavaHasNotIsRefused) {
-  EXPECT_THAT(message_of([&] { check_original_llava(*llava("mlp2x_gelu", "qwen2")); }),
+  EXPECT_THAT(error_of<Error>([&] { check_original_llava(*llava("mlp2x_gelu", "qwen2")); }),
               HasSubstr("LLaMA and Mistral decoders, not this model's qwen2"));
-  EXPECT_THAT(message_of([&] { check_original_llava(*llava("mlp2x_gelu", "llama", "siglip_vision_model")); }),
-              HasSubstr("CLIP towers only, not this model's siglip"));
+  EXPECT_THAT(
+      error_of<Error>([&] { check_original_llava(*llava("mlp2x_gelu", "llama", "siglip_vision_model")); }),
+      HasSubstr("CLIP towers only, not this model's siglip"));
   auto identity = llava("mlp2x_gelu");
   identity->mm_projector_type = "identity";
-  EXPECT_THAT(message_of([&] { save_original_projector(*identity, {}, options(), folder_); }),
+  EXPECT_THAT(error_of<Error>([&] { save_original_projector(*identity, {}, options(), folder_); }),
               HasSubstr("no weights"));
 }
 
@@ -163,7 +155,7 @@ TEST_F(LlavaExportTest, TorchPicklesComeBack) {
     EXPECT_EQ(read.scalar_type(), tensor.scalar_type()) << name;
     EXPECT_TRUE(at::equal(read, tensor)) << name;
   }
-  EXPECT_THAT(message_of([&] {
+  EXPECT_THAT(error_of<Error>([&] {
                 write_torch_pickle(file, {{"x", at::zeros({2}, at::kByte)}});
               }),
               HasSubstr("type Byte"));

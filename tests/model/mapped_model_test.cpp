@@ -7,21 +7,12 @@
 
 #include "base/error.h"
 #include "model/weights/gguf_export.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
 
 using testing::HasSubstr;
-
-template <class Function>
-std::string message_of(Function function) {
-  try {
-    function();
-  } catch (const CheckpointError& error) {
-    return error.what();
-  }
-  return "accepted";
-}
 
 class MappedModelTest : public testing::Test {
  protected:
@@ -61,7 +52,7 @@ class MappedModelTest : public testing::Test {
     const TensorList before = tensors;
     edit(tensors);
     write_weights_folder(saved(), tensors);
-    const std::string message = message_of([&] { map_llava(saved()); });
+    const std::string message = error_of<CheckpointError>([&] { map_llava(saved()); });
     write_weights_folder(saved(), before);
     return message;
   }

@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "model/vision/tower.h"
 #include "model/weights/load.h"
+#include "tests/model/vision_golden.h"
 
 namespace caldera {
 namespace {
@@ -29,24 +30,6 @@ const Json kClip = {{"model_type", "clip_vision_model"},
                     {"num_attention_heads", 3},
                     {"image_size", 30},
                     {"patch_size", 7}};
-
-std::unique_ptr<VisionTower> make_tower(const Json& config, const VisionFeatures& features = {},
-                                        const Json& preprocessor = Json::object()) {
-  return find_vision_tower(config["model_type"].get<std::string>(), "test")
-      .make(config, preprocessor, features);
-}
-
-std::unique_ptr<VisionTower> golden_tower(const Json& config, const TensorSource& golden,
-                                          const VisionFeatures& features = {}) {
-  std::unique_ptr<VisionTower> tower = make_tower(config, features);
-  load_tensors(tower->tensors(), golden, [](const std::string& name) { return "weights." + name; });
-  return tower;
-}
-
-double max_difference(const at::Tensor& a, const at::Tensor& b) {
-  EXPECT_EQ(a.sizes(), b.sizes());
-  return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>();
-}
 
 TEST(Siglip, HiddenStatesAreTransformers) {
   const auto golden = open_safetensors(kGolden / "vision_siglip.safetensors");

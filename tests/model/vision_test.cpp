@@ -9,6 +9,7 @@
 #include "model/vision/tower.h"
 #include "model/vision/vit.h"
 #include "model/weights/load.h"
+#include "tests/model/vision_golden.h"
 
 namespace caldera {
 namespace {
@@ -28,21 +29,9 @@ Json clip_config(const char* act = "quick_gelu") {
           {"hidden_act", act}};
 }
 
-std::unique_ptr<VisionTower> make_tower(const Json& config, const VisionFeatures& features = {}) {
-  return find_vision_tower(config["model_type"].get<std::string>(), "test")
-      .make(config, Json::object(), features);
-}
-
 std::unique_ptr<VisionTower> golden_clip(const TensorSource& golden, const VisionFeatures& features,
                                          const char* act = "quick_gelu") {
-  std::unique_ptr<VisionTower> tower = make_tower(clip_config(act), features);
-  load_tensors(tower->tensors(), golden, [](const std::string& name) { return "weights." + name; });
-  return tower;
-}
-
-double max_difference(const at::Tensor& a, const at::Tensor& b) {
-  EXPECT_EQ(a.sizes(), b.sizes());
-  return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>();
+  return golden_tower(clip_config(act), golden, features);
 }
 
 TEST(Clip, HiddenStatesAreTransformers) {

@@ -9,6 +9,7 @@
 #include "base/error.h"
 #include "model/weights/gguf_weights.h"
 #include "model/weights/load.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
@@ -16,16 +17,6 @@ namespace {
 using testing::HasSubstr;
 
 const fs::path kGolden = fs::path(CALDERA_SOURCE_DIR) / "tests" / "golden";
-
-template <class Function>
-std::string message_of(Function function) {
-  try {
-    function();
-  } catch (const CheckpointError& error) {
-    return error.what();
-  }
-  return "accepted";
-}
 
 class WeightsTest : public testing::Test {
  protected:
@@ -99,7 +90,7 @@ TEST(GgufWeights, ModelSpeaksAsTransformersDoes) {
 TEST(GgufWeights, UnsupportedTypeIsNamed) {
   const std::vector<std::byte> bytes(144);
   const GgufTensor tensor{"blk.0.attn_q.weight", {1, 256}, 12, bytes};
-  EXPECT_THAT(message_of([&] { dequantize(tensor, "x.gguf"); }),
+  EXPECT_THAT(error_of<CheckpointError>([&] { dequantize(tensor, "x.gguf"); }),
               HasSubstr("x.gguf: blk.0.attn_q.weight: ggml type 12 is not supported"));
 }
 
@@ -111,7 +102,7 @@ TEST_F(WeightsTest, GgufThatLiesIsRefused) {
     for (; occurrence > 0; --occurrence) at = bytes.find(from, at + 1);
     bytes.replace(at, from.size(), to);
     write_file_atomic(folder_ / "x.gguf", bytes);
-    return message_of([&] { load_language_model(folder_ / "x.gguf"); });
+    return error_of<CheckpointError>([&] { load_language_model(folder_ / "x.gguf"); });
   };
   const auto number = [](const std::string& key, uint32_t value) {
     const uint32_t type = 4;
@@ -164,7 +155,7 @@ TEST_F(WeightsTest, ClipFolderInEveryLayout) {
   const auto fresh = load_vision_tower(folder_, {}, 3);
   const auto again = load_vision_tower(folder_, {}, 3);
   expect_equal(fresh->tensors(), again->tensors());
-  EXPECT_THAT(message_of([&] { load_vision_tower(folder_, {}); }),
+  EXPECT_THAT(error_of<CheckpointError>([&] { load_vision_tower(folder_, {}); }),
               HasSubstr("holds neither model.safetensors"));
 
   const std::vector<std::function<std::string(const std::string&)>> layouts = {
@@ -193,7 +184,7 @@ TEST_F(WeightsTest, MissingMisshapenAndForeignTensorsAreNamed) {
   write_weights_folder(folder_, list(fresh->tensors(), [](const std::string& name) {
                          return name.find("layers.1.") == std::string::npos ? name : "";
                        }));
-  EXPECT_THAT(message_of(load),
+  EXPECT_THAT(error_of<CheckpointError>(load),
               testing::AllOf(HasSubstr(file), HasSubstr("16 of 55 tensors are missing"),
                              HasSubstr("vision_model.encoder.layers.1.self_attn.q_proj.weight, "),
                              HasSubstr(", ...")));
@@ -201,24 +192,25 @@ TEST_F(WeightsTest, MissingMisshapenAndForeignTensorsAreNamed) {
   TensorList tensors = list(fresh->tensors(), kSame);
   tensors[0].second = at::ones({25});
   write_weights_folder(folder_, tensors);
-  EXPECT_EQ(message_of(load),
+  EXPECT_EQ(error_of<CheckpointError>(load),
             file + ": vision_model.embeddings.class_embedding: expected shape [24], got [25]");
 
   tensors[0].second = at::ones({24}, at::kChar);
   write_weights_folder(folder_, tensors);
-  EXPECT_THAT(message_of(load), HasSubstr("expected floating-point weights, got Char"));
+  EXPECT_THAT(error_of<CheckpointError>(load), HasSubstr("expected floating-point weights, got Char"));
 
   tensors[0].second = at::ones({24}, at::kHalf);  // another float is converted
   tensors.emplace_back("vision_model.encoder.layers.9.layer_norm1.weight", at::ones({24}));
   write_weights_folder(folder_, tensors);
-  EXPECT_THAT(message_of(load), HasSubstr("layers.9.layer_norm1.weight has no place in the model"));
+  EXPECT_THAT(error_of<CheckpointError>(load),
+              HasSubstr("layers.9.layer_norm1.weight has no place in the model"));
 
   write_file_atomic(folder_ / "config.json", "{");
-  EXPECT_THAT(message_of(load), HasSubstr("config.json: not valid JSON"));
+  EXPECT_THAT(error_of<CheckpointError>(load), HasSubstr("config.json: not valid JSON"));
   write_file_atomic(folder_ / "config.json", "{}");
-  EXPECT_THAT(message_of(load), HasSubstr("unknown vision tower model_type \"\""));
+  EXPECT_THAT(error_of<CheckpointError>(load), HasSubstr("unknown vision tower model_type \"\""));
   fs::remove(folder_ / "config.json");
-  EXPECT_THAT(message_of(load), HasSubstr("config.json: no such file"));
+  EXPECT_THAT(error_of<CheckpointError>(load), HasSubstr("config.json: no such file"));
 }
 
 TEST_F(WeightsTest, LlamaFolder) {
@@ -232,7 +224,7 @@ TEST_F(WeightsTest, LlamaFolder) {
 
   tensors.emplace_back("model.layers.2.mlp.up_proj.weight", at::ones({4}));
   write_weights_folder(folder_, tensors);
-  EXPECT_THAT(message_of([&] { load_language_model(folder_); }),
+  EXPECT_THAT(error_of<CheckpointError>([&] { load_language_model(folder_); }),
               HasSubstr("layers.2.mlp.up_proj.weight has no place"));
 }
 

@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "base/files.h"
 #include "base/log.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
@@ -16,14 +17,9 @@ using testing::HasSubstr;
 class CheckpointTest : public testing::Test {
  protected:
   void SetUp() override {
-    char pattern[] = "/tmp/caldera_checkpoint_XXXXXX";
-    folder_ = ::mkdtemp(pattern);
     previous_ = set_log_sink([this](LogLevel, const std::string& line) { log_ += line + "\n"; });
   }
-  void TearDown() override {
-    set_log_sink(previous_);
-    fs::remove_all(folder_);
-  }
+  void TearDown() override { set_log_sink(previous_); }
 
   // An optimizer over one weight, after `num_updates` updates.
   struct Fixture {
@@ -32,7 +28,8 @@ class CheckpointTest : public testing::Test {
     explicit Fixture(int num_updates) {
       weight.set_requires_grad(true);
       optimizer = std::make_unique<AdamW>(
-          std::vector<ParameterGroup>{{"projector", 0.1, {{"multi_modal_projector.linear_1.weight", &weight}}}},
+          std::vector<ParameterGroup>{
+              {"projector", 0.1, {{"multi_modal_projector.linear_1.weight", &weight}}}},
           AdamWOptions{});
       for (int i = 0; i < num_updates; ++i) update();
     }
@@ -52,7 +49,8 @@ class CheckpointTest : public testing::Test {
   }
   fs::path step(int64_t number) { return folder_ / "checkpoints" / fmt::format("step-{:08}", number); }
 
-  fs::path folder_;
+  TemporaryFolder temporary_;
+  fs::path folder_ = temporary_.path();
   std::string log_;
   LogSink previous_;
 };
@@ -80,7 +78,8 @@ TEST_F(CheckpointTest, KeepsTheNewestAndNamesThem) {
 TEST_F(CheckpointTest, EveryFlippedByteIsFoundAndTheOneBeforeIsUsed) {
   write(1);
   write(2);
-  for (const char* name : {"model.safetensors", "optimizer.safetensors", "trainer_state.json", "caldera.json"}) {
+  for (const char* name :
+       {"model.safetensors", "optimizer.safetensors", "trainer_state.json", "caldera.json"}) {
     const std::string good = read_file(step(2) / name);
     for (size_t at = 0; at < good.size(); at += 1 + good.size() / 40) {
       std::string bad = good;
@@ -109,7 +108,8 @@ TEST_F(CheckpointTest, OtherPartsOrShapesAreRefusedByName) {
   at::Tensor other = at::ones({3, 2});
   AdamW renamed({{"projector", 0.1, {{"multi_modal_projector.linear_9.weight", &other}}}}, {});
   EXPECT_THAT([&] { load_checkpoint(step(1), renamed); },
-              testing::ThrowsMessage<CheckpointError>(HasSubstr("tensor multi_modal_projector.linear_9.weight is missing")));
+              testing::ThrowsMessage<CheckpointError>(
+                  HasSubstr("tensor multi_modal_projector.linear_9.weight is missing")));
   at::Tensor wide = at::ones({3, 4});
   AdamW reshaped({{"projector", 0.1, {{"multi_modal_projector.linear_1.weight", &wide}}}}, {});
   EXPECT_THAT([&] { load_checkpoint(step(1), reshaped); },

@@ -4,50 +4,28 @@
 
 #include "base/error.h"
 #include "model/weights/adapters.h"
-#include "tests/eval/tiny_model.h"
-#include "train/run.h"
+#include "tests/train/tiny_run.h"
 
 namespace caldera {
 namespace {
 
-struct Recorder : TrainingObserver {
-  void on_step(const StepMetrics& metrics) override { losses.push_back(metrics.loss); }
-  void on_stage(const StageStart& start) override { num_trainable = start.num_trainable; }
-  std::vector<double> losses;
-  int64_t num_trainable = 0;
-};
-
 class LoraStageTest : public testing::Test {
  protected:
-  void SetUp() override {
-    write_tiny_parts(folder_.path() / "parts");
-    write_tiny_data(folder_.path());
-  }
+  void SetUp() override { write_tiny_run(folder_.path()); }
 
   Recipe recipe(const std::string& output, const std::string& dtype = "float32") const {
-    Recipe recipe;
-    recipe.model.vision_tower = (folder_.path() / "parts" / "vision").string();
-    recipe.model.language_model = (folder_.path() / "parts" / "language").string();
-    recipe.output = (folder_.path() / output).string();
-    recipe.device = "cpu";
-    StageConfig stage;
-    stage.name = "finetune";
-    stage.trainable = {"projector", "language_model"};
+    Recipe recipe = tiny_recipe(folder_.path(), output);
+    StageConfig& stage = recipe.stages[0];
     stage.lora.emplace();
     stage.lora->lora_r = 4;
     stage.lora->lora_alpha = 16;
     stage.lora->lora_dropout = 0.1;
-    stage.data.data_path = (folder_.path() / "test.json").string();
-    stage.data.image_folder = (folder_.path() / "images").string();
-    stage.data.conversation_template = "v1";
-    stage.data.model_max_length = 400;
     stage.optimizer.learning_rate = 3e-3;
     stage.optimizer.mm_projector_lr = 2e-3;
     stage.global_batch_size = 3;  // steps of 3 and 1 samples
     stage.max_tokens_per_micro_batch = 600;
     stage.max_steps = 5;
     stage.dtype = dtype;
-    recipe.stages = {stage};
     return recipe;
   }
 

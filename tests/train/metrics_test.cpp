@@ -5,18 +5,15 @@
 
 #include "base/files.h"
 #include "base/strings.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
 
 class MetricsTest : public testing::Test {
  protected:
-  void SetUp() override {
-    char pattern[] = "/tmp/caldera_metrics_XXXXXX";
-    folder_ = ::mkdtemp(pattern);
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-  fs::path folder_;
+  TemporaryFolder temporary_;
+  fs::path folder_ = temporary_.path();
 };
 
 }  // namespace
@@ -24,7 +21,8 @@ class MetricsTest : public testing::Test {
 TEST_F(MetricsTest, ResumingDropsLaterAndHalfWrittenLines) {
   {
     MetricsLog log(folder_, 0);
-    for (int64_t step = 1; step <= 5; ++step) log.step({.step = step, .loss = 1.0 / static_cast<double>(step)});
+    for (int64_t step = 1; step <= 5; ++step)
+      log.step({.step = step, .loss = 1.0 / static_cast<double>(step)});
     log.evaluation(5, 0.5);
   }
   const fs::path path = folder_ / "metrics.jsonl";
@@ -43,7 +41,8 @@ TEST_F(MetricsTest, EventFileIsFramedAsTfRecord) {
   }
   const fs::path path = fs::directory_iterator(folder_)->path();
   const std::string bytes = read_file(path);
-  // First record: 9 + 2 + 15 bytes of version event; its length's masked CRC-32C is a known constant of the format.
+  // First record: 9 + 2 + 15 bytes of version event; its length's masked CRC-32C is a known constant of the
+  // format.
   uint64_t length = 0;
   std::memcpy(&length, bytes.data(), 8);
   EXPECT_EQ(length, 26u);

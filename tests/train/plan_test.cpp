@@ -8,9 +8,8 @@
 
 #include "base/files.h"
 #include "base/json.h"
-#include "tests/eval/tiny_model.h"
+#include "tests/train/tiny_run.h"
 #include "train/profile.h"
-#include "train/run.h"
 
 namespace caldera {
 namespace {
@@ -29,21 +28,8 @@ struct Counter : TrainingObserver {
 class PlanTest : public testing::Test {
  protected:
   void SetUp() override {
-    write_tiny_parts(folder_.path() / "parts");
-    write_tiny_data(folder_.path());
-    recipe_.model.vision_tower = (folder_.path() / "parts" / "vision").string();
-    recipe_.model.language_model = (folder_.path() / "parts" / "language").string();
-    recipe_.output = (folder_.path() / "run").string();
-    recipe_.device = "cpu";
-    StageConfig stage;
-    stage.name = "finetune";
-    stage.trainable = {"projector", "language_model"};
-    stage.data.data_path = (folder_.path() / "test.json").string();
-    stage.data.image_folder = (folder_.path() / "images").string();
-    stage.data.conversation_template = "v1";
-    stage.data.model_max_length = 400;
-    stage.global_batch_size = 4;
-    recipe_.stages = {stage};
+    write_tiny_run(folder_.path());
+    recipe_ = tiny_recipe(folder_.path(), "run");
   }
 
   TemporaryFolder folder_;

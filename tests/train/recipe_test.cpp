@@ -2,7 +2,6 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <chrono>
 #include <fstream>
@@ -11,6 +10,7 @@
 #include "base/error.h"
 #include "base/files.h"
 #include "base/strings.h"
+#include "tests/support.h"
 #include "train/recipe_fields.h"
 #include "train/yaml_fields.h"
 
@@ -33,16 +33,8 @@ const fs::path kSource = CALDERA_SOURCE_DIR;
 // Each test runs in a folder of its own, so that messages can name "r.yaml".
 class RecipeTest : public testing::Test {
  protected:
-  RecipeTest() {
-    std::string pattern = (fs::temp_directory_path() / "caldera-recipe-XXXXXX").string();
-    folder_ = ::mkdtemp(pattern.data());
-    before_ = fs::current_path();
-    fs::current_path(folder_);
-  }
-  ~RecipeTest() override {
-    fs::current_path(before_);
-    fs::remove_all(folder_);
-  }
+  RecipeTest() { fs::current_path(folder_.path()); }
+  ~RecipeTest() override { fs::current_path(before_); }
   static Recipe read(const std::string& yaml, const std::vector<std::string>& overrides = {}) {
     std::ofstream("r.yaml") << yaml;
     return read_recipe("r.yaml", overrides);
@@ -57,7 +49,8 @@ class RecipeTest : public testing::Test {
   }
 
  private:
-  fs::path folder_, before_;
+  TemporaryFolder folder_;
+  fs::path before_ = fs::current_path();
 };
 
 TEST_F(RecipeTest, ReadsWhatItSaysAndKeepsDefaults) {

@@ -10,6 +10,7 @@
 #include "base/fault.h"
 #include "base/files.h"
 #include "base/log.h"
+#include "tests/support.h"
 #include "train/checkpoint.h"
 
 namespace caldera {
@@ -24,16 +25,9 @@ CheckpointShare share(int64_t step) {
 class SaveFaults : public testing::Test {
  protected:
   void SetUp() override {
-    // In memory where there is such a place: thousands of flushes take their time on a disk.
-    std::string pattern =
-        fs::is_directory("/dev/shm") ? "/dev/shm/caldera_faults_XXXXXX" : "/tmp/caldera_faults_XXXXXX";
-    folder_ = ::mkdtemp(pattern.data());
     previous_ = set_log_sink([this](LogLevel, const std::string& line) { log_ += line + "\n"; });
   }
-  void TearDown() override {
-    set_log_sink(previous_);
-    fs::remove_all(folder_);
-  }
+  void TearDown() override { set_log_sink(previous_); }
   void start_over(const std::vector<int64_t>& steps) {
     fs::remove_all(folder_);
     fs::create_directories(folder_);
@@ -66,7 +60,9 @@ class SaveFaults : public testing::Test {
     return state.step;
   }
 
-  fs::path folder_;
+  // In memory where there is such a place: thousands of flushes take their time on a disk.
+  TemporaryFolder temporary_{fs::is_directory("/dev/shm") ? fs::path("/dev/shm") : fs::temp_directory_path()};
+  fs::path folder_ = temporary_.path();
   std::string log_;
   LogSink previous_;
 };

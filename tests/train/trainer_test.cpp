@@ -6,8 +6,7 @@
 
 #include "base/error.h"
 #include "model/weights/safetensors.h"
-#include "tests/eval/tiny_model.h"
-#include "train/run.h"
+#include "tests/train/tiny_run.h"
 
 namespace caldera {
 namespace {
@@ -15,40 +14,20 @@ namespace {
 using testing::HasSubstr;
 using testing::ThrowsMessage;
 
-struct Recorder : TrainingObserver {
-  void on_step(const StepMetrics& metrics) override { losses.push_back(metrics.loss); }
-  std::vector<double> losses;
-};
-
 class TrainerTest : public testing::Test {
  protected:
-  void SetUp() override {
-    write_tiny_parts(folder_.path() / "parts");
-    write_tiny_data(folder_.path());
-  }
+  void SetUp() override { write_tiny_run(folder_.path()); }
 
   Recipe recipe(const std::string& output) const {
-    Recipe recipe;
-    recipe.model.vision_tower = (folder_.path() / "parts" / "vision").string();
-    recipe.model.language_model = (folder_.path() / "parts" / "language").string();
-    recipe.output = (folder_.path() / output).string();
-    recipe.device = "cpu";
-    StageConfig stage;
-    stage.name = "finetune";
-    stage.trainable = {"projector", "language_model"};
-    stage.data.data_path = (folder_.path() / "test.json").string();
-    stage.data.image_folder = (folder_.path() / "images").string();
-    stage.data.conversation_template = "v1";
-    stage.data.model_max_length = 400;
-    stage.optimizer.learning_rate = 1e-2;
-    stage.global_batch_size = 4;
-    stage.max_steps = 6;
-    recipe.stages = {stage};
+    Recipe recipe = tiny_recipe(folder_.path(), output);
+    recipe.stages[0].optimizer.learning_rate = 1e-2;
+    recipe.stages[0].max_steps = 6;
     return recipe;
   }
 
-  std::vector<double> train(const Recipe& recipe, const std::string& resume = "auto",
-                            const std::function<bool()>& stop = [] { return false; }) {
+  std::vector<double> train(
+      const Recipe& recipe, const std::string& resume = "auto",
+      const std::function<bool()>& stop = [] { return false; }) {
     Recorder recorder;
     outcome_ = run_recipe(recipe, {.resume = resume}, recorder, stop);
     return recorder.losses;
@@ -147,7 +126,8 @@ TEST_F(TrainerTest, ANonFiniteLossStopsWithTheSamplesNamed) {
   const fs::path weights = folder_.path() / "parts" / "language" / "model.safetensors";
   const auto model = build_llava(build_spec_of(wild, 0));
   TensorList tensors;
-  for (const NamedTensor& tensor : model->language->tensors()) tensors.emplace_back(tensor.name, tensor.value().clone());
+  for (const NamedTensor& tensor : model->language->tensors())
+    tensors.emplace_back(tensor.name, tensor.value().clone());
   for (auto& [name, value] : tensors)
     if (name == "model.norm.weight") value[0] = std::numeric_limits<float>::quiet_NaN();
   write_safetensors(weights, tensors);
@@ -161,7 +141,8 @@ TEST_F(TrainerTest, AChangedRecipeIsNotResumed) {
   int steps = 0;
   train(changed, "auto", [&] { return ++steps == 2; });
   changed.stages[0].optimizer.learning_rate = 5e-3;
-  EXPECT_THAT([&] { train(changed); }, ThrowsMessage<ConfigError>(HasSubstr("the recipe now says \"learning_rate: 0.005\"")));
+  EXPECT_THAT([&] { train(changed); },
+              ThrowsMessage<ConfigError>(HasSubstr("the recipe now says \"learning_rate: 0.005\"")));
   changed.stages[0].save_steps = 1;  // touches nothing that is computed
   changed.stages[0].optimizer.learning_rate = 1e-2;
   EXPECT_EQ(train(changed).size(), 4u);

@@ -1,0 +1,42 @@
+// A stage that trains the tiny model on the tiny data, and what it reports.
+#pragma once
+#include <vector>
+
+#include "tests/eval/tiny_model.h"
+#include "train/run.h"
+
+namespace caldera {
+
+struct Recorder : TrainingObserver {
+  void on_step(const StepMetrics& metrics) override { losses.push_back(metrics.loss); }
+  void on_stage(const StageStart& start) override { num_trainable = start.num_trainable; }
+  std::vector<double> losses;
+  int64_t num_trainable = 0;
+};
+
+// Parts and data for tiny_recipe.
+inline void write_tiny_run(const fs::path& folder) {
+  write_tiny_parts(folder / "parts");
+  write_tiny_data(folder);
+}
+
+// Projector and decoder on four questions; `output` is below `folder`.
+inline Recipe tiny_recipe(const fs::path& folder, const std::string& output) {
+  Recipe recipe;
+  recipe.model.vision_tower = (folder / "parts" / "vision").string();
+  recipe.model.language_model = (folder / "parts" / "language").string();
+  recipe.output = (folder / output).string();
+  recipe.device = "cpu";
+  StageConfig stage;
+  stage.name = "finetune";
+  stage.trainable = {"projector", "language_model"};
+  stage.data.data_path = (folder / "test.json").string();
+  stage.data.image_folder = (folder / "images").string();
+  stage.data.conversation_template = "v1";
+  stage.data.model_max_length = 400;
+  stage.global_batch_size = 4;
+  recipe.stages = {stage};
+  return recipe;
+}
+
+}  // namespace caldera
