@@ -1,8 +1,6 @@
 #include "data/tokenizers/byte_level_bpe.h"
 
 #include <algorithm>
-#include <mutex>
-#include <shared_mutex>
 
 #include "base/error.h"
 #include "base/files.h"
@@ -12,36 +10,6 @@
 
 namespace caldera {
 namespace {
-
-// Words that were merged before. Real text repeats its words: nearly every look-up hits.
-class WordCache {
- public:
-  template <class Compute>
-  void find_or(std::string_view word, std::vector<WordToken>& tokens, const Compute& compute) const {
-    {
-      const std::shared_lock lock(mutex_);
-      const auto found = words_.find(word);
-      if (found != words_.end()) {
-        tokens = found->second;
-        return;
-      }
-    }
-    tokens = compute(word);
-    if (word.size() > kMaxWordBytes) return;
-    const std::unique_lock lock(mutex_);
-    if (words_.size() >= kMaxWords) words_.clear();
-    words_.emplace(word, tokens);
-  }
-
- private:
-  static constexpr size_t kMaxWords = 1u << 17, kMaxWordBytes = 64;
-  struct Hash {
-    using is_transparent = void;
-    size_t operator()(std::string_view text) const { return std::hash<std::string_view>()(text); }
-  };
-  mutable std::shared_mutex mutex_;
-  mutable std::unordered_map<std::string, std::vector<WordToken>, Hash, std::equal_to<>> words_;
-};
 
 class ByteLevelBpeTokenizer final : public Tokenizer {
  public:
@@ -68,11 +36,11 @@ class ByteLevelBpeTokenizer final : public Tokenizer {
     if (model_.nfc) source = compose_nfc(std::move(source));
     std::vector<Token> tokens;
     tokens.reserve(source.text.size() / 3);
-    std::vector<WordToken> word_tokens;
+    std::vector<WordToken> computed;
     for (const auto& [begin, end] : splitter_.split(source.text)) {
-      cache_.find_or(std::string_view(source.text).substr(begin, end - begin), word_tokens,
-                     [&](std::string_view word) { return merger_.merge(word); });
-      for (const WordToken& token : word_tokens) {
+      const std::string_view word = std::string_view(source.text).substr(begin, end - begin);
+      const auto merge = [this](std::string_view bytes) { return merger_.merge(bytes); };
+      for (const WordToken& token : cache_.find_or(word, computed, merge)) {
         tokens.push_back({token.id, source.original(begin + static_cast<size_t>(token.begin)),
                           source.original(begin + static_cast<size_t>(token.end))});
       }

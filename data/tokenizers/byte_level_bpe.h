@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "data/tokenizers/hf_config.h"
+#include "data/tokenizers/word_cache.h"
 
 namespace caldera {
 
@@ -44,12 +45,6 @@ struct BpeModel {
 std::string bytes_to_alphabet(std::string_view bytes);
 // Back again. Characters outside the alphabet stand for themselves, as in HF's decoder.
 std::string alphabet_to_bytes(std::string_view text);
-
-// A token of a word, and the bytes of the word that it covers.
-struct WordToken {
-  int32_t id = 0;
-  int32_t begin = 0, end = 0;
-};
 
 // Applies the merges to one word: the lowest-ranked pair first, the leftmost of equals.
 class BpeMerger {

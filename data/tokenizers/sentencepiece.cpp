@@ -7,17 +7,28 @@
 #include "base/words.h"
 #include "data/tokenizers/factories.h"
 #include "data/tokenizers/sentencepiece_model.h"
+#include "data/tokenizers/utf8.h"
+#include "data/tokenizers/word_cache.h"
 
 namespace caldera {
 namespace {
 
-constexpr std::string_view kSpace = "\xE2\x96\x81";  // U+2581, SentencePiece's visible space
+// Where the word that begins at `begin` ends: spaces, then what is none.
+size_t word_end(std::string_view text, size_t begin) {
+  const size_t solid = std::min(text.find_first_not_of(' ', begin), text.size());
+  return std::min(text.find(' ', solid), text.size());
+}
+
+// Whether each of its bytes stands for itself, to SentencePiece, and a space is a space.
+bool is_plain(std::string_view text) {
+  return is_ascii(text) || (is_valid_utf8(text) && text.find(kVisibleSpace) == std::string_view::npos);
+}
 
 class SentencePieceTokenizer final : public Tokenizer {
  public:
   SentencePieceTokenizer(std::string model, TokenizerConfig config, const std::string& where)
       : model_(std::move(model)), config_(std::move(config)) {
-    is_bpe_ = check_sentencepiece_model(model_, where);
+    kind_ = check_sentencepiece_model(model_, where);
     legacy_ = config_.flag("legacy", true);
     add_bos_ = config_.flag("add_bos_token", true);
     add_prefix_ = config_.flag("add_prefix_space", true);
@@ -42,30 +53,10 @@ class SentencePieceTokenizer final : public Tokenizer {
 
   std::vector<Token> encode(std::string_view text, TextContext context) const override {
     if (text.empty()) return {};
-    std::string prefix;
-    size_t num_skipped = 0;
-    if (!legacy_) {
-      if (context == TextContext::kStart && add_prefix_) prefix = kSpace;
-      // Leading spaces would be lost in some models. HF's way round: an unknown token before them, whose
-      // pieces are dropped.
-      if (!prefix.empty() || text.starts_with(' ') || text.starts_with(kSpace)) {
-        prefix = config_.unk_token + prefix;
-        num_skipped = num_unk_pieces_;
-      }
-    }
-    // Its pieces point into the proto, which must outlive them.
-    const auto proto = processor_.EncodeAsImmutableProto(prefix + std::string(text));
-    const auto pieces = proto.pieces();
-    if (pieces.size() < num_skipped) num_skipped = 0;
-    std::vector<Token> tokens;
-    tokens.reserve(pieces.size());
-    const auto shift = static_cast<int64_t>(prefix.size());
-    for (size_t i = num_skipped; i < pieces.size(); ++i) {
-      const auto& piece = pieces[i];
-      tokens.push_back({piece.id(), std::max<int64_t>(piece.begin() - shift, 0),
-                        std::max<int64_t>(piece.end() - shift, 0)});
-    }
-    return tokens;
+    const bool wants_prefix =
+        legacy_ ? kind_.add_dummy_prefix : context == TextContext::kStart && add_prefix_;
+    return kind_.has_separate_words && is_plain(text) ? encode_words(text, wants_prefix)
+                                                      : encode_whole(text, wants_prefix);
   }
 
   std::string decode(std::span<const int64_t> ids) const override {
@@ -77,8 +68,8 @@ class SentencePieceTokenizer final : public Tokenizer {
       const auto status = processor_.Decode(run, &part);
       CALDERA_ASSERT(status.ok());
       // The newer tokenizer's model has no dummy prefix to take back; HF takes it off the first piece of all.
-      if (!legacy_ && add_prefix_ && text.empty() && processor_.IdToPiece(run.front()).starts_with(kSpace) &&
-          part.starts_with(' ')) {
+      if (!legacy_ && add_prefix_ && text.empty() &&
+          processor_.IdToPiece(run.front()).starts_with(kVisibleSpace) && part.starts_with(' ')) {
         part.erase(0, 1);
       }
       text += part;
@@ -113,7 +104,8 @@ class SentencePieceTokenizer final : public Tokenizer {
   bool adds_bos() const override { return add_bos_; }
   const std::string& chat_template() const override { return config_.chat_template; }
 
-  int64_t save(const fs::path& folder, const std::string& chat_template, bool add_image_token) const override {
+  int64_t save(const fs::path& folder, const std::string& chat_template,
+               bool add_image_token) const override {
     TokenizerConfig config = config_;
     int64_t image_id = token_id(kImagePlaceholder);
     if (image_id < 0) image_id = vocab_size();
@@ -128,7 +120,7 @@ class SentencePieceTokenizer final : public Tokenizer {
     if (!config.fields.contains("add_eos_token")) config.fields["add_eos_token"] = false;
     fs::create_directories(folder);
     write_file_atomic(folder / "tokenizer.model", model_);
-    if (is_bpe_) {
+    if (kind_.is_bpe) {
       write_sentencepiece_json(folder / "tokenizer.json", pieces(), config,
                                {legacy_, add_bos_, add_prefix_, bos_id()});
     }
@@ -137,12 +129,14 @@ class SentencePieceTokenizer final : public Tokenizer {
   }
 
   GgufFields gguf_fields(int64_t rows) const override {
-    CALDERA_CHECK(is_bpe_, ConfigError,
-                  "--format gguf: llama.cpp's SentencePiece tokenizer merges pieces (BPE); this one is a unigram model, which it "
+    CALDERA_CHECK(kind_.is_bpe, ConfigError,
+                  "--format gguf: llama.cpp's SentencePiece tokenizer merges pieces (BPE); this one is a "
+                  "unigram model, which it "
                   "would cut otherwise");
     const std::vector<Piece> vocabulary = gguf_vocabulary(pieces(), config_.added_tokens, rows);
-    GgufFields fields = gguf_vocabulary_fields(
-        "llama", "default", vocabulary, {bos_id(), eos_id(), named_id(config_.unk_token), pad_id(), add_bos_});
+    GgufFields fields =
+        gguf_vocabulary_fields("llama", "default", vocabulary,
+                               {bos_id(), eos_id(), named_id(config_.unk_token), pad_id(), add_bos_});
     std::vector<float> scores;
     for (const Piece& piece : vocabulary) scores.push_back(piece.score);
     fields.emplace_back("tokenizer.ggml.scores", std::move(scores));
@@ -151,6 +145,71 @@ class SentencePieceTokenizer final : public Tokenizer {
   }
 
  private:
+  // The library's own way.
+  std::vector<Token> encode_whole(std::string_view text, bool wants_prefix) const {
+    std::string prefix;
+    size_t num_skipped = 0;
+    if (!legacy_) {
+      if (wants_prefix) prefix = kVisibleSpace;
+      // Leading spaces would be lost in some models. HF's way round: an unknown token before them, whose
+      // pieces are dropped.
+      if (wants_prefix || text.starts_with(' ') || text.starts_with(kVisibleSpace)) {
+        prefix = config_.unk_token + prefix;
+        num_skipped = num_unk_pieces_;
+      }
+    }
+    // Its pieces point into the proto, which must outlive them.
+    const auto proto = processor_.EncodeAsImmutableProto(prefix + std::string(text));
+    const auto pieces = proto.pieces();
+    if (pieces.size() < num_skipped) num_skipped = 0;
+    std::vector<Token> tokens;
+    tokens.reserve(pieces.size());
+    const auto shift = static_cast<int64_t>(prefix.size());
+    for (size_t i = num_skipped; i < pieces.size(); ++i) {
+      const auto& piece = pieces[i];
+      tokens.push_back({piece.id(), std::max<int64_t>(piece.begin() - shift, 0),
+                        std::max<int64_t>(piece.end() - shift, 0)});
+    }
+    return tokens;
+  }
+
+  // The same word by word, each of which the library sees but once.
+  std::vector<Token> encode_words(std::string_view text, bool wants_prefix) const {
+    std::vector<Token> tokens;
+    tokens.reserve(text.size() / 3 + 1);
+    std::vector<WordToken> computed;
+    const auto put = [&](std::string_view word, int64_t offset) {
+      const auto cut = [this](std::string_view bytes) { return cut_word(bytes); };
+      for (const WordToken& token : words_.find_or(word, computed, cut))
+        tokens.push_back({token.id, std::max<int64_t>(offset + token.begin, 0), offset + token.end});
+    };
+    size_t begin = 0;
+    if (wants_prefix) {
+      begin = word_end(text, 0);
+      put(" " + std::string(text.substr(0, begin)), -1);
+    }
+    while (begin < text.size()) {
+      const size_t end = word_end(text, begin);
+      put(text.substr(begin, end - begin), static_cast<int64_t>(begin));
+      begin = end;
+    }
+    return tokens;
+  }
+
+  std::vector<WordToken> cut_word(std::string_view word) const {
+    if (word == " ") return {{processor_.PieceToId(kVisibleSpace), 0, 1}};
+    // Where the library puts a space before all it sees, that is the word's first one.
+    const bool is_prefixed = legacy_ && kind_.add_dummy_prefix;
+    const auto proto = processor_.EncodeAsImmutableProto(word.substr(is_prefixed ? 1 : 0));
+    const int32_t shift = is_prefixed ? 1 : 0;
+    std::vector<WordToken> tokens;
+    for (const auto& piece : proto.pieces()) {
+      const int32_t begin = tokens.empty() ? 0 : static_cast<int32_t>(piece.begin()) + shift;
+      tokens.push_back({static_cast<int32_t>(piece.id()), begin, static_cast<int32_t>(piece.end()) + shift});
+    }
+    return tokens;
+  }
+
   const AddedToken* find_added(int64_t id) const {
     for (const AddedToken& token : config_.added_tokens) {
       if (token.id == id) return &token;
@@ -174,9 +233,11 @@ class SentencePieceTokenizer final : public Tokenizer {
   std::string model_;  // as it was read, for save()
   TokenizerConfig config_;
   sentencepiece::SentencePieceProcessor processor_;
-  bool is_bpe_ = true, legacy_ = true, add_bos_ = true, add_prefix_ = true;
+  SentencePieceKind kind_;
+  bool legacy_ = true, add_bos_ = true, add_prefix_ = true;
   int64_t num_pieces_ = 0;
   size_t num_unk_pieces_ = 0;
+  WordCache words_;
 };
 
 }  // namespace

@@ -74,8 +74,13 @@ class ProtoReader {
   const std::string& where_;
 };
 
-PieceType check_piece(std::string_view message, const std::string& where,
-                      std::unordered_set<std::string_view>& seen) {
+struct CheckedPiece {
+  std::string_view text;
+  PieceType type = PieceType::kNormal;
+};
+
+CheckedPiece check_piece(std::string_view message, const std::string& where,
+                         std::unordered_set<std::string_view>& seen) {
   ProtoReader reader(message, where);
   std::string_view text;
   auto type = PieceType::kNormal;
@@ -94,29 +99,49 @@ PieceType check_piece(std::string_view message, const std::string& where,
   reader.check(!text.empty() && text.size() <= kMaxPieceBytes, "a piece is empty or longer than 4096 bytes");
   reader.check(text.find('\0') == std::string_view::npos && is_valid_utf8(text), "a piece is not text");
   reader.check(seen.insert(text).second, "a piece occurs twice");
-  return type;
+  return {text, type};
 }
 
-bool check_trainer(std::string_view message, const std::string& where) {
-  ProtoReader reader(message, where);
+// Whether the piece reaches from one word into the next.
+bool joins_words(std::string_view piece) {
+  while (piece.starts_with(kVisibleSpace)) piece.remove_prefix(kVisibleSpace.size());
+  return piece.find(kVisibleSpace) != std::string_view::npos;
+}
+
+// What the model says of itself, with the format's defaults; a field that comes again replaces.
+struct Flags {
   uint64_t model_type = 1;
+  bool spaces_end_words = false, add_dummy_prefix = true, remove_extra_spaces = true, escape_spaces = true;
+};
+
+void check_trainer(std::string_view message, const std::string& where, Flags& flags) {
+  ProtoReader reader(message, where);
   while (reader.next()) {
-    if (reader.number == 3) {
-      reader.expect(0);
-      model_type = reader.value;
-    }
+    if (reader.number != 3 && reader.number != 24) continue;
+    reader.expect(0);
+    if (reader.number == 3)
+      flags.model_type = reader.value;
+    else
+      flags.spaces_end_words = reader.value != 0;
   }
+  const uint64_t model_type = flags.model_type;
   CALDERA_CHECK(model_type == 1 || model_type == 2, CheckpointError,
                 "{}: SentencePiece model type {} is not supported; expected BPE (2) or unigram (1)", where,
                 model_type);
-  return model_type == 2;
 }
 
 // The compiled normalisation table is a trie whose offsets the library follows unchecked. LLaMA's kind has
 // none.
-void check_normalizer(std::string_view message, const std::string& where) {
+void check_normalizer(std::string_view message, const std::string& where, Flags& flags) {
   ProtoReader reader(message, where);
   while (reader.next()) {
+    if (reader.number >= 3 && reader.number <= 5) {
+      reader.expect(0);
+      bool& flag = reader.number == 3   ? flags.add_dummy_prefix
+                   : reader.number == 4 ? flags.remove_extra_spaces
+                                        : flags.escape_spaces;
+      flag = reader.value != 0;
+    }
     if (reader.number != 2) continue;
     reader.expect(2);
     CALDERA_CHECK(reader.data.empty(), CheckpointError,
@@ -143,26 +168,34 @@ void put_bytes(std::string& bytes, uint64_t field, std::string_view value) {
 
 }  // namespace
 
-bool check_sentencepiece_model(std::string_view proto, const std::string& where) {
+SentencePieceKind check_sentencepiece_model(std::string_view proto, const std::string& where) {
   ProtoReader reader(proto, where);
   std::unordered_set<std::string_view> seen;
   size_t num_unknown = 0;
-  bool is_bpe = false;  // the format's default is unigram
+  bool knows_space = false, pieces_keep_to_words = true;
+  Flags flags, denormalizer;
   while (reader.next()) {
     if (reader.number < 1 || reader.number > 5) continue;
     reader.expect(2);
     if (reader.number == 1) {
       reader.check(seen.size() < kMaxPieces, "it has more than two million pieces");
-      if (check_piece(reader.data, where, seen) == PieceType::kUnknown) ++num_unknown;
+      const CheckedPiece piece = check_piece(reader.data, where, seen);
+      if (piece.type == PieceType::kUnknown) ++num_unknown;
+      if (piece.text == kVisibleSpace) knows_space = piece.type == PieceType::kNormal;
+      if (piece.type == PieceType::kUserDefined || joins_words(piece.text)) pieces_keep_to_words = false;
     } else if (reader.number == 2) {
-      is_bpe = check_trainer(reader.data, where);
-    } else if (reader.number == 3 || reader.number == 5) {
-      check_normalizer(reader.data, where);
+      check_trainer(reader.data, where, flags);
+    } else if (reader.number == 3) {
+      check_normalizer(reader.data, where, flags);
+    } else if (reader.number == 5) {
+      check_normalizer(reader.data, where, denormalizer);
     }
   }
   reader.check(!seen.empty(), "it has no pieces");
   reader.check(num_unknown == 1, "it has not exactly one unknown piece");
-  return is_bpe;
+  const bool is_bpe = flags.model_type == 2;
+  const bool keeps_spaces = flags.escape_spaces && !flags.remove_extra_spaces && !flags.spaces_end_words;
+  return {is_bpe, flags.add_dummy_prefix, is_bpe && keeps_spaces && knows_space && pieces_keep_to_words};
 }
 
 std::string make_sentencepiece_model(const std::vector<Piece>& pieces, bool add_dummy_prefix) {

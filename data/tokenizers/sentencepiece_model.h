@@ -24,10 +24,22 @@ struct Piece {
   PieceType type = PieceType::kNormal;
 };
 
+// SentencePiece's visible space, which begins a word.
+inline constexpr std::string_view kVisibleSpace = "\xE2\x96\x81";  // U+2581
+
+struct SentencePieceKind {
+  bool is_bpe = false;  // else unigram
+  bool add_dummy_prefix = true;
+  // Whether a text's pieces are those of its words side by side, a word being a run of spaces and what
+  // follows it up to the next space. So it is in a BPE model where no piece holds a space after something
+  // else (merges make nothing but pieces), none is matched before merging, and the normaliser keeps every
+  // space.
+  bool has_separate_words = false;
+};
 // Throws CheckpointError "WHERE: what" unless the bytes are a BPE or unigram model with an identity
 // normaliser (LLaMA's kind) whose every field lies inside the file, with one unknown piece and a sane number
-// of distinct, non-empty pieces. Returns whether it is a BPE model.
-bool check_sentencepiece_model(std::string_view proto, const std::string& where);
+// of distinct, non-empty pieces.
+SentencePieceKind check_sentencepiece_model(std::string_view proto, const std::string& where);
 
 // A BPE model with LLaMA's flags from pieces that came from elsewhere (GGUF).
 std::string make_sentencepiece_model(const std::vector<Piece>& pieces, bool add_dummy_prefix);

@@ -59,6 +59,12 @@ void append_utf8(std::string& text, char32_t code_point) {
   }
 }
 
+bool is_ascii(std::string_view text) {
+  unsigned char bits = 0;
+  for (const char c : text) bits = static_cast<unsigned char>(bits | static_cast<unsigned char>(c));
+  return bits < 0x80;
+}
+
 bool is_valid_utf8(std::string_view text) {
   for (size_t offset = 0; offset < text.size();) {
     bool valid = true;

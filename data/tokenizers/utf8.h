@@ -24,6 +24,7 @@ inline constexpr char32_t kReplacement = 0xFFFD;
 // Unicode, chapter 3.9, and Python's).
 char32_t next_code_point(std::string_view text, size_t& offset, bool* valid = nullptr);
 void append_utf8(std::string& text, char32_t code_point);
+bool is_ascii(std::string_view text);
 bool is_valid_utf8(std::string_view text);
 // Each broken sequence becomes U+FFFD.
 MappedText repair_utf8(std::string_view text);
