@@ -1,10 +1,13 @@
 // Linear layers for a few rows at a time, as generation has them: the weights are read once, and reading them
 // is all the time there is.
 #include <algorithm>
+#include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "base/error.h"
 #include "model/ops/autograd.h"
+#include "model/ops/few_rows_avx512.h"
 #include "model/ops/matmul.h"
 #include "model/ops/simd.h"
 
@@ -14,11 +17,13 @@ namespace {
 
 using namespace simd;
 
-// Four outputs share the loads of x; each has sums of its own, so that products do not wait for each other.
-template <class W>
-CALDERA_INLINE void outputs_each(const float* x, const W* weight, const float* scale, const float* bias,
-                                 float* y, int64_t num_rows, int64_t num_inputs, int64_t num_outputs,
-                                 int64_t begin, int64_t end) {
+// What every kernel below works on: rows x [N, I] and weights [O, I] -> y [N, O], of which [begin, end) of
+// the outputs. Four of them share the loads of x; each has sums of its own, so that products do not wait for
+// each other. T is the type of bias and y; x is in float32.
+template <class W, class T>
+CALDERA_INLINE void outputs_each(const float* x, const W* weight, const float* scale, const T* bias, T* y,
+                                 int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t begin,
+                                 int64_t end) {
   const int64_t whole = num_inputs / kLanes * kLanes, rest = num_inputs - whole;
   for (int64_t o = begin; o < end; o += 4) {
     const int64_t count = std::min<int64_t>(4, end - o);
@@ -43,20 +48,22 @@ CALDERA_INLINE void outputs_each(const float* x, const W* weight, const float* s
       }
       const float sums[4] = {sum(s0), sum(s1), sum(s2), sum(s3)};
       for (int64_t j = 0; j < count; ++j)
-        y[r * num_outputs + o + j] = sums[j] * (scale ? scale[o + j] : 1.0f) + (bias ? bias[o + j] : 0.0f);
+        y[r * num_outputs + o + j] = static_cast<T>(sums[j] * (scale ? scale[o + j] : 1.0f) +
+                                                    (bias ? static_cast<float>(bias[o + j]) : 0.0f));
     }
   }
 }
 
-#define CALDERA_OUTPUTS(W)                                                                          \
-  CALDERA_SIMD void outputs(const float* x, const W* weight, const float* scale, const float* bias, \
-                            float* y, int64_t num_rows, int64_t num_inputs, int64_t num_outputs,    \
-                            int64_t begin, int64_t end) {                                           \
-    outputs_each(x, weight, scale, bias, y, num_rows, num_inputs, num_outputs, begin, end);         \
+#define CALDERA_OUTPUTS(W, T)                                                                         \
+  CALDERA_SIMD void outputs(const float* x, const W* weight, const float* scale, const T* bias, T* y, \
+                            int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t begin, \
+                            int64_t end) {                                                            \
+    outputs_each(x, weight, scale, bias, y, num_rows, num_inputs, num_outputs, begin, end);           \
   }
-CALDERA_OUTPUTS(float)
-CALDERA_OUTPUTS(c10::BFloat16)
-CALDERA_OUTPUTS(int8_t)
+CALDERA_OUTPUTS(float, float)
+CALDERA_OUTPUTS(c10::BFloat16, c10::BFloat16)
+CALDERA_OUTPUTS(int8_t, float)
+CALDERA_OUTPUTS(int8_t, c10::BFloat16)
 #undef CALDERA_OUTPUTS
 
 template <class T>
@@ -93,22 +100,89 @@ at::Tensor restored(const Int8Weight& weight, at::ScalarType dtype) {
   return out;
 }
 
-template <class W>
-at::Tensor run(const at::Tensor& x_NI, const at::Tensor& weight_OI, const at::Tensor& scale_O,
-               const at::Tensor& bias_O) {
-  const int64_t N = x_NI.size(0), I = weight_OI.size(1), O = weight_OI.size(0);
-  const auto floats = [](const at::Tensor& t) { return t.defined() ? t.to(at::kFloat).contiguous() : t; };
-  const at::Tensor x = floats(x_NI), scale = floats(scale_O), bias = floats(bias_O);
-  const at::Tensor y = at::empty({N, O}, at::kFloat);
-  const auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; };
-  const float *x_data = data(x), *scale_data = data(scale), *bias_data = data(bias);
-  const W* weight_data = weight_OI.const_data_ptr<W>();
-  float* y_data = y.mutable_data_ptr<float>();
-  // Fours of outputs: the borders between threads change no bit.
-  at::parallel_for(0, (O + 3) / 4, std::max<int64_t>(1, row_grain(I) / 4), [&](int64_t begin, int64_t end) {
-    outputs(x_data, weight_data, scale_data, bias_data, y_data, N, I, O, 4 * begin, std::min(O, 4 * end));
+CALDERA_SIMD void widen(const c10::BFloat16* x, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t n = std::min(kLanes, count - i);
+    store(out + i, load(x + i, n), n);
+  }
+}
+
+// Calls work(begin, end) for parts of O outputs, each begun at a multiple of four: the borders between
+// threads change no bit.
+template <class Work>
+void for_outputs(int64_t O, int64_t I, const Work& work) {
+  at::parallel_for(0, (O + 3) / 4, std::max<int64_t>(1, row_grain(I) / 4),
+                   [&](int64_t begin, int64_t end) { work(4 * begin, std::min(O, 4 * end)); });
+}
+
+// The rows in float32.
+class Floats {
+ public:
+  Floats(const float* x, int64_t) : data_(x) {}
+  Floats(const c10::BFloat16* x, int64_t count)
+      : widened_(static_cast<size_t>(count)), data_(widened_.data()) {
+    widen(x, widened_.data(), count);
+  }
+  const float* data() const { return data_; }
+
+ private:
+  std::vector<float> widened_;
+  const float* data_;
+};
+
+// x [N, I] and y [N, O] are of type T, as are the bias where there is one, and the weights.
+template <class T>
+void run(const T* x, const T* weight, const T* bias, T* y, int64_t N, int64_t I, int64_t O) {
+#ifdef CALDERA_NARROW_PRODUCTS
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    if (has_bf16_products()) {
+      for_outputs(O, I,
+                  [&](int64_t begin, int64_t end) { bf16_outputs(x, weight, bias, y, N, I, O, begin, end); });
+      return;
+    }
+  }
+#endif
+  const Floats floats(x, N * I);
+  for_outputs(O, I, [&](int64_t begin, int64_t end) {
+    outputs(floats.data(), weight, nullptr, bias, y, N, I, O, begin, end);
   });
-  return y.to(x_NI.scalar_type());
+}
+
+template <class T>
+void run_int8(const T* x, const Int8Weight& weight, const T* bias, T* y, int64_t N, int64_t I, int64_t O) {
+  const int8_t* values = weight.values_OI.const_data_ptr<int8_t>();
+  const float* scale = weight.scale_O.const_data_ptr<float>();
+  const Floats floats(x, N * I);
+#ifdef CALDERA_NARROW_PRODUCTS
+  if (has_int8_products() && I <= 65536) {
+    const SplitRows rows = split_rows(floats.data(), N, I);
+    std::vector<int64_t> sums(static_cast<size_t>(N * O));
+    for_outputs(O, I, [&](int64_t begin, int64_t end) {
+      int8_sums(rows, values, weight.sum_O.const_data_ptr<int32_t>(), sums.data(), N, I, O, begin, end);
+      for (int64_t r = 0; r < N; ++r)
+        for (int64_t o = begin; o < end; ++o)
+          y[r * O + o] = static_cast<T>(static_cast<float>(sums[static_cast<size_t>(r * O + o)]) *
+                                            rows.scale[static_cast<size_t>(r)] * scale[o] +
+                                        (bias ? static_cast<float>(bias[o]) : 0.0f));
+    });
+    return;
+  }
+#endif
+  for_outputs(O, I, [&](int64_t begin, int64_t end) {
+    outputs(floats.data(), values, scale, bias, y, N, I, O, begin, end);
+  });
+}
+
+// Calls f(x, bias, y) with the data of contiguous tensors; returns y [N, O].
+template <class Function>
+at::Tensor with_data(const at::Tensor& x_NI, const at::Tensor& bias_O, int64_t num_outputs, Function f) {
+  const at::Tensor x = x_NI.contiguous(), y = at::empty({x.size(0), num_outputs}, x.options());
+  CALDERA_ASSERT(!bias_O.defined() || (bias_O.scalar_type() == x.scalar_type() && bias_O.is_contiguous()));
+  with_cpu_type(x, [&]<class T>(T*) {
+    f(x.const_data_ptr<T>(), bias_O.defined() ? bias_O.const_data_ptr<T>() : nullptr,
+      y.mutable_data_ptr<T>());
+  });
+  return y;
 }
 
 thread_local bool few_rows = false;
@@ -120,21 +194,30 @@ FewRowsGuard::~FewRowsGuard() { few_rows = before_; }
 bool FewRowsGuard::active() { return few_rows && !at::GradMode::is_enabled(); }
 
 at::Tensor affine_few_rows(const at::Tensor& x_NI, const at::Tensor& weight_OI, const at::Tensor& bias_O) {
-  CALDERA_ASSERT(weight_OI.is_contiguous() && x_NI.size(1) == weight_OI.size(1));
-  return weight_OI.scalar_type() == at::kFloat ? run<float>(x_NI, weight_OI, {}, bias_O)
-                                               : run<c10::BFloat16>(x_NI, weight_OI, {}, bias_O);
+  const int64_t N = x_NI.size(0), I = weight_OI.size(1), O = weight_OI.size(0);
+  CALDERA_ASSERT(weight_OI.is_contiguous() && x_NI.size(1) == I &&
+                 weight_OI.scalar_type() == x_NI.scalar_type());
+  return with_data(x_NI, bias_O, O, [&]<class T>(const T* x, const T* bias, T* y) {
+    run(x, weight_OI.const_data_ptr<T>(), bias, y, N, I, O);
+  });
 }
 
 Int8Weight quantize_int8(const at::Tensor& weight_OI) {
   const at::NoGradGuard no_grad;
   const at::Tensor weight = weight_OI.detach().to(at::kFloat);
   const at::Tensor scale_O = weight.abs().amax(1).clamp_min(1e-12) / 127;
-  return {(weight / scale_O.unsqueeze(1)).round().to(at::kChar).contiguous(), scale_O};
+  const at::Tensor values_OI = (weight / scale_O.unsqueeze(1)).round().to(at::kChar).contiguous();
+  return {values_OI, scale_O, values_OI.sum(1, /*keepdim=*/false, at::kInt)};
 }
 
 at::Tensor affine_int8(const at::Tensor& x_NI, const Int8Weight& weight, const at::Tensor& bias_O) {
   CALDERA_ASSERT(!wants_grad(x_NI) && x_NI.dim() == 2 && x_NI.size(1) == weight.values_OI.size(1));
-  if (x_NI.size(0) <= 4) return run<int8_t>(x_NI, weight.values_OI, weight.scale_O, bias_O);
+  const int64_t N = x_NI.size(0), I = x_NI.size(1), O = weight.values_OI.size(0);
+  if (N <= 4) {
+    return with_data(x_NI, bias_O, O, [&]<class T>(const T* x, const T* bias, T* y) {
+      run_int8(x, weight, bias, y, N, I, O);
+    });
+  }
   return affine(x_NI, restored(weight, x_NI.scalar_type()), bias_O);
 }
 

@@ -22,9 +22,11 @@ at::Tensor affine(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
 // LLM.int8's row-wise absmax, arXiv 2208.07339, without its outliers). For generation alone.
 struct Int8Weight {
   at::Tensor values_OI, scale_O;
+  at::Tensor sum_O;  // of a row's values, int32
 };
 Int8Weight quantize_int8(const at::Tensor& weight_OI);
-// x [N, I] -> [N, O] in x's dtype; sums in float32. No gradients.
+// x [N, I] -> [N, O] in x's dtype. Few rows are rounded to 16 bits a value where the processor multiplies
+// whole numbers faster (few_rows_avx512.h); otherwise sums are in float32. No gradients.
 at::Tensor affine_int8(const at::Tensor& x_NI, const Int8Weight& weight, const at::Tensor& bias_O = {});
 
 // For few rows: the weight is read once, sums in float32, each row as if it were alone.

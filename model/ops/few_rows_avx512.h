@@ -1,0 +1,40 @@
+// Linear layers for a few rows by AVX-512's instructions for narrow types, where processor and build have
+// them: memory is then what takes the time. Legend: N rows, I inputs, O outputs.
+#pragma once
+#include <c10/util/BFloat16.h>
+
+#include <cstdint>
+#include <vector>
+
+// Sanitizers' builds have the plain code alone, as elsewhere.
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define CALDERA_NARROW_PRODUCTS
+#endif
+
+#ifdef CALDERA_NARROW_PRODUCTS
+namespace caldera {
+
+bool has_bf16_products();  // AVX512_BF16
+bool has_int8_products();  // AVX512_VNNI
+
+// Outputs [begin, end) of y [N, O] = x [N, I] weight [O, I]^T + bias (null: none). Products are exact, sums
+// in float32.
+void bf16_outputs(const c10::BFloat16* x, const c10::BFloat16* weight, const c10::BFloat16* bias,
+                  c10::BFloat16* y, int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t begin,
+                  int64_t end);
+
+// Rows in 16 bits: each value is (256 high + low - 32768) * scale of its row. That is 2^-16 of the row's
+// largest magnitude off at the most; a row with a value that is not finite has the scale NaN.
+struct SplitRows {
+  std::vector<uint8_t> high, low;  // [N, I]
+  std::vector<float> scale;        // [N]
+};
+SplitRows split_rows(const float* x, int64_t num_rows, int64_t num_inputs);
+
+// Rows of `split_rows` times 8-bit weights [O, I], the sums of whose rows are given, as whole numbers: sums
+// [N, O], to be multiplied by the scales of row and weight. At most 65536 inputs.
+void int8_sums(const SplitRows& x, const int8_t* weight, const int32_t* weight_sums, int64_t* sums,
+               int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t begin, int64_t end);
+
+}  // namespace caldera
+#endif
