@@ -3,6 +3,7 @@
 #include "base/error.h"
 #include "base/files.h"
 #include "base/json.h"
+#include "model/weights/gguf_llava.h"
 #include "model/weights/json_fields.h"
 #include "train/trainer.h"
 
@@ -32,6 +33,7 @@ Json read_json_or_empty(const fs::path& file) {
 
 fs::path tokenizer_path(const fs::path& folder) {
   if (fs::exists(folder / "tokenizer.model") || fs::exists(folder / "tokenizer.json")) return folder;
+  if (const auto gguf = find_gguf_llava(folder)) return gguf->decoder;
   const fs::path file = folder / "caldera.json";
   const Json caldera = read_json_or_empty(file);
   const std::string named = text_field(caldera, file.string(), "tokenizer", "");
@@ -72,7 +74,7 @@ TextSession open_text(const fs::path& folder, const std::string& conversation_te
   CALDERA_CHECK(fs::exists(folder), CheckpointError, "{}: no such model or tokenizer folder",
                 folder.string());
   // A tokenizer's own folder (or .gguf) is no model; take it as it is.
-  const bool is_model = fs::exists(folder / "config.json") || fs::exists(folder / "caldera.json");
+  const bool is_model = fs::exists(folder / "config.json") || fs::exists(folder / "caldera.json") || find_gguf_llava(folder);
   const bool has_tokenizer = fs::exists(folder / "tokenizer.model") || fs::exists(folder / "tokenizer.json");
   const bool is_tokenizer = !fs::is_directory(folder) || (has_tokenizer && !is_model);
   const fs::path resolved = is_tokenizer ? folder : resolve_model_folder(folder);

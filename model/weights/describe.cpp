@@ -1,5 +1,6 @@
 // What a model's folder says of itself, without its weights.
 #include "base/error.h"
+#include "model/weights/gguf_llava.h"
 #include "model/weights/json_fields.h"
 #include "model/weights/llava_config.h"
 #include "model/weights/load.h"
@@ -29,6 +30,7 @@ ModelCard read_model_card(const fs::path& folder) {
     const Json caldera = read_config(file);
     if (caldera.contains("card")) return model_card_from_json(caldera["card"], file.string());
   }
+  if (const auto gguf = find_gguf_llava(folder)) return read_gguf_card(*gguf);
   ModelCard card;
   if (fs::exists(folder / "config.json")) {
     const Json config = read_config(folder / "config.json");
@@ -48,6 +50,7 @@ std::optional<ImageSpec> read_image_spec(const fs::path& folder) {
     if (!fs::exists(fs::path(build.vision_tower) / "config.json")) return {};
     return make_vision_tower(build.vision_tower, build.features, build.image_size)->image_spec();
   }
+  if (const auto gguf = find_gguf_llava(folder)) return make_gguf_vision_tower(gguf->mmproj)->image_spec();
   if (!fs::exists(file)) return {};
   const Json config = read_config(file);
   if (is_original_llava(config)) {

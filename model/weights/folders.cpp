@@ -2,6 +2,7 @@
 #include "base/error.h"
 #include "base/strings.h"
 #include "model/weights/adapters.h"
+#include "model/weights/gguf_llava.h"
 #include "model/weights/json_fields.h"
 #include "model/weights/llava_config.h"
 #include "model/weights/load.h"
@@ -132,8 +133,12 @@ std::unique_ptr<LlavaModel> make_hf_llava(const fs::path& folder, int64_t vocab_
 }
 
 fs::path resolve_model_folder(const fs::path& dir) {
+  CALDERA_CHECK(dir.extension() != ".gguf" || fs::is_directory(dir), CheckpointError,
+                "{}: a GGUF file holds a part of a LLaVA; name the folder with the decoder's and its "
+                "mmproj*.gguf",
+                dir.string());
   CALDERA_CHECK(fs::is_directory(dir), CheckpointError, "{}: no such folder", dir.string());
-  if (fs::exists(dir / "config.json") || is_adapter_folder(dir)) return dir;
+  if (fs::exists(dir / "config.json") || is_adapter_folder(dir) || find_gguf_llava(dir)) return dir;
   if (fs::exists(dir / "caldera.json")) {
     CALDERA_CHECK(is_step(dir), CheckpointError, "{}: not a finished checkpoint: no manifest.json",
                   dir.string());
@@ -144,9 +149,8 @@ fs::path resolve_model_folder(const fs::path& dir) {
   for (auto stage = stages.rbegin(); stage != stages.rend(); ++stage)
     if (const fs::path found = model_of_stage(*stage); !found.empty()) return found;
   throw CheckpointError(
-      fmt::format("{}: no model: looked for config.json, caldera.json, final/, checkpoints/step-*/ with "
-                  "manifest.json, and stages with "
-                  "these",
+      fmt::format("{}: no model: looked for config.json, caldera.json, mmproj*.gguf with a decoder's .gguf, final/, "
+                  "checkpoints/step-*/ with manifest.json, and stages with these",
                   dir.string()));
 }
 
@@ -154,6 +158,11 @@ LoadedModel load_llava(const fs::path& dir, const fs::path& model_base) {
   LoadedModel loaded;
   loaded.folder = resolve_model_folder(dir);
   if (is_adapter_folder(loaded.folder)) return load_with_adapter(loaded.folder, model_base);
+  if (const auto gguf = find_gguf_llava(loaded.folder)) {
+    loaded.card = read_gguf_card(*gguf);
+    loaded.model = load_gguf_llava(*gguf);
+    return loaded;
+  }
   const fs::path card_file = loaded.folder / "caldera.json";
   Json caldera = Json::object();
   if (fs::exists(card_file)) caldera = read_config(card_file);

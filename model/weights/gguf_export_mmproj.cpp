@@ -41,6 +41,8 @@ GgufFields mmproj_fields(const LlavaModel& model, const GgufExportOptions& optio
   add("has_llava_projector", true);
   add("projector_type", std::string("mlp"));
   add("use_gelu", tower.at("hidden_act") != "quick_gelu");
+  // For reading the file back: llama.cpp's GELU is the one by tanh, whichever was meant.
+  fields.emplace_back("caldera.hidden_act", tower.at("hidden_act").get<std::string>());
   add("vision.image_size", static_cast<uint32_t>(spec.image_size));
   add("vision.patch_size", size("patch_size"));
   add("vision.embedding_length", size("hidden_size"));
@@ -108,11 +110,9 @@ void save_gguf_mmproj(LlavaModel& model, const GgufExportOptions& options,
       type = GgmlType::kF32;  // its convolution knows two types
     tensors.push_back(gguf_tensor(name, value_of(named, options.values), type));
   }
-  for (const NamedTensor& named : model.projector->tensors()) {  // linear_1, linear_2; the GELU is layer 1
-    const bool first = named.name.starts_with("linear_1.");
-    tensors.push_back(gguf_tensor((first ? "mm.0." : "mm.2.") + named.name.substr(9),
-                                  value_of(named, options.values), options.type));
-  }
+  for (const NamedTensor& named : model.projector->tensors())
+    tensors.push_back(
+        gguf_tensor(gguf_projector_name(named.name), value_of(named, options.values), options.type));
   write_gguf(file, mmproj_fields(model, options), tensors);
 }
 

@@ -26,11 +26,18 @@ constexpr Name kTower[] = {{"vision_model.embeddings.class_embedding", "v.class_
                            {"vision_model.embeddings.patch_embedding.bias", "v.patch_embd.bias"},
                            {"vision_model.embeddings.position_embedding.weight", "v.position_embd.weight"},
                            {"vision_model.pre_layrnorm.weight", "v.pre_ln.weight"},
-                           {"vision_model.pre_layrnorm.bias", "v.pre_ln.bias"}};
+                           {"vision_model.pre_layrnorm.bias", "v.pre_ln.bias"},
+                           {"vision_model.post_layernorm.weight", "v.post_ln.weight"},
+                           {"vision_model.post_layernorm.bias", "v.post_ln.bias"}};
 constexpr Name kTowerBlock[] = {{"self_attn.q_proj", "attn_q"}, {"self_attn.k_proj", "attn_k"},
                                 {"self_attn.v_proj", "attn_v"}, {"self_attn.out_proj", "attn_out"},
                                 {"layer_norm1", "ln1"},         {"layer_norm2", "ln2"},
                                 {"mlp.fc1", "ffn_up"},          {"mlp.fc2", "ffn_down"}};
+// llama.cpp counts the GELU between the two layers.
+constexpr Name kProjector[] = {{"linear_1.weight", "mm.0.weight"},
+                               {"linear_1.bias", "mm.0.bias"},
+                               {"linear_2.weight", "mm.2.weight"},
+                               {"linear_2.bias", "mm.2.bias"}};
 
 std::string find(std::span<const Name> names, std::string_view wanted, std::string_view Name::*from,
                  std::string_view Name::*to) {
@@ -79,6 +86,21 @@ std::string gguf_tower_name(const std::string& hf_name) {
   return outer.empty() ? block_name(hf_name, "vision_model.encoder.layers.", "v.blk.", kTowerBlock, &Name::hf,
                                     &Name::gguf)
                        : outer;
+}
+
+std::string hf_tower_name(const std::string& gguf_name) {
+  const std::string outer = find(kTower, gguf_name, &Name::gguf, &Name::hf);
+  return outer.empty() ? block_name(gguf_name, "v.blk.", "vision_model.encoder.layers.", kTowerBlock,
+                                    &Name::gguf, &Name::hf)
+                       : outer;
+}
+
+std::string gguf_projector_name(const std::string& name) {
+  return find(kProjector, name, &Name::hf, &Name::gguf);
+}
+
+std::string hf_projector_name(const std::string& gguf_name) {
+  return find(kProjector, gguf_name, &Name::gguf, &Name::hf);
 }
 
 at::Tensor to_neighbour_order(const at::Tensor& rows, int64_t num_heads) {

@@ -21,9 +21,13 @@ std::span<const GgufArchitecture> gguf_architectures();
 // tensor.
 std::string gguf_decoder_name(const std::string& hf_name);
 std::string hf_decoder_name(const std::string& gguf_name);
-// "vision_model.encoder.layers.3.mlp.fc1.bias" -> "v.blk.3.ffn_up.bias"; "" where llama.cpp's LLaVA graph has
+// "vision_model.encoder.layers.3.mlp.fc1.bias" <-> "v.blk.3.ffn_up.bias"; "" where llama.cpp's LLaVA graph has
 // no such tensor.
 std::string gguf_tower_name(const std::string& hf_name);
+std::string hf_tower_name(const std::string& gguf_name);
+// The projector "mlp2x_gelu": "linear_1.weight" <-> "mm.0.weight"; "" for other names.
+std::string gguf_projector_name(const std::string& name);
+std::string hf_projector_name(const std::string& gguf_name);
 
 // Rows of q or k (weights [H K, D] or biases [H K]) from HF's order into llama.cpp's, and back.
 at::Tensor to_neighbour_order(const at::Tensor& rows, int64_t num_heads);

@@ -68,11 +68,12 @@ at::Tensor copy_bytes(const GgufTensor& tensor, at::ScalarType type) {
 class GgufWeights : public TensorSource {
  public:
   // Heads of q and k whose rows llama.cpp has in its own order; 0 where it keeps HF's.
-  GgufWeights(std::shared_ptr<GgufFile> file, int64_t num_heads, int64_t num_key_value_heads)
+  GgufWeights(std::shared_ptr<GgufFile> file, const std::function<std::string(const std::string&)>& hf_name,
+              int64_t num_heads = 0, int64_t num_key_value_heads = 0)
       : file_(std::move(file)), num_heads_(num_heads), num_key_value_heads_(num_key_value_heads) {
     for (const GgufTensor& tensor : file_->tensors()) {
       if (tensor.name == kGgufRopeDivisors) continue;  // they are in the configuration
-      const std::string name = hf_decoder_name(tensor.name);
+      const std::string name = hf_name(tensor.name);
       CALDERA_CHECK(!name.empty(), CheckpointError, "{}: tensor {} has no place in architecture {}",
                     file_->path().string(), tensor.name, file_->get<std::string>("general.architecture"));
       tensors_[name] = &tensor;
@@ -107,6 +108,11 @@ class GgufWeights : public TensorSource {
 };
 
 }  // namespace
+
+std::unique_ptr<TensorSource> open_gguf_tensors(
+    std::shared_ptr<GgufFile> file, const std::function<std::string(const std::string&)>& hf_name) {
+  return std::make_unique<GgufWeights>(std::move(file), hf_name);
+}
 
 at::Tensor dequantize(const GgufTensor& tensor, const std::string& where) {
   switch (tensor.type) {
@@ -149,7 +155,7 @@ GgufDecoder open_gguf_decoder(const fs::path& path) {
     return architecture->rotates_neighbours ? decoder.config[key].get<int64_t>() : 0;
   };
   decoder.weights =
-      std::make_unique<GgufWeights>(file, heads("num_attention_heads"), heads("num_key_value_heads"));
+      std::make_unique<GgufWeights>(file, hf_decoder_name, heads("num_attention_heads"), heads("num_key_value_heads"));
   return decoder;
 }
 

@@ -1,6 +1,7 @@
 // A decoder's weights in a GGUF file, presented as HF would name and lay them out.
 #pragma once
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -22,6 +23,11 @@ struct GgufDecoder {
 // its own rotary embedding; they are put back into HF's. Throws CheckpointError with file, key or tensor,
 // expected and got.
 GgufDecoder open_gguf_decoder(const std::filesystem::path& file);
+
+// A file's tensors under the names that `hf_name` gives them. It returns "" for those that have no place: the
+// first such throws CheckpointError.
+std::unique_ptr<TensorSource> open_gguf_tensors(std::shared_ptr<GgufFile> file,
+                                                const std::function<std::string(const std::string&)>& hf_name);
 
 // One tensor's elements; quantised types become float32.
 at::Tensor dequantize(const GgufTensor& tensor, const std::string& where);

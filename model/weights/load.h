@@ -58,8 +58,8 @@ BuildSpec build_spec_from_json(const Json& json, const std::string& where);
 std::unique_ptr<LlavaModel> build_llava(const BuildSpec& spec);  // float32 on CPU
 
 // What `--model DIR` means: a run's output folder (its last stage's final/), a stage's folder (final/, else
-// the newest checkpoint), a step's checkpoint, or an HF folder. Returns the folder that holds config.json
-// (or, for a step's checkpoint, caldera.json). Throws CheckpointError saying what it looked for.
+// the newest checkpoint), a step's checkpoint, an HF folder, or one with llama.cpp's two files
+// (gguf_llava.h). Returns the folder that holds them, config.json or, of a step's checkpoint, caldera.json. Throws CheckpointError saying what it looked for.
 std::filesystem::path resolve_model_folder(const std::filesystem::path& dir);
 
 // caldera.json beside the weights: what HF's config.json has no place for.
@@ -87,8 +87,8 @@ struct LoadedModel {
 };
 
 // Loads an HF LlavaForConditionalGeneration folder (any release's names), one of ours with a tower that HF
-// cannot hold, one of the original LLaVA's (original_llava.h), or a step's checkpoint. Float32 on CPU; call
-// model->to() afterwards. An adapter's folder (see adapters.h) gives its base with the adapter merged: the
+// cannot hold, one of the original LLaVA's (llava_config.h), llama.cpp's two GGUF files, or a step's
+// checkpoint. Float32 on CPU; call model->to() afterwards. An adapter's folder (see adapters.h) gives its base with the adapter merged: the
 // base is `model_base`, else what it names.
 LoadedModel load_llava(const std::filesystem::path& dir, const std::filesystem::path& model_base = {});
 

@@ -3,7 +3,6 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include "base/error.h"
 #include "base/gguf.h"
@@ -24,8 +23,6 @@ const std::pair<GgmlType, at::ScalarType> kFloatTypes[] = {
 
 class GgufExportTest : public testing::Test {
  protected:
-  void SetUp() override { fs::create_directories(folder_); }
-  void TearDown() override { fs::remove_all(folder_); }
 
   static Json decoder_config(const std::string& model_type, const Json& change = Json::object()) {
     Json config = {{"model_type", model_type}, {"hidden_size", 64},        {"intermediate_size", 96},
@@ -67,7 +64,8 @@ class GgufExportTest : public testing::Test {
   }
   GgufExportOptions options(GgmlType type) const { return {.type = type, .image_aspect_ratio = "pad"}; }
   fs::path file() const { return folder_ / "x.gguf"; }
-  fs::path folder_ = fs::temp_directory_path() / fmt::format("caldera-gguf-export-{}", ::getpid());
+  TemporaryFolder temporary_;
+  const fs::path folder_ = temporary_.path();
 };
 
 at::Tensor logits_of(LanguageModel& model) {
@@ -195,7 +193,9 @@ TEST_F(GgufExportTest, MmprojHoldsWhatLlamaCppRuns) {
       size_t count = 0;
       for (const NamedTensor& named : model->vision->tensors()) {
         const std::string name = gguf_tower_name(named.name);
-        if (name.empty() || named.name.find("layers.3.") != std::string::npos) continue;
+        const bool is_unused = named.name.find("layers.3.") != std::string::npos ||
+                               named.name.find("post_layernorm") != std::string::npos;
+        if (name.empty() || is_unused) continue;
         at::Tensor expected = named.value();
         const bool exact =
             name == "v.position_embd.weight" || (name == "v.patch_embd.weight" && type != GgmlType::kF16);
@@ -215,6 +215,85 @@ TEST_F(GgufExportTest, MmprojHoldsWhatLlamaCppRuns) {
                 tensors.size());  // nothing else: post_layernorm would be applied, the fourth block run
     }
   }
+}
+
+// Decoder and mmproj as an export writes them.
+class GgufFolderTest : public GgufExportTest {
+ protected:
+  void write(LlavaModel& model, GgmlType type, const ModelCard* card = nullptr) {
+    GgufExportOptions given = options(type);
+    if (card != nullptr) given.general = {{"caldera.card", json_line(to_json(*card))}};
+    save_gguf_decoder(*model.language, given, folder_ / "model-f16.gguf");
+    save_gguf_mmproj(model, given, folder_ / "mmproj-f16.gguf");
+  }
+  void edit(const char* name, const std::string& from, const std::string& to) {
+    std::string bytes = read_file(folder_ / name);
+    bytes.replace(bytes.find(from), from.size(), to);
+    write_file_atomic(folder_ / name, bytes);
+  }
+};
+
+TEST_F(GgufFolderTest, AWholeModelComesBack) {
+  for (const char* tower : {"clip_vision_model", "siglip_vision_model"}) {
+    const auto model = llava(tower, "mlp2x_gelu");
+    const at::Tensor pixels = (at::arange(2 * 3 * 28 * 28) % 251).to(at::kByte).view({2, 3, 28, 28});
+    const at::NoGradGuard no_grad;
+    const auto features = [&](LlavaModel& of) { return of.projector->forward(of.vision->forward(pixels)); };
+    for (const auto& [type, dtype] : kFloatTypes) {
+      write(*model, type);
+      const LoadedModel back = load_llava(folder_);
+      std::map<std::string, at::Tensor> wanted;
+      for (const NamedTensor& named : model->tensors()) wanted[named.name] = named.value();
+      for (const NamedTensor& named : back.model->tensors()) {
+        at::Tensor expected = wanted.at(named.name);
+        const bool exact = named.name.ends_with("position_embedding.weight") ||
+                           (named.name.ends_with("patch_embedding.weight") && type != GgmlType::kF16);
+        if (expected.dim() > 1 && !exact) expected = expected.to(dtype).to(at::kFloat);
+        EXPECT_TRUE(at::equal(named.value(), expected)) << named.name;
+      }
+      EXPECT_EQ(back.model->vision->config()["num_hidden_layers"], 3);
+      EXPECT_EQ(read_image_spec(folder_)->image_mean, model->vision->image_spec().image_mean);
+      if (type != GgmlType::kF32) continue;
+      EXPECT_TRUE(at::equal(features(*model), features(*back.model))) << tower;
+    }
+  }
+}
+
+TEST_F(GgufFolderTest, CarriesTheCardOfAnExport) {
+  const auto model = llava("clip_vision_model", "mlp2x_gelu");
+  write(*model, GgmlType::kF32);
+  EXPECT_EQ(read_model_card(folder_).conversation_template, "");
+  EXPECT_EQ(read_model_card(folder_).image_aspect_ratio, "pad");  // as llama.cpp
+  const ModelCard card = {.conversation_template = "v1", .image_aspect_ratio = "square"};
+  write(*model, GgmlType::kF32, &card);
+  EXPECT_EQ(load_llava(folder_).card.conversation_template, "v1");
+  EXPECT_EQ(load_llava(folder_).card.image_aspect_ratio, "square");
+}
+
+TEST_F(GgufFolderTest, WithoutANamedLayerAllBlocksButTheLastRun) {
+  const auto model = llava("clip_vision_model", "mlp2x_gelu");
+  write(*model, GgmlType::kF32);
+  edit("mmproj-f16.gguf", "feature_layer", "feature_later");
+  EXPECT_EQ(load_llava(folder_).model->features.vision_feature_layer, 2);  // of three blocks written
+}
+
+TEST_F(GgufFolderTest, WhatItCannotBeIsSaid) {
+  const auto model = llava("clip_vision_model", "mlp2x_gelu");
+  const auto error = [&] { return error_of<CheckpointError>([&] { load_llava(folder_); }); };
+  write(*model, GgmlType::kF32);
+  edit("mmproj-f16.gguf", "mm.2.weight", "mm.3.weight");
+  EXPECT_THAT(error(), HasSubstr("mmproj-f16.gguf: tensor mm.3.weight has no place in architecture clip"));
+  write(*model, GgmlType::kF32);
+  edit("mmproj-f16.gguf", "projector_type", "projector_tape");
+  EXPECT_THAT(error(), HasSubstr("clip.projector_type"));
+  write(*model, GgmlType::kF32);
+  edit("mmproj-f16.gguf", "v.pre_ln.weight", "v.post_ln.weigh");
+  EXPECT_THAT(error(), HasSubstr("v.post_ln.weigh has no place"));
+  write(*model, GgmlType::kF32);
+  fs::copy(folder_ / "model-f16.gguf", folder_ / "model-again.gguf");
+  EXPECT_THAT(error(), HasSubstr("expected one decoder's .gguf and one mmproj*.gguf, got 2 and 1"));
+  EXPECT_THAT(error_of<CheckpointError>([&] { load_llava(folder_ / "model-f16.gguf"); }),
+              HasSubstr("name the folder with the decoder's and its mmproj*.gguf"));
 }
 
 TEST_F(GgufExportTest, WhatLlamaCppCannotRepresentIsRefusedWithTheReason) {
