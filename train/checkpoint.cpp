@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <map>
 
 #include "base/error.h"
@@ -47,19 +48,23 @@ Json write_share(const fs::path& folder, const CheckpointShare& share, const Wor
   if (world.is_first()) {
     write("model.safetensors", share.masters);
     write_json(folder / "trainer_state.json",
-               {{"step", share.state.step}, {"seed", share.state.seed}, {"recipe", share.state.recipe}});
+               {{"step", share.state.step},
+                {"seed", share.state.seed},
+                {"eval_loss", share.state.eval_loss ? Json(*share.state.eval_loss) : Json()},
+                {"recipe", share.state.recipe}});
     write_json(folder / "caldera.json", share.state.caldera);
     names.insert(names.end(), {"trainer_state.json", "caldera.json"});
   }
-  if (share.moments_in_parts)
-    write(fmt::format("optimizer-{:05}-of-{:05}.safetensors", world.rank() + 1, world.size()), share.moments);
-  else if (world.is_first())
-    write("optimizer.safetensors", share.moments);
+  if (share.part >= 0)
+    write(share.num_parts == 1
+              ? "optimizer.safetensors"
+              : fmt::format("optimizer-{:05}-of-{:05}.safetensors", share.part + 1, share.num_parts),
+          share.moments);
   return describe_files(folder, names);
 }
 
 // Every rank does its part and hears of the others': what `work` returns, by rank. Where it threw on a rank,
-// all throw that.
+// the others throw PeerError with its message.
 std::vector<std::string> together(World& world, const std::function<std::string()>& work) {
   std::string mine = "+";
   std::exception_ptr error;
@@ -72,7 +77,7 @@ std::vector<std::string> together(World& world, const std::function<std::string(
   std::vector<std::string> all = world.exchange("save", mine);
   if (error) std::rethrow_exception(error);
   for (std::string& text : all) {
-    CALDERA_CHECK(text.starts_with('+'), Error, "{}", text.substr(1));
+    CALDERA_CHECK(text.starts_with('+'), PeerError, "{}", text.substr(1));
     text.erase(0, 1);
   }
   return all;
@@ -80,7 +85,7 @@ std::vector<std::string> together(World& world, const std::function<std::string(
 
 }  // namespace
 
-void write_checkpoint(const fs::path& stage_folder, const CheckpointShare& share, int64_t save_total_limit,
+void write_checkpoint(const fs::path& stage_folder, const CheckpointShare& share, const KeptCheckpoints& kept,
                       World& world) {
   const SavingScope saving;
   const fs::path parent = stage_folder / "checkpoints";
@@ -107,19 +112,23 @@ void write_checkpoint(const fs::path& stage_folder, const CheckpointShare& share
     remove_leftovers(parent);
     write_folder_atomic(parent / name, fill);
     write_file_atomic(stage_folder / "latest", name + "\n");
+    // All that were the best once it came are still there, so the best of these is the best of all.
+    const std::optional<fs::path> best = kept.save_best ? best_checkpoint(stage_folder) : std::nullopt;
+    if (best)
+      write_file_atomic(stage_folder / "best", best->filename().string() + "\n");
+    else
+      fs::remove(stage_folder / "best");
     const std::vector<fs::path> folders = step_folders(stage_folder);
-    for (size_t i = static_cast<size_t>(save_total_limit); save_total_limit > 0 && i < folders.size(); ++i)
-      remove_folder(folders[i]);
+    for (auto i = static_cast<size_t>(kept.save_total_limit); kept.save_total_limit > 0 && i < folders.size();
+         ++i)
+      if (folders[i] != best) remove_folder(folders[i]);
     return "";
   });
 }
 
-CheckpointWriter::CheckpointWriter(fs::path stage_folder, int64_t save_total_limit, bool in_background,
+CheckpointWriter::CheckpointWriter(fs::path stage_folder, const KeptCheckpoints& kept, bool in_background,
                                    World& world)
-    : stage_folder_(std::move(stage_folder)),
-      save_total_limit_(save_total_limit),
-      in_background_(in_background),
-      world_(world) {}
+    : stage_folder_(std::move(stage_folder)), kept_(kept), in_background_(in_background), world_(world) {}
 
 CheckpointWriter::~CheckpointWriter() {
   if (writing_.valid()) writing_.wait();
@@ -135,7 +144,7 @@ void CheckpointWriter::save(CheckpointShare share) {
         tensor = tensor.detach().to(at::kCPU, tensor.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
   writing_ = std::async(in_background_ ? std::launch::async : std::launch::deferred,
                         [this, share = std::move(share)] {
-                          write_checkpoint(stage_folder_, share, save_total_limit_, world_);
+                          write_checkpoint(stage_folder_, share, kept_, world_);
                           return stage_folder_ / "checkpoints" / step_name(share.state.step);
                         });
 }
@@ -187,11 +196,29 @@ std::optional<fs::path> newest_checkpoint(const fs::path& stage_folder) {
   return std::nullopt;
 }
 
+std::optional<fs::path> best_checkpoint(const fs::path& stage_folder) {
+  std::optional<fs::path> best;
+  double lowest = std::numeric_limits<double>::infinity();
+  for (const fs::path& folder : step_folders(stage_folder)) {
+    try {
+      const std::optional<double> loss = read_checkpoint_state(folder).eval_loss;
+      if (!loss || *loss > lowest) continue;  // the newest come first
+      lowest = *loss;
+      best = folder;
+    } catch (const Error& error) {
+      log_warning("passing over a broken checkpoint: {}", error.what());
+    }
+  }
+  return best;
+}
+
 CheckpointState read_checkpoint_state(const fs::path& folder) {
   try {
     const Json state = read_json(folder / "trainer_state.json");
+    const Json eval_loss = state.value("eval_loss", Json());
     return {.step = state.at("step").get<int64_t>(),
             .seed = state.at("seed").get<uint64_t>(),
+            .eval_loss = eval_loss.is_number() ? std::optional(eval_loss.get<double>()) : std::nullopt,
             .recipe = state.at("recipe").get<std::string>(),
             .caldera = read_json(folder / "caldera.json")};
   } catch (const nlohmann::json::exception& error) {

@@ -1,15 +1,15 @@
 // Checkpoints of a stage: written as a whole or not at all, verified before use.
 //
-//   STAGE/checkpoints/step-00000100/{model.safetensors     float32 masters of what trains, whole, HF names
-//                                    optimizer.safetensors exp_avg.NAME, exp_avg_sq.NAME; where the ranks
-//                                    share the state, one file
-//                                                          a rank instead,
-//                                                          optimizer-00001-of-00004.safetensors, with
-//                                                          NAME@BEGIN
-//                                    trainer_state.json    step, seed and the stage's recipe
-//                                    caldera.json          how to build the model around it (BuildSpec,
-//                                    ModelCard) manifest.json}        size and XXH3-128 of each of the above
-//   STAGE/latest                                           the newest step folder's name
+// clang-format off
+//   STAGE/checkpoints/step-00000100/
+//     model.safetensors      float32 masters of what trains, whole, HF names
+//     optimizer.safetensors  exp_avg.NAME, exp_avg_sq.NAME; where ranks share the state, a file for each part
+//                            instead, optimizer-00001-of-00004.safetensors, with NAME@BEGIN
+//     trainer_state.json     step, seed, validation loss and the stage's recipe
+//     caldera.json           how to build the model around it (BuildSpec, ModelCard)
+//     manifest.json          size and XXH3-128 of each of the above
+//   STAGE/latest, STAGE/best   names of the newest step's folder, and of the one with the lowest validation loss
+// clang-format on
 //
 // Any number of ranks, under any strategy, goes on from any of them.
 #pragma once
@@ -29,27 +29,34 @@ namespace caldera {
 struct CheckpointState {
   int64_t step = 0;  // steps done
   uint64_t seed = 0;
-  std::string recipe;  // recipe_part() of the stage: a run goes on only with what it began with
-  Json caldera;        // {"build": BuildSpec, "card": ModelCard}
+  std::optional<double> eval_loss;  // validation loss after that step, where it was measured
+  std::string recipe;               // recipe_part() of the stage: a run goes on only with what it began with
+  Json caldera;                     // {"build": BuildSpec, "card": ModelCard}
 };
 
 // What one rank writes of a checkpoint.
 struct CheckpointShare {
   CheckpointState state;
-  TensorList masters, moments;  // masters: the first rank's alone; moments: empty on a rank that writes none
-  bool moments_in_parts = false;  // each rank holds a part of them
+  TensorList masters, moments;  // masters: the first rank's alone
+  int part = 0, num_parts = 1;  // which part of the moments this is; -1: another rank writes the same
 };
 
-// Writes step-N below stage_folder/checkpoints, then "latest", then removes all but the newest
-// `save_total_limit` (0: keeps all). All ranks call it; when it returns, the checkpoint stands. Throws Error
-// naming the path where the disk does not take it, on every rank; older checkpoints are then untouched.
+// Which checkpoints stay: the newest `save_total_limit` (0: all of them), and where told so the best.
+struct KeptCheckpoints {
+  int64_t save_total_limit = 0;
+  bool save_best = false;
+};
+
+// Writes step-N below stage_folder/checkpoints, then "latest" and "best", then removes what is not to be
+// kept. All ranks call it; when it returns, the checkpoint stands. Throws Error naming the path where the
+// disk does not take it, on every rank; older checkpoints are then untouched.
 void write_checkpoint(const std::filesystem::path& stage_folder, const CheckpointShare& share,
-                      int64_t save_total_limit, World& world = World::alone());
+                      const KeptCheckpoints& kept, World& world = World::alone());
 
 // Writes checkpoints, in the background where told so: from a copy in host memory, the same bytes.
 class CheckpointWriter {
  public:
-  CheckpointWriter(std::filesystem::path stage_folder, int64_t save_total_limit, bool in_background,
+  CheckpointWriter(std::filesystem::path stage_folder, const KeptCheckpoints& kept, bool in_background,
                    World& world);
   ~CheckpointWriter();  // waits for what is being written
   // Begins a save, after the one before has ended.
@@ -62,7 +69,7 @@ class CheckpointWriter {
 
  private:
   std::filesystem::path stage_folder_;
-  int64_t save_total_limit_;
+  KeptCheckpoints kept_;
   bool in_background_;
   World& world_;
   std::future<std::filesystem::path> writing_;
@@ -71,6 +78,8 @@ class CheckpointWriter {
 // The newest checkpoint of a stage whose files all match their manifest; a broken one is named in a warning
 // and passed over.
 std::optional<std::filesystem::path> newest_checkpoint(const std::filesystem::path& stage_folder);
+// The one of the lowest validation loss, of equal ones the earliest; none where none has a validation loss.
+std::optional<std::filesystem::path> best_checkpoint(const std::filesystem::path& stage_folder);
 // Throws CheckpointError naming the first file that does not match the manifest.
 void verify_checkpoint(const std::filesystem::path& folder);
 

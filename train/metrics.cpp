@@ -14,7 +14,7 @@
 namespace caldera {
 
 Json to_json(const StepMetrics& m) {
-  return {{"step", m.step},
+  Json json = {{"step", m.step},
           {"epoch", m.epoch},
           {"loss", m.loss},
           {"lr", m.lr},
@@ -26,6 +26,11 @@ Json to_json(const StepMetrics& m) {
           {"step_ms", m.step_ms},
           {"data_wait_ms", m.data_wait_ms},
           {"peak_memory_bytes", m.peak_memory_bytes}};
+  if (m.comm_collectives > 0) {
+    json["comm_collectives"] = m.comm_collectives;
+    json["comm_bytes"] = m.comm_bytes;
+  }
+  return json;
 }
 
 namespace {

@@ -19,6 +19,8 @@ struct StepMetrics {
   int64_t num_tokens = 0, num_supervised = 0, num_images = 0;
   double tokens_per_second = 0, step_ms = 0, data_wait_ms = 0;
   int64_t peak_memory_bytes = 0;  // of the process on a CPU, of the allocator on a GPU
+  // With several ranks: the first one's collectives in this step, and the bytes that they were about (World::num_bytes).
+  int64_t comm_collectives = 0, comm_bytes = 0;
 };
 Json to_json(const StepMetrics& metrics);
 

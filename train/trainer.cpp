@@ -2,7 +2,6 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/detail/CUDAHooksInterface.h>
 #include <sys/resource.h>
 
 #include <algorithm>
@@ -14,9 +13,8 @@
 #include "base/fault.h"
 #include "base/log.h"
 #include "base/rng.h"
-#include "base/strings.h"
-#include "model/weights/adapters.h"
 #include "train/checkpoint.h"
+#include "train/plan.h"
 #include "train/schedule.h"
 #ifdef CALDERA_CUDA
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -44,20 +42,6 @@ int64_t peak_memory_bytes([[maybe_unused]] at::Device device) {
   return static_cast<int64_t>(usage.ru_maxrss) * 1024;
 }
 
-std::vector<ParameterGroup> parameter_groups(LlavaModel& model, const StageConfig& stage) {
-  std::vector<ParameterGroup> groups;
-  for (const std::string& part : stage.trainable) {
-    double learning_rate = stage.optimizer.learning_rate;
-    if (part == "projector") learning_rate = stage.optimizer.mm_projector_lr.value_or(learning_rate);
-    if (part == "vision_tower") learning_rate = stage.optimizer.vision_tower_lr.value_or(learning_rate);
-    groups.push_back({part, learning_rate, model.component_tensors(part)});
-    if (part == "language_model" && stage.uses_lora())
-      std::erase_if(groups.back().tensors,
-                    [](const NamedTensor& tensor) { return !is_lora_name(tensor.name); });
-  }
-  return groups;
-}
-
 // Subnormal numbers slow a matrix product seventeenfold; each thread of the pool has its own switch.
 void flush_denormals_everywhere() {
   at::parallel_for(0, at::get_num_threads(), 1,
@@ -65,56 +49,6 @@ void flush_denormals_everywhere() {
 }
 
 }  // namespace
-
-at::Device choose_device(const std::string& device, int local_rank) {
-  const bool has_gpu = at::hasCUDA() && at::detail::getCUDAHooks().deviceCount() > 0;
-  CALDERA_CHECK(device != "cuda" || has_gpu, ConfigError, "device: cuda asked for, but {}",
-                at::hasCUDA() ? "no GPU is visible" : "this build has no CUDA");
-  if (!has_gpu || device == "cpu") return at::kCPU;
-  const auto num_gpus = static_cast<int>(at::detail::getCUDAHooks().deviceCount());
-  CALDERA_CHECK(local_rank < num_gpus, DistributedError,
-                "local rank {} has no GPU of its own: this machine shows {}; start {} ranks", local_rank,
-                num_gpus, num_gpus);
-  return {at::kCUDA, static_cast<c10::DeviceIndex>(local_rank)};
-}
-
-at::ScalarType parse_dtype(const std::string& dtype) {
-  if (dtype == "float32") return at::kFloat;
-  CALDERA_CHECK(dtype == "bfloat16", ConfigError, "dtype: expected float32 or bfloat16, got \"{}\"", dtype);
-  return at::kBFloat16;
-}
-
-BuildSpec build_spec_of(const Recipe& recipe, size_t stage_index) {
-  BuildSpec spec;
-  spec.vision_tower = fs::absolute(recipe.model.vision_tower).string();
-  spec.language_model = fs::absolute(recipe.model.language_model).string();
-  spec.mm_projector_type = recipe.model.mm_projector_type;
-  spec.features = {recipe.model.vision_feature_layer, recipe.model.vision_feature_select_strategy};
-  spec.image_size = recipe.model.image_size;
-  spec.seed = recipe.seed;
-  if (const std::string& projector = recipe.model.pretrain_mm_mlp_adapter; !projector.empty())
-    spec.overlays.push_back({fs::absolute(projector).string(), {"projector"}});
-  for (size_t i = 0; i < stage_index; ++i) {
-    const StageConfig& earlier = recipe.stages[i];
-    spec.overlays.push_back(
-        {(fs::absolute(recipe.output) / earlier.name / "final").string(), earlier.trainable});
-  }
-  if (recipe.stages[stage_index].uses_lora()) spec.lora = *recipe.stages[stage_index].lora;
-  return spec;
-}
-
-std::string recipe_part(const Recipe& recipe, const StageConfig& stage) {
-  Recipe part;
-  part.model = recipe.model;
-  part.stages = {stage};
-  part.seed = recipe.seed;
-  return dump_recipe(part);
-}
-
-std::string tokenizer_of(const Recipe& recipe) {
-  return fs::absolute(recipe.model.tokenizer.empty() ? recipe.model.language_model : recipe.model.tokenizer)
-      .string();
-}
 
 Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::optional<fs::path> checkpoint,
                  TrainingObserver& observer, std::function<int()> stop_requested, World& world)
@@ -132,9 +66,10 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
 #ifdef CALDERA_CUDA
   if (device.is_cuda()) c10::cuda::set_device(device.index());
 #endif
+  const int64_t num_recomputed = blocks_to_recompute(recipe, stage_index, world_);
   model_ = build_llava(build_);
   model_->to(device, parse_dtype(stage_.dtype));
-  model_->language->set_gradient_checkpointing(stage_.gradient_checkpointing);
+  model_->language->set_num_recomputed(num_recomputed);
   data_.format.image_spec = model_->image_spec();
 
   set_trainable(model_->tensors(), false);
@@ -153,7 +88,11 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
                                        AdamWOptions{.beta1 = stage_.optimizer.adam_beta1,
                                                     .beta2 = stage_.optimizer.adam_beta2,
                                                     .epsilon = stage_.optimizer.adam_epsilon,
-                                                    .weight_decay = stage_.optimizer.weight_decay},
+                                                    .weight_decay = stage_.optimizer.weight_decay,
+                                                    .has_8bit_states = stage_.optimizer.optim == "adamw_8bit",
+                                                    .has_masters = stage_.optimizer.master_weights == "float32",
+                                                    .is_offloaded = stage_.memory.offload_optimizer,
+                                                    .seed = recipe.seed},
                                        sharding_ ? sharding_->owned() : OwnedParts());
   if (checkpoint) {
     load_checkpoint(*checkpoint, *optimizer_);
@@ -176,11 +115,11 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
   eval_batches_ =
       pack_all(data_.eval_records, stage_.data.image_folder, data_.format, stage_.max_tokens_per_micro_batch);
   if (world_.is_first()) metrics_ = std::make_unique<MetricsLog>(folder_, steps_done_);
-  checkpoints_ =
-      std::make_unique<CheckpointWriter>(folder_, stage_.save_total_limit, stage_.async_save, world_);
+  checkpoints_ = std::make_unique<CheckpointWriter>(
+      folder_, KeptCheckpoints{stage_.save_total_limit, stage_.save_best}, stage_.async_save, world_);
   observer_.on_stage({.name = stage_.name,
                       .device = device.str(),
-                      .world = world_.describe() + (sharding_ ? "; " + recipe.distributed.strategy : ""),
+                      .world = world_.describe() + (sharding_ ? "; " + sharding_->describe() : ""),
                       .folder = folder_,
                       .num_steps = num_steps_,
                       .first_step = steps_done_,
@@ -201,9 +140,9 @@ Outcome Trainer::run() {
 
     const bool last = steps_done_ == num_steps_;
     if (!eval_batches_.empty() && (last || (stage_.eval_steps > 0 && steps_done_ % stage_.eval_steps == 0))) {
-      const double eval_loss = evaluate();
-      if (metrics_) metrics_->evaluation(steps_done_, eval_loss);
-      observer_.on_evaluation(steps_done_, eval_loss);
+      eval_loss_ = evaluate();
+      if (metrics_) metrics_->evaluation(steps_done_, *eval_loss_);
+      observer_.on_evaluation(steps_done_, *eval_loss_);
     }
     announce_saved(checkpoints_->finished());
     // Several ranks agree on a signal within the step; a single one looks as late as it can.
@@ -272,26 +211,13 @@ StepReport Trainer::report_step(const StepData& data, double loss, double comput
     report.grad_norm = optimizer_->grad_norm().item<double>();
     if (!std::isfinite(loss)) report.bad_ranks = {0};
   }
-  if (std::isfinite(report.loss) && std::isfinite(report.grad_norm)) return report;
-  // Where one rank's loss alone is not finite, it is one of its samples.
-  std::vector<std::string> suspects;
-  for (size_t i = 0; i < data.sample_ids.size(); ++i)
-    if (report.bad_ranks.empty() ||
-        std::find(report.bad_ranks.begin(), report.bad_ranks.end(), data.ranks[i]) != report.bad_ranks.end())
-      suspects.push_back(data.sample_ids[i]);
-  throw Error(
-      fmt::format("step {}: loss {} and gradient norm {}: not finite{}. Weights are as before this step; its "
-                  "samples: {}. "
-                  "Look at them with `caldera data preview`, or lower the learning rate",
-                  steps_done_ + 1, report.loss, report.grad_norm,
-                  world_.size() > 1 && !report.bad_ranks.empty()
-                      ? fmt::format(" on rank {}", fmt::join(report.bad_ranks, ", "))
-                      : "",
-                  fmt::join(suspects, ", ")));
+  check_finite(steps_done_ + 1, report, data);
+  return report;
 }
 
 StepMetrics Trainer::step(const StepData& data, double data_wait_ms) {
   const Clock::time_point start = Clock::now();
+  const int64_t collectives_before = world_.num_collectives(), bytes_before = world_.num_bytes();
   pass_fault_point("step");
   CALDERA_CHECK(data.num_supervised > 0, DataError,
                 "step {}: nothing to learn in its samples ({}): every label is masked", steps_done_ + 1,
@@ -314,6 +240,7 @@ StepMetrics Trainer::step(const StepData& data, double data_wait_ms) {
   optimizer_->step(factor, grad_scale);
   if (sharding_) sharding_->gather_weights();
   ++steps_done_;
+  eval_loss_.reset();
 
   // 4. Say what happened.
   if (const auto straggler = stragglers_.look_at(steps_done_, report.all_compute_ms);
@@ -331,7 +258,9 @@ StepMetrics Trainer::step(const StepData& data, double data_wait_ms) {
           .tokens_per_second = static_cast<double>(data.num_tokens) * 1000 / step_ms,
           .step_ms = step_ms,
           .data_wait_ms = data_wait_ms,
-          .peak_memory_bytes = peak_memory_bytes(model_->device())};
+          .peak_memory_bytes = peak_memory_bytes(model_->device()),
+          .comm_collectives = world_.num_collectives() - collectives_before,
+          .comm_bytes = world_.num_bytes() - bytes_before};
 }
 
 // Each rank takes its share of the batches.
@@ -356,70 +285,6 @@ double Trainer::evaluate() {
   world_.sum(sums)();
   const at::Tensor all = sums.cpu();
   return all[1].item<double>() > 0 ? all[0].item<double>() / all[1].item<double>() : 0;
-}
-
-Json Trainer::describe() const {
-  const ModelCard card{.conversation_template = stage_.data.conversation_template,
-                       .image_aspect_ratio = stage_.data.image_aspect_ratio,
-                       .vocab_size = model_->language->vocab_size(),
-                       .provenance = {{"vision_tower", recipe_.model.vision_tower},
-                                      {"language_model", recipe_.model.language_model},
-                                      {"stage", stage_.name},
-                                      {"step", steps_done_},
-                                      {"num_steps", num_steps_},
-                                      {"trained", stage_.trainable},
-                                      {"data", stage_.data.data_path},
-                                      {"recipe", dump_recipe(recipe_)}}};
-  return {{"build", to_json(build_)}, {"card", to_json(card)}, {"tokenizer", tokenizer_of(recipe_)}};
-}
-
-void Trainer::announce_saved(const std::optional<fs::path>& folder) {
-  if (folder) observer_.on_checkpoint(*folder);
-}
-
-void Trainer::save_checkpoint() {
-  announce_saved(checkpoints_->finish());
-  world_.at(steps_done_, "saving a checkpoint");
-  const bool in_parts = sharding_ && !sharding_->is_replicated();
-  CheckpointShare share{.state = {.step = steps_done_,
-                                  .seed = recipe_.seed,
-                                  .recipe = recipe_part(recipe_, stage_),
-                                  .caldera = describe()},
-                        .moments_in_parts = in_parts};
-  if (in_parts)
-    share.masters = sharding_->gather_masters(*optimizer_);
-  else if (world_.is_first())
-    share.masters = optimizer_->masters();
-  if (in_parts || world_.is_first()) share.moments = optimizer_->moments();
-  checkpoints_->save(std::move(share));
-  if (!stage_.async_save) announce_saved(checkpoints_->finish());
-}
-
-void Trainer::keep_adapter(const fs::path& folder) {
-  fs::create_directories(folder);
-  write_peft_adapter(adapter_of(*model_, build_, stage_.trainable), /*for_decoder=*/false,
-                     parse_dtype(stage_.dtype), folder);
-  write_json(folder / "caldera.json", describe());
-  for (Linear* linear : model_->language->linears()) linear->merge();
-}
-
-void Trainer::save_final() {
-  world_.at(steps_done_, "writing the final model");
-  if (sharding_) sharding_->hold_all();
-  if (!world_.is_first()) return world_.barrier();
-  const Tokenizer& tokenizer = *data_.format.tokenizer;
-  write_folder_atomic(folder_ / "final", [&](const fs::path& folder) {
-    const int64_t image_token_id = tokenizer.save(folder, data_.format.conversation->jinja);
-    if (build_.lora) keep_adapter(folder / "adapter");
-    save_hf_llava(*model_, model_card_from_json(describe().at("card"), "caldera.json"),
-                  {.dtype = parse_dtype(stage_.dtype),
-                   .image_token_id = image_token_id,
-                   .bos_token_id = tokenizer.bos_id(),
-                   .eos_token_id = tokenizer.eos_id(),
-                   .pad_token_id = tokenizer.pad_id()},
-                  folder);
-  });
-  world_.barrier();
 }
 
 }  // namespace caldera

@@ -18,6 +18,7 @@
 #include "train/metrics.h"
 #include "train/optimizer.h"
 #include "train/recipe.h"
+#include "train/stage.h"
 
 namespace caldera {
 
@@ -95,18 +96,8 @@ class Trainer {
   Stragglers stragglers_;
   std::vector<PackedBatch> eval_batches_;
   int64_t steps_done_ = 0, num_steps_ = 0;
+  std::optional<double> eval_loss_;  // of the weights as they are now
   int stop_signal_ = 0;
 };
-
-// "auto": CUDA where there is a GPU, else the CPU. Throws ConfigError for "cuda" without one,
-// DistributedError where there are fewer GPUs than ranks on this machine.
-at::Device choose_device(const std::string& device, int local_rank = 0);
-at::ScalarType parse_dtype(const std::string& dtype);  // "float32" or "bfloat16"
-// How the model of a stage is built: the recipe's parts, and what earlier stages trained laid over.
-BuildSpec build_spec_of(const Recipe& recipe, size_t stage_index);
-// Where the recipe's tokenizer is: its own, else the language model's.
-std::string tokenizer_of(const Recipe& recipe);
-// The part of a recipe that a stage's checkpoints were made under: model, stage and seed, as YAML.
-std::string recipe_part(const Recipe& recipe, const StageConfig& stage);
 
 }  // namespace caldera

@@ -4,6 +4,9 @@
 #include <gtest/gtest.h>
 #include <stdlib.h>
 
+#include <cmath>
+#include <set>
+
 #include "base/error.h"
 #include "base/files.h"
 #include "base/log.h"
@@ -39,13 +42,14 @@ class CheckpointTest : public testing::Test {
       optimizer->step(1, 1);
     }
   };
-  void write(int64_t step, int64_t limit = 0) {
+  void write(int64_t step, const KeptCheckpoints& kept = {}, std::optional<double> eval_loss = {}) {
     const Fixture fixture(static_cast<int>(step));
-    write_checkpoint(folder_,
-                     {.state = {.step = step, .seed = 7, .recipe = "r", .caldera = {{"card", 1}}},
-                      .masters = fixture.optimizer->masters(),
-                      .moments = fixture.optimizer->moments()},
-                     limit);
+    write_checkpoint(
+        folder_,
+        {.state = {.step = step, .seed = 7, .eval_loss = eval_loss, .recipe = "r", .caldera = {{"card", 1}}},
+         .masters = fixture.optimizer->masters(),
+         .moments = fixture.optimizer->moments()},
+        kept);
   }
   fs::path step(int64_t number) { return folder_ / "checkpoints" / fmt::format("step-{:08}", number); }
 
@@ -68,11 +72,36 @@ TEST_F(CheckpointTest, RestoredOptimizerGoesOnBitForBit) {
 }
 
 TEST_F(CheckpointTest, KeepsTheNewestAndNamesThem) {
-  for (int64_t n : {1, 2, 3}) write(n, 2);
+  for (int64_t n : {1, 2, 3}) write(n, {.save_total_limit = 2});
   EXPECT_FALSE(fs::exists(step(1)));
   EXPECT_TRUE(fs::exists(step(2)));
   EXPECT_EQ(read_file(folder_ / "latest"), "step-00000003\n");
   EXPECT_EQ(newest_checkpoint(folder_), step(3));
+}
+
+// Whatever the validation loss does, the lowest so far is among what is left, beside the newest two.
+TEST_F(CheckpointTest, KeepsTheBestBesideTheNewest) {
+  const std::vector<std::optional<double>> losses = {3.0,          1.5,  1.5,  std::nullopt, 2.0,
+                                                     std::nan(""), 1.25, 1.75, 4.0};
+  const std::vector<int64_t> best_after = {1, 2, 2, 2, 2, 2, 7, 7, 7};
+  EXPECT_EQ(best_checkpoint(folder_), std::nullopt);
+  for (int64_t n = 1; n <= static_cast<int64_t>(losses.size()); ++n) {
+    const auto i = static_cast<size_t>(n - 1);
+    write(n, {.save_total_limit = 2, .save_best = true}, losses[i]);
+    std::set<fs::path> expected = {step(n), step(best_after[i])}, found;
+    if (n > 1) expected.insert(step(n - 1));
+    for (const auto& entry : fs::directory_iterator(folder_ / "checkpoints")) found.insert(entry.path());
+    EXPECT_EQ(found, expected) << n;
+    EXPECT_EQ(best_checkpoint(folder_), step(best_after[i])) << n;
+    EXPECT_EQ(read_file(folder_ / "best"), step(best_after[i]).filename().string() + "\n") << n;
+    EXPECT_EQ(read_file(folder_ / "latest"), step(n).filename().string() + "\n");
+    EXPECT_EQ(newest_checkpoint(folder_), step(n));
+    EXPECT_EQ(read_checkpoint_state(step(n)).eval_loss.has_value(), losses[i] && std::isfinite(*losses[i]))
+        << n;
+  }
+  write(10, {.save_total_limit = 2});  // the best is no longer asked for
+  EXPECT_FALSE(fs::exists(step(7)));
+  EXPECT_FALSE(fs::exists(folder_ / "best"));
 }
 
 TEST_F(CheckpointTest, EveryFlippedByteIsFoundAndTheOneBeforeIsUsed) {

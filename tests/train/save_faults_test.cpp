@@ -21,6 +21,12 @@ CheckpointShare share(int64_t step) {
           .masters = {{"weight", at::full({300}, static_cast<double>(step))}},
           .moments = {{"exp_avg.weight", at::full({300}, static_cast<double>(step))}}};
 }
+// Step 1 is the best, whatever comes.
+CheckpointShare measured_share(int64_t step) {
+  CheckpointShare result = share(step);
+  result.state.eval_loss = static_cast<double>(step);
+  return result;
+}
 
 class SaveFaults : public testing::Test {
  protected:
@@ -31,7 +37,7 @@ class SaveFaults : public testing::Test {
   void start_over(const std::vector<int64_t>& steps) {
     fs::remove_all(folder_);
     fs::create_directories(folder_);
-    for (const int64_t step : steps) write_checkpoint(folder_, share(step), 2);
+    for (const int64_t step : steps) write_checkpoint(folder_, measured_share(step), kept_);
   }
   // Saves in a process of its own, under a fault. Returns how it ended, as waitpid gives it.
   int save_in_child(int64_t step, const std::string& fault) {
@@ -39,7 +45,7 @@ class SaveFaults : public testing::Test {
     if (child == 0) {
       plan_faults(fault);
       try {
-        write_checkpoint(folder_, share(step), 2);
+        write_checkpoint(folder_, measured_share(step), kept_);
       } catch (const std::exception& error) {
         write_file_atomic(folder_ / "error", error.what());
         ::_exit(1);
@@ -60,6 +66,7 @@ class SaveFaults : public testing::Test {
     return state.step;
   }
 
+  KeptCheckpoints kept_ = {.save_total_limit = 2};
   // In memory where there is such a place: thousands of flushes take their time on a disk.
   TemporaryFolder temporary_{fs::is_directory("/dev/shm") ? fs::path("/dev/shm") : fs::temp_directory_path()};
   fs::path folder_ = temporary_.path();
@@ -96,6 +103,31 @@ TEST_F(SaveFaults, KilledAtAnyPointTheNewestWholeOneIsFound) {
     }
     EXPECT_GE(points, 20) << c.name;
     RecordProperty(c.name, points);
+  }
+}
+
+// Three older ones: the best, one to be removed, and one that stays.
+TEST_F(SaveFaults, KilledAtAnyPointTheBestOneStays) {
+  kept_.save_best = true;
+  for (int point = 1;; ++point) {
+    start_over({1, 2, 3});
+    const int status = save_in_child(4, fmt::format("sigkill@save:{}", point));
+    if (WIFEXITED(status)) {
+      EXPECT_GE(point, 20);
+      break;
+    }
+    ASSERT_EQ(WTERMSIG(status), SIGKILL);
+    const fs::path best = folder_ / "checkpoints" / "step-00000001";
+    EXPECT_EQ(best_checkpoint(folder_), best) << point;
+    EXPECT_NO_THROW(verify_checkpoint(best)) << point;
+    EXPECT_EQ(read_file(folder_ / "best"), "step-00000001\n") << point;
+    EXPECT_THAT(newest_step(), testing::AnyOf(3, 4)) << point;
+    EXPECT_EQ(save_in_child(4, ""), 0);
+    int count = 0;
+    for (const auto& entry : fs::directory_iterator(folder_ / "checkpoints")) count += entry.is_directory();
+    EXPECT_EQ(count, 3) << point;
+    EXPECT_EQ(best_checkpoint(folder_), best) << point;
+    EXPECT_EQ(newest_step(), 4) << point;
   }
 }
 
@@ -153,8 +185,8 @@ TEST_F(SaveFaults, InTheBackgroundTheBytesAreTheSame) {
   CheckpointShare one = share(1);
   one.masters = {{"weight", weight}};
   {
-    CheckpointWriter now(folder_ / "now", 2, false, World::alone()),
-        later(folder_ / "later", 2, true, World::alone());
+    CheckpointWriter now(folder_ / "now", {.save_total_limit = 2}, false, World::alone()),
+        later(folder_ / "later", {.save_total_limit = 2}, true, World::alone());
     now.save(one);
     EXPECT_EQ(now.finish(), folder_ / "now" / "checkpoints" / "step-00000001");
     later.save(one);

@@ -4,10 +4,12 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <map>
 #include <unordered_map>
 #include <unordered_set>
+#include <utility>
 
 #include "base/error.h"
 
@@ -48,7 +50,7 @@ struct Sharding::Leaf {
       hooked;  // the tensor whose hook is ours; its owner may be gone before us (adapters that were merged)
 };
 
-// A block's tensors in one flat buffer of `length` elements, of which each rank owns `part`.
+// A block's tensors in one flat buffer of `length` elements, of which each rank that shares it owns `part`.
 struct Sharding::Unit {
   std::vector<Leaf> leaves;
   int64_t layer = -1;  // of the decoder's block; -1: none
@@ -57,17 +59,18 @@ struct Sharding::Unit {
   int64_t length = 0, part = 0;
   at::Tensor weights, own_weights;    // zero: in the weights' dtype
   at::Tensor gradient, own_gradient;  // float32
-  at::Tensor sent, received;          // of the reduction under way
-  Wait wait;
+  at::Tensor sent, received;          // of the reduction under way; `received` while it is a reduce-scatter
+  Wait wait;                          // for the reduction
+  Wait gathered;                      // for weights that were asked for ahead
   size_t num_ready = 0;
 
   at::Tensor of(const at::Tensor& flat, const Leaf& leaf) const {
     return flat.narrow(0, leaf.offset, leaf.numel).view(leaf.owner->sizes());
   }
-  // The elements of a leaf that a rank owns: {first in the leaf, count}; the count may be 0.
-  std::pair<int64_t, int64_t> owned_range(const Leaf& leaf, int rank) const {
-    const int64_t begin = std::clamp<int64_t>(rank * part - leaf.offset, 0, leaf.numel);
-    const int64_t end = std::clamp<int64_t>((rank + 1) * part - leaf.offset, 0, leaf.numel);
+  // The elements of a leaf in a rank's part: {first in the leaf, count}; the count may be 0.
+  std::pair<int64_t, int64_t> owned_range(const Leaf& leaf, int shard) const {
+    const int64_t begin = std::clamp<int64_t>(shard * part - leaf.offset, 0, leaf.numel);
+    const int64_t end = std::clamp<int64_t>((shard + 1) * part - leaf.offset, 0, leaf.numel);
     return {begin, end - begin};
   }
 };
@@ -91,6 +94,24 @@ Sharding::Sharding(World& world, const DistributedConfig& config, const std::vec
                                              : Strategy::kZero3),
       reduce_dtype_(config.reduce_dtype == "bfloat16" ? at::kBFloat16 : at::kFloat) {
   const at::NoGradGuard no_grad;
+  const int local_size = world.spec().local_size;
+  const bool within_node = config.shard_within == "node" && local_size < world.size();
+  if (within_node && local_size == 1) strategy_ = Strategy::kDdp;  // nobody to share with
+  if (strategy_ == Strategy::kDdp) {
+    num_replicas_ = world.size();
+    replica_ = world.rank();
+  } else if (within_node) {
+    world.split_by_machine();
+    sharers_ = Among::kMachine;
+    replicas_ = Among::kPeers;
+    num_shards_ = local_size;
+    shard_ = world.spec().local_rank;
+    num_replicas_ = world.size() / local_size;
+    replica_ = world.rank() / local_size;
+  } else {
+    num_shards_ = world.size();
+    shard_ = world.rank();
+  }
   // The backward pass meets the decoder's blocks first, the last one ahead; then what is left of the decoder
   // (its embedding comes late), the projector, the tower.
   std::map<std::tuple<int, int64_t, std::string>, std::vector<at::Tensor*>> by_place;
@@ -144,8 +165,8 @@ Sharding::Sharding(World& world, const DistributedConfig& config, const std::vec
 // gradients.
 void Sharding::lay_out(Unit& unit) {
   unit.length = round_up(unit.length, kAlignment * world_.size());
-  unit.part = unit.length / world_.size();
-  const int64_t own_begin = world_.rank() * unit.part;
+  unit.part = unit.length / num_shards_;
+  const int64_t own_begin = shard_ * unit.part;
   if (strategy_ != Strategy::kDdp) {
     unit.weights = at::zeros({unit.length}, unit.leaves.front().owner->options().requires_grad(false));
     for (const Leaf& leaf : unit.leaves) unit.of(unit.weights, leaf).copy_(*leaf.owner);
@@ -153,14 +174,19 @@ void Sharding::lay_out(Unit& unit) {
     if (unit.is_freed) unit.own_weights = unit.own_weights.clone();
     for (const Leaf& leaf : unit.leaves) {
       if (unit.trains) {
-        const auto [begin, count] = unit.owned_range(leaf, world_.rank());
+        const auto [begin, count] = unit.owned_range(leaf, shard_);
         const int64_t place = count > 0 ? leaf.offset + begin - own_begin : 0;
         owned_[leaf.owner] = {begin, unit.own_weights.narrow(0, place, count)};
       }
       *leaf.owner = unit.of(unit.weights, leaf);
       leaf.owner->set_requires_grad(unit.trains);
     }
-    if (unit.is_freed) set_storage(unit.weights, false);
+    if (unit.is_freed) {
+      // The same memory under another version count: autograd may have seen the weights before they are
+      // brought again, with the same values.
+      unit.weights = unit.weights.variable_data();
+      set_storage(unit.weights, false);
+    }
   }
   for (Leaf& leaf : unit.leaves) {
     if (!unit.trains) continue;
@@ -175,8 +201,15 @@ Sharding::~Sharding() {
       torch::autograd::impl::set_post_acc_grad_hooks(leaf.hooked, nullptr);
 }
 
+std::string Sharding::describe() const {
+  constexpr std::array kNames = {"ddp", "zero1", "zero2", "zero3"};
+  return std::string(kNames[static_cast<size_t>(strategy_)]) +
+         (sharers_ == Among::kMachine ? " within each machine" : "");
+}
+
 void Sharding::begin_round(bool is_last) {
   const at::NoGradGuard no_grad;
+  is_last_ = is_last;
   is_reducing_ = is_last || strategy_ == Strategy::kZero2 || strategy_ == Strategy::kZero3;
   next_ = 0;
   num_forward_ = 0;
@@ -200,30 +233,60 @@ void Sharding::on_gradient(Unit& unit, Leaf& leaf) {
   if (is_reducing_) start_ready(false);
 }
 
-void Sharding::start(Unit& unit) {
+// Begins the reduction of the unit that is next.
+void Sharding::start_next() {
+  Unit& unit = *units_[next_++];
   if (!unit.gradient.defined())
     unit.gradient =
         at::zeros({unit.length}, unit.leaves.front().owner->options().dtype(at::kFloat).requires_grad(false));
-  unit.sent = unit.gradient.to(reduce_dtype_);  // the gradient itself where that is float32
-  if (strategy_ == Strategy::kDdp) {
-    unit.wait = world_.sum(unit.sent);
-  } else {
-    unit.received = at::empty({unit.part}, unit.sent.options());
-    unit.wait = world_.reduce_scatter(unit.received, unit.sent);
+  if (num_shards_ == 1) {
+    unit.own_gradient = unit.gradient;
+    return start_replicas(unit);
   }
+  unit.sent = unit.gradient.to(reduce_dtype_);  // the gradient itself where that is float32
+  unit.received = at::empty({unit.part}, unit.sent.options());
+  unit.wait = world_.reduce_scatter(unit.received, unit.sent, sharers_);
+  // The sum over the machines goes on behind: by now the unit before has come through, or nearly.
+  if (is_last_ && num_replicas_ > 1 && next_ > 1) take_part(*units_[next_ - 2]);
+}
+
+// The reduce-scatter of a unit is through: what it brought joins what this rank owns.
+void Sharding::take_part(Unit& unit) {
+  unit.wait();
+  if (unit.own_gradient.defined())
+    unit.own_gradient.add_(unit.received);
+  else
+    unit.own_gradient = unit.received.to(at::kFloat);
+  if (strategy_ == Strategy::kZero2 || strategy_ == Strategy::kZero3) unit.gradient.reset();
+  unit.sent.reset();
+  unit.received.reset();
+  unit.wait = nullptr;
+  if (is_last_ && num_replicas_ > 1) start_replicas(unit);
+}
+
+void Sharding::start_replicas(Unit& unit) {
+  unit.sent = unit.own_gradient.to(reduce_dtype_);
+  unit.wait = world_.sum(unit.sent, replicas_);
 }
 
 void Sharding::start_ready(bool all) {
-  for (; next_ < units_.size(); ++next_) {
-    if (!all && units_[next_]->num_ready < units_[next_]->leaves.size()) return;
-    start(*units_[next_]);
-  }
+  while (next_ < units_.size() && (all || units_[next_]->num_ready == units_[next_]->leaves.size()))
+    start_next();
 }
 
 // The blocks behind `layer` have had their backward pass, whether it touched all their tensors or not.
 void Sharding::start_layers_behind(int64_t layer) {
   const at::NoGradGuard no_grad;
-  for (; next_ < units_.size() && units_[next_]->layer > layer; ++next_) start(*units_[next_]);
+  while (next_ < units_.size() && units_[next_]->layer > layer) start_next();
+}
+
+// Asks for a block's weights where they are neither there nor on their way.
+void Sharding::begin_gather(size_t layer) {
+  for (Unit* unit : blocks_[layer]) {
+    if (unit->num_holders > 0 || unit->gathered) continue;
+    set_storage(unit->weights, true);
+    unit->gathered = world_.all_gather(unit->weights, unit->own_weights, sharers_);
+  }
 }
 
 std::shared_ptr<void> Sharding::hold(size_t layer) {
@@ -234,13 +297,13 @@ std::shared_ptr<void> Sharding::hold(size_t layer) {
   else if (is_reducing_)
     start_layers_behind(static_cast<int64_t>(layer));
   const at::NoGradGuard no_grad;
-  std::vector<Wait> waits;
+  begin_gather(layer);
+  if (is_backward && layer > 0) begin_gather(layer - 1);
+  if (!is_backward && layer + 1 < blocks_.size()) begin_gather(layer + 1);
   for (Unit* unit : blocks_[layer]) {
-    if (unit->num_holders++ > 0) continue;
-    set_storage(unit->weights, true);
-    waits.push_back(world_.all_gather(unit->weights, unit->own_weights));
+    ++unit->num_holders;
+    if (const Wait wait = std::exchange(unit->gathered, nullptr)) wait();
   }
-  for (const Wait& wait : waits) wait();
   return {nullptr, [this, layer](void*) {
             for (Unit* unit : blocks_[layer])
               if (--unit->num_holders == 0) set_storage(unit->weights, false);
@@ -249,10 +312,10 @@ std::shared_ptr<void> Sharding::hold(size_t layer) {
 
 void Sharding::hold_all() {
   for (size_t layer = 0; layer < blocks_.size(); ++layer) {
-    for (Unit* unit : blocks_[layer]) ++unit->num_holders;
+    begin_gather(layer);
     for (Unit* unit : blocks_[layer]) {
-      set_storage(unit->weights, true);
-      world_.all_gather(unit->weights, unit->own_weights)();
+      ++unit->num_holders;
+      if (const Wait wait = std::exchange(unit->gathered, nullptr)) wait();
     }
   }
 }
@@ -269,19 +332,13 @@ void Sharding::end_round() {
   if (!is_reducing_) return;
   const at::NoGradGuard no_grad;
   start_ready(true);
+  for (const auto& unit : units_)
+    if (unit->received.defined()) take_part(*unit);
   for (const auto& unit : units_) {
+    if (!unit->wait) continue;
     unit->wait();
-    if (strategy_ == Strategy::kDdp) {
-      if (!unit->sent.is_same(unit->gradient)) unit->gradient.copy_(unit->sent);
-      unit->own_gradient = unit->gradient.narrow(0, world_.rank() * unit->part, unit->part);
-    } else if (unit->own_gradient.defined()) {
-      unit->own_gradient.add_(unit->received);
-    } else {
-      unit->own_gradient = unit->received.to(at::kFloat);
-    }
-    if (strategy_ == Strategy::kZero2 || strategy_ == Strategy::kZero3) unit->gradient.reset();
+    if (!unit->sent.is_same(unit->own_gradient)) unit->own_gradient.copy_(unit->sent);
     unit->sent.reset();
-    unit->received.reset();
     unit->wait = nullptr;
   }
 }
@@ -290,16 +347,18 @@ double Sharding::hand_gradients_to(AdamW& optimizer) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> norms;
   for (const auto& unit : units_) {
-    norms.push_back(at::linalg_vector_norm(unit->own_gradient, 2));
+    // Those that hold the same part share the work.
+    const int64_t share = unit->part / num_replicas_;
+    norms.push_back(at::linalg_vector_norm(unit->own_gradient.narrow(0, replica_ * share, share), 2));
     for (const Leaf& leaf : unit->leaves) {
       if (is_replicated()) {
         optimizer.set_gradient(leaf.owner, unit->of(unit->gradient, leaf));
         continue;
       }
-      const auto [begin, count] = unit->owned_range(leaf, world_.rank());
+      const auto [begin, count] = unit->owned_range(leaf, shard_);
       if (count > 0)
-        optimizer.set_gradient(leaf.owner, unit->own_gradient.narrow(
-                                               0, leaf.offset + begin - world_.rank() * unit->part, count));
+        optimizer.set_gradient(
+            leaf.owner, unit->own_gradient.narrow(0, leaf.offset + begin - shard_ * unit->part, count));
     }
   }
   begins_step_ = true;
@@ -311,7 +370,7 @@ void Sharding::gather_weights() {
   const at::NoGradGuard no_grad;
   std::vector<Wait> waits;
   for (const auto& unit : units_)
-    if (!unit->is_freed) waits.push_back(world_.all_gather(unit->weights, unit->own_weights));
+    if (!unit->is_freed) waits.push_back(world_.all_gather(unit->weights, unit->own_weights, sharers_));
   for (const Wait& wait : waits) wait();
 }
 
@@ -322,13 +381,12 @@ TensorList Sharding::gather_masters(const AdamW& optimizer) {
     const at::Tensor own =
         at::zeros({unit->part}, unit->leaves.front().owner->options().dtype(at::kFloat).requires_grad(false));
     for (const Leaf& leaf : unit->leaves) {
-      const auto [begin, count] = unit->owned_range(leaf, world_.rank());
+      const auto [begin, count] = unit->owned_range(leaf, shard_);
       if (count > 0)
-        own.narrow(0, leaf.offset + begin - world_.rank() * unit->part, count)
-            .copy_(optimizer.master(leaf.owner));
+        own.narrow(0, leaf.offset + begin - shard_ * unit->part, count).copy_(optimizer.master(leaf.owner));
     }
     const at::Tensor all = at::empty({unit->length}, own.options());
-    world_.all_gather(all, own)();
+    world_.all_gather(all, own, sharers_)();
     if (!world_.is_first()) continue;
     const at::Tensor host = all.cpu();
     for (const Leaf& leaf : unit->leaves) whole[leaf.owner] = unit->of(host, leaf);

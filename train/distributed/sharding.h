@@ -1,18 +1,24 @@
 // How the ranks share a step's gradients, the optimizer's state and the weights. One mechanism: the tensors
-// of a block lie in one flat buffer, of which every rank owns an equal part.
+// of a block lie in one flat buffer, of which each of the ranks that share it owns an equal part.
 //
-//          gradients                             optimizer state, float32 masters   weights
-//   ddp    summed on every rank                  on every rank                      on every rank
-//   zero1  each rank gets its part of the sum    its part                           on every rank, gathered
-//   after the update zero2  the same, after each micro-batch      its part                           the same
-//   zero3  as zero2                              its part                           of the decoder's blocks,
-//   frozen ones too: its part,
-//                                                                                   gathered while the block
-//                                                                                   runs; of the rest: whole
+// clang-format off
+//          gradients                            optimizer's state, masters  weights
+//   ddp    the whole sum on every rank          whole on every rank         whole on every rank
+//   zero1  each rank gets its part of the sum   its part                    whole, gathered after the update
+//   zero2  the same, after each micro-batch     its part                    the same
+//   zero3  as zero2                             its part                    of the decoder's blocks, frozen ones
+//                                                                           too, its part, gathered while the
+//                                                                           block runs; of the rest: whole
+// clang-format on
+//
+// Ranks are S that share x R that hold the same part. ddp is S = 1, the others R = 1; `shard_within: node`
+// makes S the ranks of a machine and R the machines. A unit's gradients are reduce-scattered among the S, and
+// what a rank owns of them is summed among the R, once a step.
 //
 // Gradients are summed over a rank's micro-batches in float32 and reduced once a step (zero2 and zero3 keep
-// no whole gradients, so they reduce after each micro-batch). A block's reduction begins as soon as its last
-// gradient is there, while the backward pass goes on. The order is the same on every rank, whatever its
+// no whole gradients, so they reduce-scatter after each micro-batch). A block's reduction begins as soon as
+// its last gradient is there, while the backward pass goes on; the weights of the block that comes next are
+// gathered while the present one computes. The order of all that is the same on every rank, whatever its
 // samples touch.
 #pragma once
 #include <ATen/ATen.h>
@@ -39,8 +45,14 @@ class Sharding {
 
   // Where this rank's part of each tensor lies: what AdamW is made with. Empty for ddp.
   const OwnedParts& owned() const { return owned_; }
+  // "zero2", "zero2 within each machine".
+  std::string describe() const;
   // Whether one rank's optimizer holds the state of the whole.
   bool is_replicated() const { return strategy_ == Strategy::kDdp; }
+  // Which part of the optimizer's state this rank is to save, of num_parts(); -1: another rank holds the
+  // same.
+  int part() const { return replica_ == 0 ? shard_ : -1; }
+  int num_parts() const { return num_shards_; }
 
   // Around each micro-batch's forward and backward. All ranks go through all rounds of a step, with a
   // micro-batch or without.
@@ -58,8 +70,8 @@ class Sharding {
   void gather_weights();
   // Whether blocks are there only while held.
   bool frees_blocks() const { return strategy_ == Strategy::kZero3; }
-  // Brings a block's weights, which stay while the result lives. All ranks hold the same blocks in the same
-  // order.
+  // Brings a block's weights, which stay while the result lives, and begins to bring those of the block that
+  // runs next. All ranks hold the same blocks in the same order.
   std::shared_ptr<void> hold(size_t layer);
   // All blocks at once, to stay.
   void hold_all();
@@ -74,12 +86,18 @@ class Sharding {
   struct Hook;
   void on_gradient(Unit& unit, Leaf& leaf);
   void lay_out(Unit& unit);
-  void start(Unit& unit);
+  void begin_gather(size_t layer);
+  void start_next();
   void start_ready(bool all);
   void start_layers_behind(int64_t layer);
+  void take_part(Unit& unit);
+  void start_replicas(Unit& unit);
 
   World& world_;
   Strategy strategy_;
+  Among sharers_ = Among::kAll, replicas_ = Among::kAll;
+  int num_shards_ = 1, shard_ = 0;      // S, and which part is this rank's
+  int num_replicas_ = 1, replica_ = 0;  // R, and which of those with the same part this rank is
   at::ScalarType reduce_dtype_;
   std::vector<std::unique_ptr<Unit>> units_;   // of what trains, in the order in which they are reduced
   std::vector<std::unique_ptr<Unit>> frozen_;  // of blocks that are freed
@@ -87,6 +105,7 @@ class Sharding {
   OwnedParts owned_;
   size_t next_ = 0;           // unit to be reduced
   bool is_reducing_ = false;  // in this round
+  bool is_last_ = false;      // round of the step
   bool begins_step_ = true;
   size_t num_forward_ = 0;  // blocks held in this round's forward pass
 };

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/error.h"
+
 namespace caldera {
 
 void share(World& world, at::Device device, StepReport& report) {
@@ -30,6 +32,24 @@ void share(World& world, at::Device device, StepReport& report) {
     report.stop_signal = std::max(report.stop_signal, static_cast<int>(at[2 + size + r]));
     report.all_compute_ms.push_back(at[2 + 2 * size + r]);
   }
+}
+
+void check_finite(int64_t step, const StepReport& report, const StepData& data) {
+  if (std::isfinite(report.loss) && std::isfinite(report.grad_norm)) return;
+  // Where one rank's loss alone is not finite, it is one of its samples.
+  const std::vector<int>& bad = report.bad_ranks;
+  std::vector<std::string> suspects;
+  for (size_t i = 0; i < data.sample_ids.size(); ++i)
+    if (bad.empty() || std::find(bad.begin(), bad.end(), data.ranks[i]) != bad.end())
+      suspects.push_back(data.sample_ids[i]);
+  const bool has_ranks = data.num_micro_batches.size() > 1;
+  throw Error(
+      fmt::format("step {}: loss {} and gradient norm {}: not finite{}. Weights are as before this step; its "
+                  "samples: {}. "
+                  "Look at them with `caldera data preview`, or lower the learning rate",
+                  step, report.loss, report.grad_norm,
+                  has_ranks && !bad.empty() ? fmt::format(" on rank {}", fmt::join(bad, ", ")) : "",
+                  fmt::join(suspects, ", ")));
 }
 
 std::optional<std::string> Stragglers::look_at(int64_t step, const std::vector<double>& compute_ms) {

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "data/loader.h"
 #include "train/distributed/world.h"
 
 namespace caldera {
@@ -24,6 +25,9 @@ struct StepReport {
 };
 // The same bits on every rank.
 void share(World& world, at::Device device, StepReport& report);
+
+// Throws Error with the samples that may be to blame where the step's loss or gradient is not finite.
+void check_finite(int64_t step, const StepReport& report, const StepData& data);
 
 // Notices a rank whose steps take twice as long as the median's.
 class Stragglers {

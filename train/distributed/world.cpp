@@ -10,6 +10,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdlib>
 #include <map>
@@ -69,14 +70,15 @@ std::vector<std::string> unpack_texts(const std::string& packed) {
   return texts;
 }
 
-c10::intrusive_ptr<c10d::Backend> make_backend(const c10::intrusive_ptr<c10d::Store>& store,
-                                               const WorldSpec& spec, at::Device device,
+// For one of `size` ranks, which are all on this machine or not.
+c10::intrusive_ptr<c10d::Backend> make_backend(const c10::intrusive_ptr<c10d::Store>& store, int rank,
+                                               int size, bool is_local, at::Device device,
                                                std::chrono::milliseconds timeout) {
   if (device.is_cuda()) {
 #ifdef CALDERA_NCCL
     auto options = c10d::ProcessGroupNCCL::Options::create();
     options->timeout = timeout;
-    auto group = c10::make_intrusive<c10d::ProcessGroupNCCL>(store, spec.rank, spec.size, options);
+    auto group = c10::make_intrusive<c10d::ProcessGroupNCCL>(store, rank, size, options);
     group->setBoundDeviceId(device);
     return group;
 #else
@@ -88,11 +90,11 @@ c10::intrusive_ptr<c10d::Backend> make_backend(const c10::intrusive_ptr<c10d::St
   auto options = c10d::ProcessGroupGloo::Options::create(timeout);
   // The machine's own name may lead nowhere; where all ranks are on one machine the loop-back is right.
   const char* interface = std::getenv("GLOO_SOCKET_IFNAME");
-  options->devices.push_back(
-      interface != nullptr           ? c10d::ProcessGroupGloo::createDeviceForInterface(interface)
-      : spec.local_size == spec.size ? c10d::ProcessGroupGloo::createDeviceForHostname("127.0.0.1")
-                                     : c10d::ProcessGroupGloo::createDefaultDevice());
-  return c10::make_intrusive<c10d::ProcessGroupGloo>(store, spec.rank, spec.size, options);
+  options->devices.push_back(interface != nullptr
+                                 ? c10d::ProcessGroupGloo::createDeviceForInterface(interface)
+                             : is_local ? c10d::ProcessGroupGloo::createDeviceForHostname("127.0.0.1")
+                                        : c10d::ProcessGroupGloo::createDefaultDevice());
+  return c10::make_intrusive<c10d::ProcessGroupGloo>(store, rank, size, options);
 }
 
 }  // namespace
@@ -102,13 +104,23 @@ struct World::Group {
   c10::intrusive_ptr<c10d::Store> store;
   std::unique_ptr<C10dStore> texts;
   std::unique_ptr<Watch> watch;
-  c10::intrusive_ptr<c10d::Backend> backend;
+  std::array<c10::intrusive_ptr<c10d::Backend>, 3> backends;  // by Among; none where it was not asked for
+  at::Device device = at::kCPU;
+  std::chrono::milliseconds timeout{};
   std::mutex mutex;
   std::map<std::string, int64_t> num_exchanges;  // by channel
   bool has_failed = false;                       // and the others were told
   bool is_broken = false;                        // a collective failed: there will be no farewell
 
   std::string await(const std::string& key, std::optional<Clock::time_point> deadline);
+  void connect(Among among, const std::string& name, int rank, int size, bool is_local) {
+    backends[static_cast<size_t>(among)] = make_backend(c10::make_intrusive<c10d::PrefixStore>(name, store),
+                                                        rank, size, is_local, device, timeout);
+  }
+  c10d::Backend& backend(Among among) const {
+    CALDERA_ASSERT(backends[static_cast<size_t>(among)] != nullptr);
+    return *backends[static_cast<size_t>(among)];
+  }
 };
 
 // The key's text once it is there; another rank's failure ends the wait.
@@ -140,6 +152,7 @@ World::World(const WorldSpec& spec, at::Device device, double timeout_s,
   const auto timeout = std::chrono::milliseconds(static_cast<int64_t>(timeout_s * 1000));
   group_ = std::make_unique<Group>();
   group_->backend_name = device.is_cuda() ? "nccl" : "gloo";
+  group_->device = device;
   const std::string prefix = fmt::format("caldera/{}", spec.attempt);
   const auto connect = [&](bool is_server) {
     c10d::TCPStoreOptions options;
@@ -158,8 +171,8 @@ World::World(const WorldSpec& spec, at::Device device, double timeout_s,
     group_->watch->at(0, "joining");
     exchange("join", "");
     // The watch speaks first: its message says more than the group's own time-out.
-    group_->backend = make_backend(c10::make_intrusive<c10d::PrefixStore>("group", group_->store), spec,
-                                   device, 2 * timeout);
+    group_->timeout = 2 * timeout;
+    group_->connect(Among::kAll, "group", spec.rank, spec.size, spec.local_size == spec.size);
   } catch (const Error&) {
     throw;
   } catch (const std::exception& error) {
@@ -200,6 +213,26 @@ std::string World::describe() const {
                      spec_.attempt > 0 ? fmt::format(", attempt {}", spec_.attempt + 1) : "");
 }
 
+void World::split_by_machine() {
+  if (group_->backends[static_cast<size_t>(Among::kMachine)]) return;  // by an earlier stage
+  const int local_size = spec_.local_size;
+  bool is_even = true;
+  std::vector<std::string> places;
+  for (const std::string& place : exchange("main", fmt::format("{} of {}", spec_.local_rank, local_size))) {
+    is_even =
+        is_even && place == fmt::format("{} of {}", static_cast<int>(places.size()) % local_size, local_size);
+    places.push_back(place);
+  }
+  CALDERA_CHECK(
+      is_even && size() % local_size == 0, ConfigError,
+      "distributed.shard_within node needs as many ranks on every machine, numbered machine by machine; "
+      "got, by rank, the local ranks {}",
+      fmt::join(places, ", "));
+  const int machine = rank() / local_size, place = spec_.local_rank;
+  group_->connect(Among::kMachine, fmt::format("machine/{}", machine), place, local_size, true);
+  group_->connect(Among::kPeers, fmt::format("peers/{}", place), machine, size() / local_size, false);
+}
+
 // What a collective's caller holds. `tensors` live until it is through.
 template <class Start>
 Wait World::begin(std::vector<at::Tensor> tensors, const Start& start) {
@@ -227,19 +260,19 @@ Wait World::begin(std::vector<at::Tensor> tensors, const Start& start) {
   }
 }
 
-Wait World::sum(at::Tensor tensor) {
+Wait World::sum(at::Tensor tensor, Among among) {
   return begin({tensor}, [&] {
     std::vector<at::Tensor> tensors = {tensor};
-    return group_->backend->allreduce(tensors);
+    return group_->backend(among).allreduce(tensors);
   });
 }
 
-Wait World::reduce_scatter(at::Tensor out, at::Tensor in) {
-  return begin({in, out}, [&] { return group_->backend->_reduce_scatter_base(out, in); });
+Wait World::reduce_scatter(at::Tensor out, at::Tensor in, Among among) {
+  return begin({in, out}, [&] { return group_->backend(among)._reduce_scatter_base(out, in); });
 }
 
-Wait World::all_gather(at::Tensor out, at::Tensor in) {
-  return begin({out, in}, [&] { return group_->backend->_allgather_base(out, in); });
+Wait World::all_gather(at::Tensor out, at::Tensor in, Among among) {
+  return begin({out, in}, [&] { return group_->backend(among)._allgather_base(out, in); });
 }
 
 double World::take_waited_ms() { return std::exchange(waited_ms_, 0); }

@@ -28,6 +28,10 @@ struct PeerError : DistributedError {
 // Waits for a collective that was begun. On a GPU the current stream waits, not the caller.
 using Wait = std::function<void()>;
 
+// Whom a collective is among: all ranks, those of this rank's machine, or those that have this rank's place
+// on each machine.
+enum class Among { kAll, kMachine, kPeers };
+
 class World {
  public:
   // A single process: no group, every operation is empty.
@@ -49,15 +53,20 @@ class World {
   // "4 ranks on 2 machines, gloo, started by torchrun".
   std::string describe() const;
 
+  // Before collectives among a machine's ranks, or among peers; all ranks call it. Throws ConfigError where
+  // the machines do not have the same number of ranks, numbered machine by machine.
+  void split_by_machine();
+
   // Collectives on dense tensors of the group's device. `sum` leaves the same bits on every rank.
-  Wait sum(at::Tensor tensor);
-  // out [n] of in [size * n]: this rank's part of the sum.
-  Wait reduce_scatter(at::Tensor out, at::Tensor in);
-  // out [size * n] from each rank's in [n]; `in` may be the rank's own part of `out`.
-  Wait all_gather(at::Tensor out, at::Tensor in);
+  Wait sum(at::Tensor tensor, Among among = Among::kAll);
+  // out [n] of in [ranks * n]: this rank's part of the sum.
+  Wait reduce_scatter(at::Tensor out, at::Tensor in, Among among = Among::kAll);
+  // out [ranks * n] from each rank's in [n]; `in` may be the rank's own part of `out`.
+  Wait all_gather(at::Tensor out, at::Tensor in, Among among = Among::kAll);
   int64_t num_collectives() const { return num_collectives_; }
-  int64_t num_bytes() const { return num_bytes_; }  // handed to collectives by this rank
-  double take_waited_ms();                          // spent in Wait since the last call
+  // Of the whole tensors that collectives were about: the summed one, the scattered one, the gathered one.
+  int64_t num_bytes() const { return num_bytes_; }
+  double take_waited_ms();  // spent in Wait since the last call
 
   // Every rank's text, in the order of ranks. Ranks call it in the same order per channel; a channel may be
   // used by one thread at a time. Throws PeerError when a rank has failed meanwhile.

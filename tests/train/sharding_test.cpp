@@ -1,0 +1,300 @@
+// Ranks as threads of one process: what each strategy computes, and what it sends.
+#include "train/distributed/sharding.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+
+#include <thread>
+
+#include "base/error.h"
+#include "base/rng.h"
+#include "model/ops/ops.h"
+#include "train/distributed/store_host.h"
+
+namespace caldera {
+namespace {
+
+using testing::HasSubstr;
+
+constexpr int64_t kWidth = 12, kLayers = 3, kRounds = 2;
+
+// A projector and three blocks of which the middle one is frozen, as a model that Sharding can share out.
+struct TinyModel {
+  at::Tensor projector;
+  std::vector<at::Tensor> matrices, biases;
+  bool recomputes = false;
+  std::function<std::shared_ptr<void>(size_t)> hold;
+
+  TinyModel() {
+    init(projector, "projector", {kWidth, kWidth});
+    matrices.resize(kLayers);
+    biases.resize(kLayers);
+    for (size_t i = 0; i < kLayers; ++i) {
+      init(matrices[i], fmt::format("matrix {}", i), {kWidth, kWidth});
+      init(biases[i], fmt::format("bias {}", i), {kWidth});
+      matrices[i].set_requires_grad(i != 1);
+      biases[i].set_requires_grad(i != 1);
+    }
+    projector.set_requires_grad(true);
+  }
+  static void init(at::Tensor& tensor, const std::string& name, at::IntArrayRef shape) {
+    tensor = at::empty(shape, at::kFloat);
+    init_normal_(tensor, 0.3, 5, name);
+  }
+  NamedTensors decoder() {
+    NamedTensors list;
+    for (size_t i = 0; i < kLayers; ++i) {
+      list.push_back({fmt::format("model.layers.{}.matrix", i), &matrices[i]});
+      list.push_back({fmt::format("model.layers.{}.bias", i), &biases[i]});
+    }
+    return list;
+  }
+  std::vector<ParameterGroup> groups() {
+    NamedTensors trained;
+    for (const NamedTensor& tensor : decoder())
+      if (tensor.owner->requires_grad()) trained.push_back(tensor);
+    return {{"projector", 0.01, {{"multi_modal_projector.weight", &projector}}},
+            {"language_model", 0.01, trained}};
+  }
+  at::Tensor loss(const at::Tensor& x_TD) const {
+    at::Tensor x = at::linear(x_TD, projector);
+    for (size_t i = 0; i < kLayers; ++i) {
+      const auto run = [this, i](const at::Tensor& in) {
+        return in + at::linear(in, matrices[i], biases[i]).tanh();
+      };
+      x = recomputes
+              ? recompute(run, x, {matrices[i], biases[i]}, [this, i] { return hold ? hold(i) : nullptr; })
+              : run(x);
+    }
+    return x.square().sum();
+  }
+};
+
+at::Tensor rows_of(int64_t step, int64_t round, int rank) {
+  at::Tensor rows = at::empty({4, kWidth}, at::kFloat);
+  init_normal_(rows, 1, 9, fmt::format("{} {} {}", step, round, rank));
+  return rows;
+}
+// The last rank has nothing in a step's second round, and the one before it no gradients.
+bool has_rows(int64_t round, int rank, int size) { return round == 0 || rank + 1 < size; }
+
+struct Result {
+  TensorList masters;
+  std::vector<double> norms;
+  int64_t num_collectives = 0, num_bytes = 0;  // of the last step
+  int part = 0, num_parts = 0;
+};
+
+constexpr int64_t kSteps = 3;
+
+Result train_alone(int size) {
+  TinyModel model;
+  AdamW optimizer(model.groups(), {});
+  Result result;
+  for (int64_t step = 0; step < kSteps; ++step) {
+    for (int64_t round = 0; round < kRounds; ++round)
+      for (int rank = 0; rank < size; ++rank)
+        if (has_rows(round, rank, size)) model.loss(rows_of(step, round, rank)).backward();
+    optimizer.take_gradients(false);
+    result.norms.push_back(optimizer.grad_norm().item<double>());
+    optimizer.step(1, 1);
+  }
+  result.masters = optimizer.masters();
+  return result;
+}
+
+Result train_rank(World& world, const DistributedConfig& config) {
+  TinyModel model;
+  Sharding sharding(world, config, model.groups(), model.decoder());
+  if (sharding.frees_blocks()) {
+    model.recomputes = true;
+    model.hold = [&](size_t layer) { return sharding.hold(layer); };
+  }
+  AdamW optimizer(model.groups(), {}, sharding.owned());
+  Result result{.part = sharding.part(), .num_parts = sharding.num_parts()};
+  for (int64_t step = 0; step < kSteps; ++step) {
+    const int64_t collectives = world.num_collectives(), bytes = world.num_bytes();
+    for (int64_t round = 0; round < kRounds; ++round) {
+      sharding.begin_round(round + 1 == kRounds);
+      if (has_rows(round, world.rank(), world.size())) {
+        model.loss(rows_of(step, round, world.rank())).backward();
+      } else {
+        sharding.idle_forward();
+        sharding.idle_backward();
+      }
+      sharding.end_round();
+    }
+    const at::Tensor square = at::tensor({sharding.hand_gradients_to(optimizer)}, at::kDouble);
+    optimizer.step(1, 1);
+    sharding.gather_weights();
+    result.num_collectives = world.num_collectives() - collectives;
+    result.num_bytes = world.num_bytes() - bytes;
+    world.sum(square)();
+    result.norms.push_back(std::sqrt(square.item<double>()));
+  }
+  result.masters = sharding.is_replicated() ? optimizer.masters() : sharding.gather_masters(optimizer);
+  return result;
+}
+
+// Runs `work` as each of `size` ranks, of which `local_size` share a machine. Throws what the first rank
+// threw.
+template <class Work>
+std::vector<std::invoke_result_t<Work, World&>> as_ranks(int size, int local_size, const Work& work) {
+  ::setenv("GLOO_SOCKET_IFNAME", "lo", 1);
+  ::setenv("RES_OPTIONS", "timeout:1 attempts:1", 1);  // c10d asks for each connection's name, for its log
+  StoreHost store(0);
+  std::vector<std::invoke_result_t<Work, World&>> results(static_cast<size_t>(size));
+  std::vector<std::exception_ptr> errors(static_cast<size_t>(size));
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < size; ++rank) {
+    threads.emplace_back([&, rank] {
+      const auto i = static_cast<size_t>(rank);
+      try {
+        World world({.rank = rank,
+                     .size = size,
+                     .local_rank = rank % local_size,
+                     .local_size = local_size,
+                     .port = store.port(),
+                     .store_is_hosted = true,
+                     .started_by = "a test"},
+                    at::kCPU, 20, [](const std::string& message) { throw Error(message); });
+        results[i] = work(world);
+      } catch (const std::exception&) {
+        errors[i] = std::current_exception();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const std::exception_ptr& error : errors)
+    if (error) std::rethrow_exception(error);
+  return results;
+}
+
+struct Case {
+  std::string strategy, within;
+  int size, local_size;
+};
+
+class ShardingTest : public testing::TestWithParam<Case> {};
+
+TEST_P(ShardingTest, ComputesWhatOneRankDoesAndSendsWhatItSays) {
+  const Case& c = GetParam();
+  const Result expected = train_alone(c.size);
+  const std::vector<Result> results = as_ranks(c.size, c.local_size, [&](World& world) {
+    return train_rank(world, {.strategy = c.strategy, .shard_within = c.within});
+  });
+  ASSERT_EQ(results[0].masters.size(), expected.masters.size());
+  for (size_t i = 0; i < expected.masters.size(); ++i) {
+    EXPECT_EQ(results[0].masters[i].first, expected.masters[i].first);
+    EXPECT_TRUE(at::allclose(results[0].masters[i].second, expected.masters[i].second, 1e-5, 1e-6)) << i;
+  }
+  for (const Result& result : results) {
+    EXPECT_EQ(result.norms, results[0].norms) << "the same bits on every rank";
+    for (size_t i = 0; i < expected.norms.size(); ++i)
+      EXPECT_NEAR(result.norms[i], expected.norms[i], 1e-5 * expected.norms[i]);
+  }
+
+  // Of the flat buffers: a block is 156 numbers padded to 16 a tensor and to 16 times the ranks; the
+  // projector 144.
+  const auto padded = [&](int64_t n) { return (n + 16 * c.size - 1) / (16 * c.size) * (16 * c.size); };
+  const int64_t block = padded(144 + 16), projector = padded(144), trained = 2 * block + projector;
+  const bool is_ddp = c.strategy == "ddp";
+  const bool in_nodes = c.within == "node" && c.local_size < c.size;
+  const int64_t shards = is_ddp ? 1 : in_nodes ? c.local_size : c.size, replicas = c.size / shards;
+  const int64_t reduce_rounds = c.strategy == "zero2" || c.strategy == "zero3" ? kRounds : 1;
+  int64_t collectives = 0, numbers = 0;
+  if (shards > 1) {  // reduce-scatter of the whole gradients
+    collectives += 3 * reduce_rounds;
+    numbers += trained * reduce_rounds;
+  }
+  if (replicas > 1) {  // the sum of the parts, once a step
+    collectives += 3;
+    numbers += trained / shards;
+  }
+  if (c.strategy == "zero1" || c.strategy == "zero2") {  // the new weights
+    collectives += 3;
+    numbers += trained;
+  }
+  if (c.strategy == "zero3") {  // each block twice a round; the projector once
+    collectives += 2 * kLayers * kRounds + 1;
+    numbers += 2 * kLayers * block * kRounds + projector;
+  }
+  for (size_t rank = 0; rank < results.size(); ++rank) {
+    EXPECT_EQ(results[rank].num_collectives, collectives) << rank;
+    EXPECT_EQ(results[rank].num_bytes, 4 * numbers) << rank;
+    EXPECT_EQ(results[rank].num_parts, shards);
+    const auto r = static_cast<int>(rank);
+    EXPECT_EQ(results[rank].part, r < shards ? r : -1) << "each part is saved once";
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, ShardingTest,
+                         testing::Values(Case{"ddp", "world", 2, 2}, Case{"ddp", "world", 4, 2},
+                                         Case{"zero1", "world", 3, 3}, Case{"zero2", "world", 2, 2},
+                                         Case{"zero3", "world", 2, 2}, Case{"zero3", "world", 4, 2},
+                                         Case{"zero1", "node", 4, 2}, Case{"zero2", "node", 4, 2},
+                                         Case{"zero3", "node", 4, 2}, Case{"zero3", "node", 6, 2},
+                                         Case{"zero2", "node", 2, 2}),
+                         [](const testing::TestParamInfo<Case>& parameter) {
+                           const Case& c = parameter.param;
+                           return fmt::format("{}_{}_{}_of_{}", c.strategy, c.within, c.local_size, c.size);
+                         });
+
+TEST(Sharding, TheNextBlockIsOnItsWayWhileOneIsHeld) {
+  as_ranks(2, 2, [&](World& world) {
+    TinyModel model;
+    Sharding sharding(world, {.strategy = "zero3"}, model.groups(), model.decoder());
+    auto begun = [&, last = world.num_collectives()]() mutable {
+      return world.num_collectives() - std::exchange(last, world.num_collectives());
+    };
+    const auto is_there = [&](size_t layer) { return model.matrices[layer].storage().nbytes() > 0; };
+    sharding.begin_round(/*is_last=*/false);
+    for (const bool forward : {true, false}) {
+      for (size_t i = 0; i < kLayers; ++i) {
+        const size_t layer = forward ? i : kLayers - 1 - i;
+        const auto weights = sharding.hold(layer);
+        // The first hold asks for two blocks, the last for none; the second of the backward pass also reduces
+        // what is behind it.
+        const int64_t gathers = i == 0 ? 2 : i + 1 < kLayers ? 1 : 0;
+        EXPECT_EQ(begun(), gathers + (forward || i == 0 ? 0 : layer == 1 ? 1 : 0)) << forward << layer;
+        TinyModel fresh;
+        EXPECT_TRUE(at::equal(model.matrices[layer], fresh.matrices[layer]));
+        for (size_t other = 0; other < kLayers; ++other)
+          EXPECT_EQ(is_there(other),
+                    other == layer || (i + 1 < kLayers && other == (forward ? layer + 1 : layer - 1)));
+      }
+      for (size_t layer = 0; layer < kLayers; ++layer) EXPECT_FALSE(is_there(layer));
+    }
+    sharding.end_round();
+    return 0;
+  });
+}
+
+TEST(World, MachinesOfUnevenNumbersOfRanksCannotShareWithin) {
+  const auto split = [] {
+    as_ranks(3, 2, [](World& world) {
+      world.split_by_machine();
+      return 0;
+    });
+  };
+  EXPECT_THAT(split,
+              testing::ThrowsMessage<ConfigError>(HasSubstr("the local ranks 0 of 2, 1 of 2, 0 of 2")));
+}
+
+TEST(World, CollectivesAmongAMachineAndAmongPeers) {
+  const auto results = as_ranks(4, 2, [](World& world) {
+    world.split_by_machine();
+    world.split_by_machine();  // a second stage asks again
+    const at::Tensor machine = at::tensor({1 << world.rank()}), peers = machine.clone(),
+                     all = machine.clone();
+    world.sum(machine, Among::kMachine)();
+    world.sum(peers, Among::kPeers)();
+    world.sum(all)();
+    return std::vector<int>{machine.item<int>(), peers.item<int>(), all.item<int>()};
+  });
+  EXPECT_EQ(results, (std::vector<std::vector<int>>{{3, 5, 15}, {3, 10, 15}, {12, 5, 15}, {12, 10, 15}}));
+}
+
+}  // namespace
+}  // namespace caldera

@@ -1,0 +1,76 @@
+#include "train/stage.h"
+
+#include <ATen/Context.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+
+#include "base/error.h"
+#include "base/files.h"
+#include "model/weights/adapters.h"
+
+namespace caldera {
+
+at::Device choose_device(const std::string& device, int local_rank) {
+  const bool has_gpu = at::hasCUDA() && at::detail::getCUDAHooks().deviceCount() > 0;
+  CALDERA_CHECK(device != "cuda" || has_gpu, ConfigError, "device: cuda asked for, but {}",
+                at::hasCUDA() ? "no GPU is visible" : "this build has no CUDA");
+  if (!has_gpu || device == "cpu") return at::kCPU;
+  const auto num_gpus = static_cast<int>(at::detail::getCUDAHooks().deviceCount());
+  CALDERA_CHECK(local_rank < num_gpus, DistributedError,
+                "local rank {} has no GPU of its own: this machine shows {}; start {} ranks", local_rank,
+                num_gpus, num_gpus);
+  return {at::kCUDA, static_cast<c10::DeviceIndex>(local_rank)};
+}
+
+at::ScalarType parse_dtype(const std::string& dtype) {
+  if (dtype == "float32") return at::kFloat;
+  CALDERA_CHECK(dtype == "bfloat16", ConfigError, "dtype: expected float32 or bfloat16, got \"{}\"", dtype);
+  return at::kBFloat16;
+}
+
+BuildSpec build_spec_of(const Recipe& recipe, size_t stage_index) {
+  BuildSpec spec;
+  spec.vision_tower = fs::absolute(recipe.model.vision_tower).string();
+  spec.language_model = fs::absolute(recipe.model.language_model).string();
+  spec.mm_projector_type = recipe.model.mm_projector_type;
+  spec.features = {recipe.model.vision_feature_layer, recipe.model.vision_feature_select_strategy};
+  spec.image_size = recipe.model.image_size;
+  spec.seed = recipe.seed;
+  if (const std::string& projector = recipe.model.pretrain_mm_mlp_adapter; !projector.empty())
+    spec.overlays.push_back({fs::absolute(projector).string(), {"projector"}});
+  for (size_t i = 0; i < stage_index; ++i) {
+    const StageConfig& earlier = recipe.stages[i];
+    spec.overlays.push_back(
+        {(fs::absolute(recipe.output) / earlier.name / "final").string(), earlier.trainable});
+  }
+  if (recipe.stages[stage_index].uses_lora()) spec.lora = *recipe.stages[stage_index].lora;
+  return spec;
+}
+
+std::string recipe_part(const Recipe& recipe, const StageConfig& stage) {
+  Recipe part;
+  part.model = recipe.model;
+  part.stages = {stage};
+  part.seed = recipe.seed;
+  return dump_recipe(part);
+}
+
+std::string tokenizer_of(const Recipe& recipe) {
+  return fs::absolute(recipe.model.tokenizer.empty() ? recipe.model.language_model : recipe.model.tokenizer)
+      .string();
+}
+
+std::vector<ParameterGroup> parameter_groups(LlavaModel& model, const StageConfig& stage) {
+  std::vector<ParameterGroup> groups;
+  for (const std::string& part : stage.trainable) {
+    double learning_rate = stage.optimizer.learning_rate;
+    if (part == "projector") learning_rate = stage.optimizer.mm_projector_lr.value_or(learning_rate);
+    if (part == "vision_tower") learning_rate = stage.optimizer.vision_tower_lr.value_or(learning_rate);
+    groups.push_back({part, learning_rate, model.component_tensors(part)});
+    if (part == "language_model" && stage.uses_lora())
+      std::erase_if(groups.back().tensors,
+                    [](const NamedTensor& tensor) { return !is_lora_name(tensor.name); });
+  }
+  return groups;
+}
+
+}  // namespace caldera

@@ -1,0 +1,28 @@
+// What a stage's parts are, by its recipe.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "model/llava.h"
+#include "model/weights/load.h"
+#include "train/optimizer.h"
+#include "train/recipe.h"
+
+namespace caldera {
+
+// "auto": CUDA where there is a GPU, else the CPU. Throws ConfigError for "cuda" without one,
+// DistributedError where there are fewer GPUs than ranks on this machine.
+at::Device choose_device(const std::string& device, int local_rank = 0);
+at::ScalarType parse_dtype(const std::string& dtype);  // "float32" or "bfloat16"
+// How the model of a stage is built: the recipe's parts, and what earlier stages trained laid over.
+BuildSpec build_spec_of(const Recipe& recipe, size_t stage_index);
+// Where the recipe's tokenizer is: its own, else the language model's.
+std::string tokenizer_of(const Recipe& recipe);
+// The part of a recipe that a stage's checkpoints were made under: model, stage and seed, as YAML.
+std::string recipe_part(const Recipe& recipe, const StageConfig& stage);
+// The tensors that a stage trains, by part, with its learning rates.
+std::vector<ParameterGroup> parameter_groups(LlavaModel& model, const StageConfig& stage);
+
+}  // namespace caldera
