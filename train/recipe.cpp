@@ -55,8 +55,16 @@ void check_stage(const ReadState& state, const std::string& path, const StageCon
                 "conflicts with trainable, which leaves out vision_tower");
   if (stage.uses_lora() && !stage.trainable.empty() && !trains("language_model"))
     state.fault(path + ".lora", "conflicts with trainable, which leaves out language_model: the adapters are its own");
+  if (stage.optimizer.master_weights == "none" && stage.dtype == "float32")
+    state.fault(path + ".optimizer.master_weights",
+                "conflicts with dtype: float32, where the weights are their own masters");
   if (stage.eval_steps > 0 && stage.data.eval_data_path.empty())
     state.fault(path + ".eval_steps", "needs data.eval_data_path, the samples to evaluate on");
+  if (stage.save_best &&
+      (stage.eval_steps == 0 || stage.save_steps == 0 || stage.save_steps % stage.eval_steps != 0))
+    state.fault(path + ".save_best",
+                "needs eval_steps, and save_steps to be a multiple of it: a checkpoint's validation loss is the one "
+                "of its own step");
 }
 
 // What no single key can tell.
@@ -70,6 +78,8 @@ void check_recipe(const ReadState& state, const YamlNode& root, const Recipe& re
     if (!recipe.stages[i].name.empty() && !names.insert(recipe.stages[i].name).second)
       state.fault(path + ".name", fmt::format("\"{}\" names an earlier stage too", recipe.stages[i].name));
   }
+  if (recipe.distributed.shard_within == "node" && recipe.distributed.strategy == "ddp")
+    state.fault("distributed.shard_within", "conflicts with strategy ddp, under which every rank holds all");
   if (recipe.evaluation)
     check_template(state, "evaluation.conversation_template", recipe.evaluation->conversation_template);
 }

@@ -34,6 +34,8 @@ struct DataConfig {
 };
 
 struct OptimizerConfig {
+  std::string optim = "adamw_torch";       // HF's names: or "adamw_8bit"
+  std::string master_weights = "float32";  // of a bfloat16 stage; or "none"
   double learning_rate = 1e-3;
   std::optional<double> mm_projector_lr;  // default: learning_rate
   std::optional<double> vision_tower_lr;
@@ -42,6 +44,12 @@ struct OptimizerConfig {
   double max_grad_norm = 0;  // 0: no clipping, as published
   std::string lr_scheduler_type = "cosine";
   double warmup_ratio = 0.03;
+};
+
+// What a stage may do to take less memory; nothing of it changes what is computed.
+struct MemoryConfig {
+  double budget_gb = 0;  // > 0: as many blocks recompute as it takes to stay below
+  bool offload_optimizer = false;
 };
 
 // How the language model learns where it has `lora`: its weights stay, low-rank adapters on its linear layers train.
@@ -56,14 +64,16 @@ struct StageConfig {
   std::optional<LoraOptions> lora;
   DataConfig data;
   OptimizerConfig optimizer;
+  MemoryConfig memory;
   int64_t global_batch_size = 128;
   int64_t max_tokens_per_micro_batch = 8192;
   double num_train_epochs = 1;
   int64_t max_steps = 0;            // > 0: overrides num_train_epochs
   std::string loss = "token_mean";  // or "micro_batch_mean", LLaVA's
-  std::string dtype = "float32";    // of compute: float32 or bfloat16 (with float32 master weights)
+  std::string dtype = "float32";    // of compute: float32 or bfloat16
   bool gradient_checkpointing = false;
   int64_t save_steps = 500, save_total_limit = 1;
+  bool save_best = false;
   bool async_save = false;
   int64_t eval_steps = 0;  // 0: at the end only
   int64_t logging_steps = 1;
@@ -86,6 +96,7 @@ struct EvaluationConfig {
 // How several processes train together; nothing of it changes what is computed but for rounding.
 struct DistributedConfig {
   std::string strategy = "ddp";          // ddp, zero1, zero2, zero3
+  std::string shard_within = "world";    // or "node"
   std::string reduce_dtype = "float32";  // of gradients on their way
   double timeout_s = 600;
 };

@@ -46,6 +46,14 @@ void fields(V& v, DataConfig& c) {
 
 template <class V>
 void fields(V& v, OptimizerConfig& c) {
+  v("optim", c.optim,
+    "by HF's names: `adamw_torch`, or `adamw_8bit`, which holds the moments of matrices in 8 bits as bitsandbytes "
+    "does (see docs/memory.md)",
+    one_of({"adamw_torch", "adamw_8bit"}));
+  v("master_weights", c.master_weights,
+    "with `dtype: bfloat16`: `float32` masters beside the weights, or `none`: updates are rounded into the "
+    "bfloat16 weights stochastically",
+    one_of({"float32", "none"}));
   v("learning_rate", c.learning_rate, "peak learning rate", range(0, 1));
   v("mm_projector_lr", c.mm_projector_lr, "the projector's own; none: `learning_rate`", range(0, 1));
   v("vision_tower_lr", c.vision_tower_lr, "the vision tower's own; none: `learning_rate`", range(0, 1));
@@ -59,6 +67,16 @@ void fields(V& v, OptimizerConfig& c) {
     one_of({"cosine", "linear", "constant"}));
   v("warmup_ratio", c.warmup_ratio, "share of the steps over which the learning rate rises from 0",
     range_below(0, 1));
+}
+
+template <class V>
+void fields(V& v, MemoryConfig& c) {
+  v("budget_gb", c.budget_gb,
+    "peak memory that the stage may take on each rank, in 10^9 bytes: as many blocks recompute as `caldera plan` "
+    "says it takes; same numbers. 0: no budget",
+    at_least(0));
+  v("offload_optimizer", c.offload_optimizer,
+    "on a GPU: masters and moments stay in host memory, and the update runs there");
 }
 
 template <class V>
@@ -82,6 +100,7 @@ void fields(V& v, StageConfig& c) {
   v("lora", c.lora, "the language model learns through low-rank adapters, as PEFT's; its own weights stay as they are");
   v("data", c.data, "what it learns from", required());
   v("optimizer", c.optimizer, "AdamW and its schedule");
+  v("memory", c.memory, "what is done to take less memory (see docs/memory.md)");
   v("global_batch_size", c.global_batch_size, "samples of one step, over all ranks and micro-batches",
     range(1, 1 << 20));
   v("max_tokens_per_micro_batch", c.max_tokens_per_micro_batch,
@@ -96,12 +115,15 @@ void fields(V& v, StageConfig& c) {
     "micro-batches' means",
     one_of({"token_mean", "micro_batch_mean"}));
   v("dtype", c.dtype,
-    "of weights and activations in the computation; `bfloat16` keeps float32 master weights",
+    "of weights and activations in the computation; beside `bfloat16` ones see `optimizer.master_weights`",
     one_of({"float32", "bfloat16"}));
   v("gradient_checkpointing", c.gradient_checkpointing,
-    "recompute blocks in the backward pass: less memory, same numbers");
+    "recompute all blocks in the backward pass: less memory, same numbers");
   v("save_steps", c.save_steps, "steps between checkpoints; 0: only at the end", at_least(0));
   v("save_total_limit", c.save_total_limit, "checkpoints kept, the newest ones", at_least(1));
+  v("save_best", c.save_best,
+    "also keep the checkpoint with the lowest validation loss so far; needs `save_steps` to be a multiple of "
+    "`eval_steps`");
   v("async_save", c.async_save, "write checkpoints in the background from a copy in host memory; the same bytes");
   v("eval_steps", c.eval_steps, "steps between validation losses; 0: only at the end", at_least(0));
   v("logging_steps", c.logging_steps, "steps between lines of progress; metrics.jsonl has every step",
@@ -128,6 +150,10 @@ void fields(V& v, DistributedConfig& c) {
     "`ddp`: every rank holds all; `zero1`: each holds its part of the optimizer's state; `zero2`: and of the gradients; "
     "`zero3`: and of the weights of the decoder's blocks",
     one_of({"ddp", "zero1", "zero2", "zero3"}));
+  v("shard_within", c.shard_within,
+    "how far parts are spread with `zero1` to `zero3`: over all ranks (`world`), or over those of a machine "
+    "(`node`), of which each then holds all parts and only sums of gradients go between machines",
+    one_of({"world", "node"}));
   v("reduce_dtype", c.reduce_dtype, "in which gradients are summed over the ranks; `bfloat16` halves what is sent",
     one_of({"float32", "bfloat16"}));
   v("timeout_s", c.timeout_s, "seconds after which a rank that is silent or stuck ends the run, with its name", above(0));

@@ -36,10 +36,13 @@ StageData prepare_data(const Recipe& recipe, const StageConfig& stage) {
 bool may_change(const std::string& yaml_line) {
   constexpr std::array kKeys = {"save_steps:",
                                 "save_total_limit:",
+                                "save_best:",
                                 "eval_steps:",
                                 "logging_steps:",
                                 "async_save:",
                                 "gradient_checkpointing:",
+                                "budget_gb:",
+                                "offload_optimizer:",
                                 "dataloader_num_workers:",
                                 "eval_data_path:"};
   const std::string line = strip(yaml_line);
@@ -183,9 +186,14 @@ double train_seconds(const Recipe& recipe) {
 
 void tune_allocator() {
   use_caching_cpu_allocator();
-  // oneDNN's work space comes from malloc: it stays too.
-  ::mallopt(M_MMAP_THRESHOLD, 32 << 20);
-  ::mallopt(M_TRIM_THRESHOLD, 256 << 20);
+  // oneDNN keeps each shape's product, and LibTorch its description, both half a megabyte and up to 1024 of
+  // them for each thread. A packed row's shapes are new in every step and come back in the next layer, never
+  // later.
+  for (const char* cache : {"ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"})
+    ::setenv(cache, "128", /*overwrite=*/0);
+  // The descriptions come from malloc, a quarter of a megabyte for each product: they stay with the process.
+  ::mallopt(M_MMAP_THRESHOLD, 4 << 20);
+  ::mallopt(M_TRIM_THRESHOLD, 64 << 20);
 }
 
 }  // namespace caldera
