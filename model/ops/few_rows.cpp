@@ -17,13 +17,11 @@ namespace {
 
 using namespace simd;
 
-// What every kernel below works on: rows x [N, I] and weights [O, I] -> y [N, O], of which [begin, end) of
-// the outputs. Four of them share the loads of x; each has sums of its own, so that products do not wait for
-// each other. T is the type of bias and y; x is in float32.
-template <class W, class T>
-CALDERA_INLINE void outputs_each(const float* x, const W* weight, const float* scale, const T* bias, T* y,
-                                 int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t begin,
-                                 int64_t end) {
+// sums [N, O] = x [N, I] weights [O, I]^T, of which the outputs [begin, end). Four of them share the loads of
+// x; each has sums of its own, so that products do not wait for each other.
+template <class W>
+CALDERA_INLINE void sums_each(const float* x, const W* weight, float* sums, int64_t num_rows,
+                              int64_t num_inputs, int64_t num_outputs, int64_t begin, int64_t end) {
   const int64_t whole = num_inputs / kLanes * kLanes, rest = num_inputs - whole;
   for (int64_t o = begin; o < end; o += 4) {
     const int64_t count = std::min<int64_t>(4, end - o);
@@ -46,25 +44,42 @@ CALDERA_INLINE void outputs_each(const float* x, const W* weight, const float* s
         s2 += v * load(w[2] + whole, rest);
         s3 += v * load(w[3] + whole, rest);
       }
-      const float sums[4] = {sum(s0), sum(s1), sum(s2), sum(s3)};
-      for (int64_t j = 0; j < count; ++j)
-        y[r * num_outputs + o + j] = static_cast<T>(sums[j] * (scale ? scale[o + j] : 1.0f) +
-                                                    (bias ? static_cast<float>(bias[o + j]) : 0.0f));
+      const float all[4] = {sum(s0), sum(s1), sum(s2), sum(s3)};
+      std::copy_n(all, count, sums + r * num_outputs + o);
     }
   }
 }
 
-#define CALDERA_OUTPUTS(W, T)                                                                         \
-  CALDERA_SIMD void outputs(const float* x, const W* weight, const float* scale, const T* bias, T* y, \
-                            int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t begin, \
-                            int64_t end) {                                                            \
-    outputs_each(x, weight, scale, bias, y, num_rows, num_inputs, num_outputs, begin, end);           \
+// y = sums * row_scale * scale + bias for `count` outputs of one row; scale and bias may be null.
+template <class T>
+CALDERA_INLINE void finish_each(const float* sums, float row_scale, const float* scale, const T* bias, T* y,
+                                int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t n = std::min(kLanes, count - i);
+    Vec v = load(sums + i, n);
+    if (scale) v *= row_scale * load(scale + i, n);
+    if (bias) v += load(bias + i, n);
+    store(y + i, v, n);
   }
-CALDERA_OUTPUTS(float, float)
-CALDERA_OUTPUTS(c10::BFloat16, c10::BFloat16)
-CALDERA_OUTPUTS(int8_t, float)
-CALDERA_OUTPUTS(int8_t, c10::BFloat16)
-#undef CALDERA_OUTPUTS
+}
+
+#define CALDERA_SUMS(W)                                                                            \
+  CALDERA_SIMD void sums_of(const float* x, const W* weight, float* sums, int64_t num_rows,        \
+                            int64_t num_inputs, int64_t num_outputs, int64_t begin, int64_t end) { \
+    sums_each(x, weight, sums, num_rows, num_inputs, num_outputs, begin, end);                     \
+  }
+CALDERA_SUMS(float)
+CALDERA_SUMS(c10::BFloat16)
+CALDERA_SUMS(int8_t)
+#undef CALDERA_SUMS
+#define CALDERA_FINISH(T)                                                                               \
+  CALDERA_SIMD void finish(const float* sums, float row_scale, const float* scale, const T* bias, T* y, \
+                           int64_t count) {                                                             \
+    finish_each(sums, row_scale, scale, bias, y, count);                                                \
+  }
+CALDERA_FINISH(float)
+CALDERA_FINISH(c10::BFloat16)
+#undef CALDERA_FINISH
 
 template <class T>
 CALDERA_INLINE void restore_each(const int8_t* values, const float* scale, T* out, int64_t num_rows,
@@ -107,14 +122,6 @@ CALDERA_SIMD void widen(const c10::BFloat16* x, float* out, int64_t count) {
   }
 }
 
-// Calls work(begin, end) for parts of O outputs, each begun at a multiple of four: the borders between
-// threads change no bit.
-template <class Work>
-void for_outputs(int64_t O, int64_t I, const Work& work) {
-  at::parallel_for(0, (O + 3) / 4, std::max<int64_t>(1, row_grain(I) / 4),
-                   [&](int64_t begin, int64_t end) { work(4 * begin, std::min(O, 4 * end)); });
-}
-
 // The rows in float32.
 class Floats {
  public:
@@ -130,59 +137,74 @@ class Floats {
   const float* data_;
 };
 
-// x [N, I] and y [N, O] are of type T, as are the bias where there is one, and the weights.
+// y [N, O] from sums [N, O] that `fill(sums, begin, end)` computes for its part of the outputs. Parts begin
+// at multiples of four: the borders between threads change no bit. `row_scale` [N] and `scale` [O] may be
+// null.
+template <class T, class Fill>
+at::Tensor outputs(const at::Tensor& x_NI, int64_t O, const float* row_scale, const float* scale,
+                   const at::Tensor& bias_O, const Fill& fill) {
+  const int64_t N = x_NI.size(0), I = x_NI.size(1);
+  CALDERA_ASSERT(!bias_O.defined() || (bias_O.scalar_type() == x_NI.scalar_type() && bias_O.is_contiguous()));
+  const at::Tensor y_NO = at::empty({N, O}, x_NI.options()), sums_NO = at::empty({N, O}, at::kFloat);
+  const T* bias = bias_O.defined() ? bias_O.const_data_ptr<T>() : nullptr;
+  T* y = y_NO.mutable_data_ptr<T>();
+  float* sums = sums_NO.mutable_data_ptr<float>();
+  at::parallel_for(0, (O + 3) / 4, std::max<int64_t>(1, row_grain(I) / 4), [&](int64_t first, int64_t last) {
+    const int64_t begin = 4 * first, end = std::min(O, 4 * last);
+    fill(sums, begin, end);
+    for (int64_t r = 0; r < N; ++r)
+      finish(sums + r * O + begin, row_scale ? row_scale[r] : 1.0f, scale ? scale + begin : nullptr,
+             bias ? bias + begin : nullptr, y + r * O + begin, end - begin);
+  });
+  return y_NO;
+}
+
+// Weights of x's own type.
 template <class T>
-void run(const T* x, const T* weight, const T* bias, T* y, int64_t N, int64_t I, int64_t O) {
+at::Tensor run(const at::Tensor& x_NI, const at::Tensor& weight_OI, const at::Tensor& bias_O) {
+  const int64_t N = x_NI.size(0), I = x_NI.size(1), O = weight_OI.size(0);
+  const T *x = x_NI.const_data_ptr<T>(), *weight = weight_OI.const_data_ptr<T>();
 #ifdef CALDERA_NARROW_PRODUCTS
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    if (has_bf16_products()) {
-      for_outputs(O, I,
-                  [&](int64_t begin, int64_t end) { bf16_outputs(x, weight, bias, y, N, I, O, begin, end); });
-      return;
-    }
+    if (has_bf16_products())
+      return outputs<T>(x_NI, O, nullptr, nullptr, bias_O, [&](float* sums, int64_t begin, int64_t end) {
+        bf16_sums(x, weight, sums, N, I, O, begin, end);
+      });
   }
 #endif
   const Floats floats(x, N * I);
-  for_outputs(O, I, [&](int64_t begin, int64_t end) {
-    outputs(floats.data(), weight, nullptr, bias, y, N, I, O, begin, end);
+  return outputs<T>(x_NI, O, nullptr, nullptr, bias_O, [&](float* sums, int64_t begin, int64_t end) {
+    sums_of(floats.data(), weight, sums, N, I, O, begin, end);
   });
 }
 
 template <class T>
-void run_int8(const T* x, const Int8Weight& weight, const T* bias, T* y, int64_t N, int64_t I, int64_t O) {
+at::Tensor run(const at::Tensor& x_NI, const Int8Weight& weight, const at::Tensor& bias_O) {
+  const int64_t N = x_NI.size(0), I = x_NI.size(1), O = weight.values_OI.size(0);
   const int8_t* values = weight.values_OI.const_data_ptr<int8_t>();
   const float* scale = weight.scale_O.const_data_ptr<float>();
-  const Floats floats(x, N * I);
+  const Floats floats(x_NI.const_data_ptr<T>(), N * I);
 #ifdef CALDERA_NARROW_PRODUCTS
   if (has_int8_products() && I <= 65536) {
     const SplitRows rows = split_rows(floats.data(), N, I);
-    std::vector<int64_t> sums(static_cast<size_t>(N * O));
-    for_outputs(O, I, [&](int64_t begin, int64_t end) {
-      int8_sums(rows, values, weight.sum_O.const_data_ptr<int32_t>(), sums.data(), N, I, O, begin, end);
-      for (int64_t r = 0; r < N; ++r)
-        for (int64_t o = begin; o < end; ++o)
-          y[r * O + o] = static_cast<T>(static_cast<float>(sums[static_cast<size_t>(r * O + o)]) *
-                                            rows.scale[static_cast<size_t>(r)] * scale[o] +
-                                        (bias ? static_cast<float>(bias[o]) : 0.0f));
-    });
-    return;
+    const int32_t* value_sums = weight.sum_O.const_data_ptr<int32_t>();
+    return outputs<T>(x_NI, O, rows.scale.data(), scale, bias_O,
+                      [&](float* sums, int64_t begin, int64_t end) {
+                        int8_sums(rows, values, value_sums, sums, N, I, O, begin, end);
+                      });
   }
 #endif
-  for_outputs(O, I, [&](int64_t begin, int64_t end) {
-    outputs(floats.data(), values, scale, bias, y, N, I, O, begin, end);
+  return outputs<T>(x_NI, O, nullptr, scale, bias_O, [&](float* sums, int64_t begin, int64_t end) {
+    sums_of(floats.data(), values, sums, N, I, O, begin, end);
   });
 }
 
-// Calls f(x, bias, y) with the data of contiguous tensors; returns y [N, O].
-template <class Function>
-at::Tensor with_data(const at::Tensor& x_NI, const at::Tensor& bias_O, int64_t num_outputs, Function f) {
-  const at::Tensor x = x_NI.contiguous(), y = at::empty({x.size(0), num_outputs}, x.options());
-  CALDERA_ASSERT(!bias_O.defined() || (bias_O.scalar_type() == x.scalar_type() && bias_O.is_contiguous()));
-  with_cpu_type(x, [&]<class T>(T*) {
-    f(x.const_data_ptr<T>(), bias_O.defined() ? bias_O.const_data_ptr<T>() : nullptr,
-      y.mutable_data_ptr<T>());
-  });
-  return y;
+// Calls run() for rows of float32 or bfloat16.
+template <class Weight>
+at::Tensor dispatch(const at::Tensor& x_NI, const Weight& weight, const at::Tensor& bias_O) {
+  at::Tensor y_NO;
+  with_cpu_type(x_NI, [&]<class T>(T*) { y_NO = run<T>(x_NI.contiguous(), weight, bias_O); });
+  return y_NO;
 }
 
 thread_local bool few_rows = false;
@@ -194,12 +216,9 @@ FewRowsGuard::~FewRowsGuard() { few_rows = before_; }
 bool FewRowsGuard::active() { return few_rows && !at::GradMode::is_enabled(); }
 
 at::Tensor affine_few_rows(const at::Tensor& x_NI, const at::Tensor& weight_OI, const at::Tensor& bias_O) {
-  const int64_t N = x_NI.size(0), I = weight_OI.size(1), O = weight_OI.size(0);
-  CALDERA_ASSERT(weight_OI.is_contiguous() && x_NI.size(1) == I &&
+  CALDERA_ASSERT(weight_OI.is_contiguous() && x_NI.size(1) == weight_OI.size(1) &&
                  weight_OI.scalar_type() == x_NI.scalar_type());
-  return with_data(x_NI, bias_O, O, [&]<class T>(const T* x, const T* bias, T* y) {
-    run(x, weight_OI.const_data_ptr<T>(), bias, y, N, I, O);
-  });
+  return dispatch(x_NI, weight_OI, bias_O);
 }
 
 Int8Weight quantize_int8(const at::Tensor& weight_OI) {
@@ -212,12 +231,7 @@ Int8Weight quantize_int8(const at::Tensor& weight_OI) {
 
 at::Tensor affine_int8(const at::Tensor& x_NI, const Int8Weight& weight, const at::Tensor& bias_O) {
   CALDERA_ASSERT(!wants_grad(x_NI) && x_NI.dim() == 2 && x_NI.size(1) == weight.values_OI.size(1));
-  const int64_t N = x_NI.size(0), I = x_NI.size(1), O = weight.values_OI.size(0);
-  if (N <= 4) {
-    return with_data(x_NI, bias_O, O, [&]<class T>(const T* x, const T* bias, T* y) {
-      run_int8(x, weight, bias, y, N, I, O);
-    });
-  }
+  if (x_NI.size(0) <= 4) return dispatch(x_NI, weight, bias_O);
   return affine(x_NI, restored(weight, x_NI.scalar_type()), bias_O);
 }
 

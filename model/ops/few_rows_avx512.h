@@ -17,11 +17,9 @@ namespace caldera {
 bool has_bf16_products();  // AVX512_BF16
 bool has_int8_products();  // AVX512_VNNI
 
-// Outputs [begin, end) of y [N, O] = x [N, I] weight [O, I]^T + bias (null: none). Products are exact, sums
-// in float32.
-void bf16_outputs(const c10::BFloat16* x, const c10::BFloat16* weight, const c10::BFloat16* bias,
-                  c10::BFloat16* y, int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t begin,
-                  int64_t end);
+// Outputs [begin, end) of sums [N, O] = x [N, I] weight [O, I]^T. Products are exact, sums in float32.
+void bf16_sums(const c10::BFloat16* x, const c10::BFloat16* weight, float* sums, int64_t num_rows,
+               int64_t num_inputs, int64_t num_outputs, int64_t begin, int64_t end);
 
 // Rows in 16 bits: each value is (256 high + low - 32768) * scale of its row. That is 2^-16 of the row's
 // largest magnitude off at the most; a row with a value that is not finite has the scale NaN.
@@ -31,9 +29,9 @@ struct SplitRows {
 };
 SplitRows split_rows(const float* x, int64_t num_rows, int64_t num_inputs);
 
-// Rows of `split_rows` times 8-bit weights [O, I], the sums of whose rows are given, as whole numbers: sums
-// [N, O], to be multiplied by the scales of row and weight. At most 65536 inputs.
-void int8_sums(const SplitRows& x, const int8_t* weight, const int32_t* weight_sums, int64_t* sums,
+// The same of rows in 16 bits and 8-bit weights, the sums of whose rows are given: exact up to the last
+// rounding to float32, to be multiplied by the scales of row and weight. At most 65536 inputs.
+void int8_sums(const SplitRows& x, const int8_t* weight, const int32_t* weight_sums, float* sums,
                int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t begin, int64_t end);
 
 }  // namespace caldera
