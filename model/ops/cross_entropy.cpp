@@ -3,6 +3,7 @@
 
 #include "base/error.h"
 #include "model/ops/autograd.h"
+#include "model/ops/cuda/launch.h"
 #include "model/ops/matmul.h"
 #include "model/ops/ops.h"
 #include "model/ops/simd.h"
@@ -54,8 +55,8 @@ CALDERA_SIMD void cross_entropy_rows(c10::BFloat16* logits, const int64_t* targe
   cross_entropy_each(logits, targets, nll, rows, vocab, gradient);
 }
 
-// logits [n, V] -> nll [n] float32; with `gradient`, logits become its gradient (a new tensor where not on
-// the CPU path).
+// logits [n, V] -> nll [n] float32; with `gradient`, logits become its gradient (a new tensor where no kernel
+// takes them).
 at::Tensor cross_entropy(at::Tensor& logits, const at::Tensor& targets, bool gradient) {
   if (has_cpu_kernel(logits)) {
     at::Tensor nll = at::empty({logits.size(0)}, at::kFloat);
@@ -68,6 +69,14 @@ at::Tensor cross_entropy(at::Tensor& logits, const at::Tensor& targets, bool gra
         cross_entropy_rows(data + begin * vocab, target_data + begin, nll_data + begin, end - begin, vocab,
                            gradient);
       });
+    });
+    return nll;
+  }
+  if (has_cuda_kernel(logits)) {
+    at::Tensor nll = at::empty({logits.size(0)}, logits.options().dtype(at::kFloat));
+    cuda::with_type(logits, [&]<class T>(T*, cuda::Stream stream) {
+      cuda::cross_entropy(cuda::out<T>(logits), targets.const_data_ptr<int64_t>(), cuda::out<float>(nll),
+                          logits.size(0), logits.size(1), gradient, stream);
     });
     return nll;
   }
@@ -96,7 +105,7 @@ void check(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor&
   CALDERA_ASSERT(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1));
   CALDERA_ASSERT(targets.scalar_type() == at::kLong && targets.dim() == 1 &&
                  targets.size(0) == hidden.size(0));
-  // On other devices looking would wait for the device, and ATen's gather checks by itself.
+  // On a GPU looking would wait for it; there such a target makes the loss NaN, and a step with that is refused.
   if (!targets.device().is_cpu() || targets.numel() == 0) return;
   const int64_t low = targets.min().item<int64_t>(), high = targets.max().item<int64_t>(),
                 vocab = weight.size(0);

@@ -29,6 +29,9 @@ at::Tensor apply_rotary(const at::Tensor& x_THK, const Rotary& rotary);
 // SwiGLU: silu(gate) * up of the fused projection's output [T, 2F] (gate first) -> [T, F].
 at::Tensor swiglu(const at::Tensor& gate_up);
 
+// Quick GELU, the activation of CLIP: x * sigmoid(1.702 x). Without a graph x itself takes the result.
+at::Tensor quick_gelu(at::Tensor x);
+
 // Attention within each sample of the packed row. q [T, H, K]; k, v [T, G, K] with G dividing H; row offsets
 // cu_seqlens (S + 1). Softmax scale 1 / sqrt(K). -> [T, H, K].
 at::Tensor packed_attention(const at::Tensor& q_THK, const at::Tensor& k_TGK, const at::Tensor& v_TGK,
@@ -55,5 +58,12 @@ at::Tensor linear_nll(const at::Tensor& hidden_ND, const at::Tensor& weight_VD, 
 at::Tensor recompute(std::function<at::Tensor(const at::Tensor&)> block, const at::Tensor& x,
                      const std::vector<at::Tensor>& parameters,
                      std::function<std::shared_ptr<void>()> hold = {});
+
+// affine(make(source), weight, bias) (matmul.h) of whose input nothing but `source` is kept for backward: there it
+// is made again. For what is cheap beside the product: norms, gates. `parameters` are the leaves that make() uses.
+// Bit for bit the plain composition.
+at::Tensor affine_of(std::function<at::Tensor(const at::Tensor&)> make, const at::Tensor& source,
+                     const std::vector<at::Tensor>& parameters, const at::Tensor& weight,
+                     const at::Tensor& bias = {});
 
 }  // namespace caldera

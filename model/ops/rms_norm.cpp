@@ -1,5 +1,6 @@
 #include "base/error.h"
 #include "model/ops/autograd.h"
+#include "model/ops/cuda/launch.h"
 #include "model/ops/ops.h"
 #include "model/ops/simd.h"
 
@@ -74,17 +75,24 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
                             double eps) {
     const at::Tensor x = x_in.contiguous();
     const int64_t width = x.size(-1), rows = width == 0 ? 0 : x.numel() / width;
-    at::Tensor y = at::empty_like(x), rstd = at::empty({rows}, at::kFloat);
-    with_cpu_type(x, [&]<class T>(T*) {
-      const T* x_data = x.const_data_ptr<T>();
-      const T* weight_data = weight.const_data_ptr<T>();
-      T* y_data = y.mutable_data_ptr<T>();
-      float* rstd_data = rstd.mutable_data_ptr<float>();
-      at::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
-        rms_forward(x_data + begin * width, weight_data, y_data + begin * width, rstd_data + begin,
-                    end - begin, width, static_cast<float>(eps));
+    at::Tensor y = at::empty_like(x), rstd = at::empty({rows}, x.options().dtype(at::kFloat));
+    if (x.is_cuda()) {
+      cuda::with_type(x, [&]<class T>(T*, cuda::Stream stream) {
+        cuda::rms_norm_forward(cuda::in<T>(x), cuda::in<T>(weight), cuda::out<T>(y), cuda::out<float>(rstd), rows,
+                               width, static_cast<float>(eps), stream);
       });
-    });
+    } else {
+      with_cpu_type(x, [&]<class T>(T*) {
+        const T* x_data = x.const_data_ptr<T>();
+        const T* weight_data = weight.const_data_ptr<T>();
+        T* y_data = y.mutable_data_ptr<T>();
+        float* rstd_data = rstd.mutable_data_ptr<float>();
+        at::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
+          rms_forward(x_data + begin * width, weight_data, y_data + begin * width, rstd_data + begin,
+                      end - begin, width, static_cast<float>(eps));
+        });
+      });
+    }
     ctx->save_for_backward({x, weight, rstd});
     return y;
   }
@@ -92,16 +100,37 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor &x = saved[0], &weight = saved[1], &rstd = saved[2], dy = grads[0].contiguous();
+    at::Tensor dx = at::empty_like(x), partial;
+    if (ctx->needs_input_grad(1)) {
+      const int64_t rows_each = x.is_cuda() ? cuda::kRmsNormRows : kRowsPerTask;
+      partial = at::empty({(rstd.size(0) + rows_each - 1) / rows_each, x.size(-1)}, rstd.options());
+    }
+    if (x.is_cuda())
+      backward_on_cuda(x, weight, rstd, dy, dx, partial);
+    else
+      backward_on_cpu(x, weight, rstd, dy, dx, partial);
+    return {dx, partial.defined() ? partial.sum(0).to(weight.scalar_type()) : at::Tensor(), at::Tensor()};
+  }
+
+  // `partial` [parts, width], where it is defined, takes the weight gradients of so many parts of the rows.
+  static void backward_on_cuda(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd,
+                               const at::Tensor& dy, const at::Tensor& dx, const at::Tensor& partial) {
+    cuda::with_type(x, [&]<class T>(T*, cuda::Stream stream) {
+      cuda::rms_norm_backward(cuda::in<T>(x), cuda::in<T>(weight), cuda::in<float>(rstd), cuda::in<T>(dy),
+                              cuda::out<T>(dx), cuda::out<float>(partial), rstd.size(0), x.size(-1), stream);
+    });
+  }
+
+  static void backward_on_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd,
+                              const at::Tensor& dy, const at::Tensor& dx, const at::Tensor& partial) {
     const int64_t width = x.size(-1), rows = rstd.size(0), tasks = (rows + kRowsPerTask - 1) / kRowsPerTask;
-    const bool wants_dweight = ctx->needs_input_grad(1);
-    at::Tensor dx = at::empty_like(x);
-    at::Tensor partial = wants_dweight ? at::zeros({tasks, width}, at::kFloat) : at::Tensor();
+    if (partial.defined()) partial.zero_();
     with_cpu_type(x, [&]<class T>(T*) {
       const T *x_data = x.const_data_ptr<T>(), *dy_data = dy.const_data_ptr<T>();
       const T* weight_data = weight.const_data_ptr<T>();
       T* dx_data = dx.mutable_data_ptr<T>();
       const float* rstd_data = rstd.const_data_ptr<float>();
-      float* partial_data = wants_dweight ? partial.mutable_data_ptr<float>() : nullptr;
+      float* partial_data = partial.defined() ? partial.mutable_data_ptr<float>() : nullptr;
       at::parallel_for(0, tasks, row_grain(kRowsPerTask * width), [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
           const int64_t row = task * kRowsPerTask, count = std::min(kRowsPerTask, rows - row),
@@ -111,7 +140,6 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
         }
       });
     });
-    return {dx, wants_dweight ? partial.sum(0).to(weight.scalar_type()) : at::Tensor(), at::Tensor()};
   }
 };
 
@@ -119,7 +147,7 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   CALDERA_PROFILED("rms_norm");
-  if (has_cpu_kernel(x) && weight.scalar_type() == x.scalar_type())
+  if (has_kernel(x) && weight.scalar_type() == x.scalar_type())
     return RmsNormFunction::apply(x, weight, eps);
   return at::rms_norm(x, weight.sizes(), weight, eps);
 }

@@ -1,5 +1,6 @@
 #include "base/error.h"
 #include "model/ops/autograd.h"
+#include "model/ops/cuda/launch.h"
 #include "model/ops/ops.h"
 #include "model/ops/simd.h"
 
@@ -44,6 +45,13 @@ at::Tensor rotated(const at::Tensor& x_in, const at::Tensor& cos, const at::Tens
   const bool dense_heads = x_in.stride(2) == 1 && x_in.stride(1) == width;
   const at::Tensor x = dense_heads ? x_in : x_in.contiguous();
   at::Tensor y = at::empty({rows, heads, width}, x.options());
+  if (x.is_cuda()) {
+    cuda::with_type(x, [&]<class T>(T*, cuda::Stream stream) {
+      cuda::rotate(cuda::in<T>(x), x.stride(0), cuda::in<float>(cos), cuda::in<float>(sin), sign, cuda::out<T>(y),
+                   rows, heads, width, stream);
+    });
+    return y;
+  }
   with_cpu_type(x, [&]<class T>(T*) {
     const T* x_data = x.const_data_ptr<T>();
     T* y_data = y.mutable_data_ptr<T>();
@@ -81,7 +89,7 @@ at::Tensor apply_rotary(const at::Tensor& x_THK, const Rotary& rotary) {
   CALDERA_PROFILED("apply_rotary");
   const int64_t width = x_THK.size(2);
   CALDERA_ASSERT(width % 2 == 0 && rotary.cos_TK.size(0) == x_THK.size(0) && rotary.cos_TK.size(1) == width);
-  if (has_cpu_kernel(x_THK) && rotary.cos_TK.scalar_type() == at::kFloat)
+  if (has_kernel(x_THK) && rotary.cos_TK.scalar_type() == at::kFloat)
     return RotaryFunction::apply(x_THK, rotary.cos_TK, rotary.sin_TK);
   const at::Tensor low = x_THK.narrow(2, 0, width / 2), high = x_THK.narrow(2, width / 2, width / 2);
   const at::Tensor turned = at::cat({-high, low}, -1);

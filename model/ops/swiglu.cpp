@@ -1,5 +1,6 @@
 #include "base/error.h"
 #include "model/ops/autograd.h"
+#include "model/ops/cuda/launch.h"
 #include "model/ops/ops.h"
 #include "model/ops/simd.h"
 
@@ -56,13 +57,19 @@ struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
     const at::Tensor gate_up = gate_up_in.contiguous();
     const int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
     at::Tensor y = at::empty({rows, width}, gate_up.options());
-    with_cpu_type(y, [&]<class T>(T*) {
-      const T* x_data = gate_up.const_data_ptr<T>();
-      T* y_data = y.mutable_data_ptr<T>();
-      at::parallel_for(0, rows, row_grain(2 * width), [&](int64_t begin, int64_t end) {
-        swiglu_forward(x_data + begin * 2 * width, y_data + begin * width, end - begin, width);
+    if (y.is_cuda()) {
+      cuda::with_type(y, [&]<class T>(T*, cuda::Stream stream) {
+        cuda::swiglu_forward(cuda::in<T>(gate_up), cuda::out<T>(y), rows, width, stream);
       });
-    });
+    } else {
+      with_cpu_type(y, [&]<class T>(T*) {
+        const T* x_data = gate_up.const_data_ptr<T>();
+        T* y_data = y.mutable_data_ptr<T>();
+        at::parallel_for(0, rows, row_grain(2 * width), [&](int64_t begin, int64_t end) {
+          swiglu_forward(x_data + begin * 2 * width, y_data + begin * width, end - begin, width);
+        });
+      });
+    }
     ctx->save_for_backward({gate_up});
     return y;
   }
@@ -70,14 +77,20 @@ struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
     const at::Tensor gate_up = ctx->get_saved_variables()[0], dy = grads[0].contiguous();
     const int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
     at::Tensor d_gate_up = at::empty_like(gate_up);
-    with_cpu_type(dy, [&]<class T>(T*) {
-      const T *x_data = gate_up.const_data_ptr<T>(), *dy_data = dy.const_data_ptr<T>();
-      T* dx_data = d_gate_up.mutable_data_ptr<T>();
-      at::parallel_for(0, rows, row_grain(2 * width), [&](int64_t begin, int64_t end) {
-        swiglu_backward(x_data + begin * 2 * width, dy_data + begin * width, dx_data + begin * 2 * width,
-                        end - begin, width);
+    if (dy.is_cuda()) {
+      cuda::with_type(dy, [&]<class T>(T*, cuda::Stream stream) {
+        cuda::swiglu_backward(cuda::in<T>(gate_up), cuda::in<T>(dy), cuda::out<T>(d_gate_up), rows, width, stream);
       });
-    });
+    } else {
+      with_cpu_type(dy, [&]<class T>(T*) {
+        const T *x_data = gate_up.const_data_ptr<T>(), *dy_data = dy.const_data_ptr<T>();
+        T* dx_data = d_gate_up.mutable_data_ptr<T>();
+        at::parallel_for(0, rows, row_grain(2 * width), [&](int64_t begin, int64_t end) {
+          swiglu_backward(x_data + begin * 2 * width, dy_data + begin * width, dx_data + begin * 2 * width,
+                          end - begin, width);
+        });
+      });
+    }
     return {d_gate_up};
   }
 };
@@ -87,7 +100,7 @@ struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
 at::Tensor swiglu(const at::Tensor& gate_up) {
   CALDERA_ASSERT(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0);
   CALDERA_PROFILED("swiglu");
-  if (has_cpu_kernel(gate_up)) return SwigluFunction::apply(gate_up);
+  if (has_kernel(gate_up)) return SwigluFunction::apply(gate_up);
   const std::vector<at::Tensor> halves = gate_up.chunk(2, -1);
   return at::silu(halves[0]) * halves[1];
 }

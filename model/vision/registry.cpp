@@ -74,16 +74,21 @@ void check_pixels(const at::Tensor& pixels_ICYX, const ImageSpec& spec) {
                 size, size, c10::toString(pixels_ICYX.scalar_type()), fmt::join(pixels_ICYX.sizes(), ", "));
 }
 
-at::Tensor normalize_pixels(const at::Tensor& pixels_ICYX, const ImageSpec& spec, at::ScalarType dtype) {
-  std::array<float, 3> scale{}, shift{};
+PixelScale pixel_scale(const ImageSpec& spec) {
+  PixelScale by;
   for (size_t i = 0; i < 3; ++i) {
-    scale[i] = 1.0f / (255.0f * spec.image_std[i]);
-    shift[i] = -spec.image_mean[i] / spec.image_std[i];
+    by.scale[i] = 1.0f / (255.0f * spec.image_std[i]);
+    by.shift[i] = -spec.image_mean[i] / spec.image_std[i];
   }
+  return by;
+}
+
+at::Tensor normalize_pixels(const at::Tensor& pixels_ICYX, const ImageSpec& spec, at::ScalarType dtype) {
+  const PixelScale by = pixel_scale(spec);
   const auto per_channel = [&](const std::array<float, 3>& values) {
     return at::tensor(at::ArrayRef<float>(values), at::kFloat).view({1, 3, 1, 1}).to(pixels_ICYX.device());
   };
-  return pixels_ICYX.to(at::kFloat).mul_(per_channel(scale)).add_(per_channel(shift)).to(dtype);
+  return pixels_ICYX.to(at::kFloat).mul_(per_channel(by.scale)).add_(per_channel(by.shift)).to(dtype);
 }
 
 bool drops_class_token(const VisionFeatures& features) {

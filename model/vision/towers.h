@@ -2,6 +2,8 @@
 #pragma once
 #include <ATen/ATen.h>
 
+#include <array>
+
 #include "base/json.h"
 #include "base/words.h"
 #include "model/vision/tower.h"
@@ -24,6 +26,12 @@ void check_image_size(int64_t image_size, int64_t patch_size);
 
 // Throws DataError unless the pixels are uint8 [I, 3, image_size, image_size].
 void check_pixels(const at::Tensor& pixels_ICYX, const ImageSpec& spec);
+
+// (x / 255 - mean) / std of a channel as x * scale + shift.
+struct PixelScale {
+  std::array<float, 3> scale{}, shift{};
+};
+PixelScale pixel_scale(const ImageSpec& spec);
 
 // uint8 [I, 3, Y, X] -> (x / 255 - mean) / std, computed in float32, in `dtype`.
 at::Tensor normalize_pixels(const at::Tensor& pixels_ICYX, const ImageSpec& spec, at::ScalarType dtype);

@@ -3,18 +3,15 @@
 #include <cmath>
 
 #include "base/error.h"
-#include "model/taps.h"
+#include "model/ops/cuda/launch.h"
 #include "model/ops/matmul.h"
+#include "model/ops/ops.h"
+#include "model/taps.h"
 #include "model/vision/towers.h"
 #include "model/weights/json_fields.h"
 
 namespace caldera {
 namespace {
-
-// x * sigmoid(1.702 x). Without a graph x itself takes the result.
-at::Tensor quick_gelu(at::Tensor x) {
-  return x.requires_grad() ? x * at::sigmoid(x * 1.702) : x.mul_((x * 1.702).sigmoid_());
-}
 
 at::Tensor gelu(at::Tensor x, const char* approximate) {
   return x.requires_grad() ? at::gelu(x, approximate) : at::gelu_(x, approximate);
@@ -27,6 +24,27 @@ at::Tensor activate(at::Tensor x, const std::string& hidden_act) {
 
 at::Tensor add_residual(at::Tensor x, const at::Tensor& residual) {
   return residual.requires_grad() || x.requires_grad() ? residual + x : x.add_(residual);
+}
+
+// uint8 [I, 3, Y, X] -> normalised patches [I, P, 3 * patch * patch] in the dtype and on the device of `like`.
+at::Tensor normalized_patches(const at::Tensor& pixels_ICYX, const ImageSpec& spec, int64_t patch,
+                              const at::Tensor& like) {
+  const int64_t num_images = pixels_ICYX.size(0), grid = pixels_ICYX.size(2) / patch;
+  if (!has_cuda_kernel(like))
+    return normalize_pixels(pixels_ICYX, spec, like.scalar_type())
+        .narrow(2, 0, grid * patch)
+        .narrow(3, 0, grid * patch)
+        .reshape({num_images, 3, grid, patch, grid, patch})
+        .permute({0, 2, 4, 1, 3, 5})
+        .reshape({num_images, grid * grid, 3 * patch * patch});
+  const at::Tensor pixels = pixels_ICYX.contiguous();
+  at::Tensor patches_IPV = at::empty({num_images, grid * grid, 3 * patch * patch}, like.options());
+  const PixelScale by = pixel_scale(spec);
+  cuda::with_type(like, [&]<class T>(T*, cuda::Stream stream) {
+    cuda::normalized_patches(pixels.const_data_ptr<uint8_t>(), cuda::out<T>(patches_IPV), num_images,
+                             pixels.size(2), patch, by.scale, by.shift, stream);
+  });
+  return patches_IPV;
 }
 
 }  // namespace
@@ -74,14 +92,8 @@ int64_t num_blocks_before(int64_t layer, int64_t layers) {
 
 at::Tensor embed_patches(const at::Tensor& pixels_ICYX, const ImageSpec& spec, const at::Tensor& weight,
                          const at::Tensor& bias) {
-  const int64_t num_images = pixels_ICYX.size(0), D = weight.size(0), patch = weight.size(2),
-                grid = pixels_ICYX.size(2) / patch;
-  const at::Tensor patches_IPV = normalize_pixels(pixels_ICYX, spec, weight.scalar_type())
-                                     .narrow(2, 0, grid * patch)
-                                     .narrow(3, 0, grid * patch)
-                                     .reshape({num_images, 3, grid, patch, grid, patch})
-                                     .permute({0, 2, 4, 1, 3, 5})
-                                     .reshape({num_images, grid * grid, 3 * patch * patch});
+  const int64_t D = weight.size(0), patch = weight.size(2);
+  const at::Tensor patches_IPV = normalized_patches(pixels_ICYX, spec, patch, weight);
   return affine(patches_IPV, weight.reshape({D, 3 * patch * patch}), bias);
 }
 

@@ -1,19 +1,29 @@
-// Each operation on the CPU kernels (float32, bfloat16) against plain ATen in double, forward and gradients.
+// Each operation on the CPU kernels (float32, bfloat16) against plain ATen in double, forward and gradients; where
+// there is a GPU, on its kernels as well.
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <array>
 #include <functional>
 
 #include "base/error.h"
+#include "model/ops/adamw.h"
 #include "model/ops/ops.h"
+#include "model/vision/vit.h"
 
 namespace caldera {
 namespace {
 
 using Tensors = std::vector<at::Tensor>;
 using Operation = std::function<at::Tensor(const Tensors&)>;
+
+bool has_gpu() { return at::hasCUDA() && at::detail::getCUDAHooks().deviceCount() > 0; }
+std::vector<at::DeviceType> devices() {
+  return has_gpu() ? std::vector{at::kCPU, at::kCUDA} : std::vector{at::kCPU};
+}
 
 at::Tensor random(at::IntArrayRef shape, double scale = 1) {
   static at::Generator generator = at::detail::createCPUGenerator(17);
@@ -23,28 +33,31 @@ at::Tensor random(at::IntArrayRef shape, double scale = 1) {
 double error(const at::Tensor& got, const at::Tensor& expected) {
   EXPECT_EQ(got.sizes(), expected.sizes());
   if (expected.numel() == 0) return 0;
-  return ((got.to(at::kDouble) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+  return ((got.to(at::kCPU, at::kDouble) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
       .item<double>();
 }
 
-// Runs `fast` in each dtype and `plain` in double on the same (rounded) inputs; compares outputs and all
-// gradients.
+// Runs `fast` in each dtype on each device and `plain` in double on the same (rounded) inputs; compares outputs and
+// all gradients.
 void expect_same(const Operation& fast, const Operation& plain, const Tensors& inputs,
                  double float_tolerance = 2e-6) {
   for (const auto& [dtype, tolerance] :
        {std::pair{at::kFloat, float_tolerance}, std::pair{at::kBFloat16, 2e-2}}) {
-    Tensors leaves, doubles;
-    for (const at::Tensor& input : inputs) {
-      leaves.push_back(input.to(dtype).set_requires_grad(true));
-      doubles.push_back(leaves.back().detach().to(at::kDouble).set_requires_grad(true));
-    }
-    const at::Tensor got = fast(leaves), expected = plain(doubles);
-    EXPECT_LT(error(got.detach(), expected.detach()), tolerance) << dtype;
-    const at::Tensor upstream = random(expected.sizes()).to(dtype);
-    const Tensors gradients = torch::autograd::grad({got}, leaves, {upstream.to(got.scalar_type())});
+    Tensors doubles;
+    for (const at::Tensor& input : inputs)
+      doubles.push_back(input.to(dtype).to(at::kDouble).set_requires_grad(true));
+    const at::Tensor expected = plain(doubles), upstream = random(expected.sizes()).to(dtype);
     const Tensors wanted = torch::autograd::grad({expected}, doubles, {upstream.to(at::kDouble)});
-    for (size_t i = 0; i < inputs.size(); ++i)
-      EXPECT_LT(error(gradients[i], wanted[i]), tolerance) << dtype << " " << i;
+    for (const at::DeviceType device : devices()) {
+      SCOPED_TRACE(testing::Message() << dtype << " on " << device);
+      Tensors leaves;
+      for (const at::Tensor& input : inputs) leaves.push_back(input.to(device, dtype).set_requires_grad(true));
+      const at::Tensor got = fast(leaves);
+      EXPECT_LT(error(got.detach(), expected.detach()), tolerance);
+      const Tensors gradients = torch::autograd::grad({got}, leaves, {upstream.to(got.options())});
+      for (size_t i = 0; i < inputs.size(); ++i)
+        EXPECT_LT(error(gradients[i], wanted[i]), tolerance) << i;
+    }
   }
 }
 
@@ -78,16 +91,32 @@ TEST(Ops, Swiglu) {
   EXPECT_TRUE(at::allclose(swiglu(far), at::tensor({0.f, 1500.f}).view({1, 2})));
 }
 
+TEST(Ops, QuickGelu) {
+  const Operation plain = [](const Tensors& t) { return t[0] * (t[0] * 1.702).sigmoid(); };
+  const Operation fast = [](const Tensors& t) { return quick_gelu(t[0]); };
+  for (const int64_t width : {64, 33}) expect_same(fast, plain, {random({130, width}, 3)});
+  for (const at::DeviceType device : devices()) {  // without a graph, in place
+    const at::Tensor x = random({5, 7}).to(device, at::kFloat), expected = plain({x.to(at::kCPU, at::kDouble)});
+    const at::Tensor y = quick_gelu(x);
+    EXPECT_TRUE(y.is_same(x));
+    EXPECT_LT(error(y, expected), 1e-6);
+  }
+}
+
 TEST(Ops, NotANumberStaysVisible) {
-  const at::Tensor x = at::full({2, 32}, std::numeric_limits<float>::quiet_NaN());
-  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
-    const at::Tensor nan = x.to(dtype), weight = at::ones({32}).to(dtype);
-    EXPECT_TRUE(rms_norm(nan, weight, 1e-5).isnan().all().item<bool>());
-    EXPECT_TRUE(swiglu(nan).isnan().all().item<bool>());
-    EXPECT_TRUE(
-        linear_nll(nan, at::ones({7, 32}).to(dtype), at::zeros({2}, at::kLong)).isnan().all().item<bool>());
-    const at::Tensor heads = nan.view({2, 2, 16});
-    EXPECT_TRUE(packed_attention(heads, heads, heads, {0, 2}, true).isnan().all().item<bool>());
+  for (const auto device : devices()) {
+    for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+      const auto options = at::TensorOptions(device).dtype(dtype);
+      const at::Tensor nan = at::full({2, 32}, std::numeric_limits<float>::quiet_NaN(), options);
+      EXPECT_TRUE(rms_norm(nan, at::ones({32}, options), 1e-5).isnan().all().item<bool>());
+      EXPECT_TRUE(swiglu(nan).isnan().all().item<bool>());
+      EXPECT_TRUE(linear_nll(nan, at::ones({7, 32}, options), at::zeros({2}, options.dtype(at::kLong)))
+                      .isnan()
+                      .all()
+                      .item<bool>());
+      const at::Tensor heads = nan.view({2, 2, 16});
+      EXPECT_TRUE(packed_attention(heads, heads, heads, {0, 2}, true).isnan().all().item<bool>());
+    }
   }
 }
 
@@ -102,11 +131,16 @@ TEST(Ops, Rotary) {
           at::cat({-t[0].narrow(2, width / 2, width / 2), t[0].narrow(2, 0, width / 2)}, -1);
       return t[0] * rotary.cos_TK.unsqueeze(1) + turned * rotary.sin_TK.unsqueeze(1);
     };
-    const Operation fast = [&](const Tensors& t) { return apply_rotary(t[0], rotary); };
+    const auto on = [&](at::Device device) {
+      return Rotary{rotary.cos_TK.to(device), rotary.sin_TK.to(device)};
+    };
+    const Operation fast = [&](const Tensors& t) { return apply_rotary(t[0], on(t[0].device())); };
     expect_same(fast, plain, {random({40, 3, width})});
     // A slice of a wider projection is read in place.
-    const at::Tensor wide = random({40, 5, width}).to(at::kFloat), slice = wide.narrow(1, 0, 3);
-    EXPECT_TRUE(at::equal(apply_rotary(slice, rotary), apply_rotary(slice.contiguous(), rotary)));
+    for (const at::DeviceType device : devices()) {
+      const at::Tensor wide = random({40, 5, width}).to(device, at::kFloat), slice = wide.narrow(1, 0, 3);
+      EXPECT_TRUE(at::equal(apply_rotary(slice, on(device)), apply_rotary(slice.contiguous(), on(device))));
+    }
   }
 }
 
@@ -176,7 +210,9 @@ TEST(Ops, LinearCrossEntropy) {
   const Operation plain = [&](const Tensors& t) {
     return -(t[0].mm(t[1].t())).log_softmax(-1).gather(1, targets.unsqueeze(1)).sum();
   };
-  const Operation fast = [&](const Tensors& t) { return linear_cross_entropy(t[0], t[1], targets); };
+  const Operation fast = [&](const Tensors& t) {
+    return linear_cross_entropy(t[0], t[1], targets.to(t[0].device()));
+  };
   expect_same(fast, plain, {random({33, 24}), random({91, 24})});
   const at::Tensor hidden = random({33, 24}), weight = random({91, 24});
   const at::Tensor per_row = linear_nll(hidden.to(at::kFloat), weight.to(at::kFloat), targets);
@@ -191,7 +227,9 @@ TEST(Ops, LinearCrossEntropyInChunks) {
   const Operation plain = [&](const Tensors& t) {
     return -(t[0].mm(t[1].t())).log_softmax(-1).gather(1, targets.unsqueeze(1)).sum();
   };
-  const Operation fast = [&](const Tensors& t) { return linear_cross_entropy(t[0], t[1], targets); };
+  const Operation fast = [&](const Tensors& t) {
+    return linear_cross_entropy(t[0], t[1], targets.to(t[0].device()));
+  };
   expect_same(fast, plain, {random({130, 4}), random({vocab, 4})}, 2e-3);
 }
 
@@ -226,6 +264,52 @@ TEST(Ops, LinearCrossEntropyRefusesTargetsBeyondTheVocabulary) {
         linear_nll(at::ones({1, 3}), at::ones({7, 3}), at::tensor({-100}, at::kLong));
       },
       testing::ThrowsMessage<DataError>(testing::HasSubstr("target id -100")));
+}
+
+// What runs on a GPU alone.
+class OpsOnAGpu : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!has_gpu()) GTEST_SKIP() << "no GPU here (or a build without CUDA): the operations ran on the CPU alone";
+  }
+};
+
+TEST_F(OpsOnAGpu, ATargetBeyondTheVocabularyMakesTheLossNotANumber) {
+  const auto options = at::TensorOptions(at::kCUDA);
+  const at::Tensor targets = at::tensor({1, 7}, at::kLong).to(at::kCUDA);
+  EXPECT_TRUE(linear_cross_entropy(at::ones({2, 3}, options), at::ones({7, 3}, options), targets)
+                  .isnan()
+                  .item<bool>());
+}
+
+TEST_F(OpsOnAGpu, AdamWIsTheCpus) {
+  const AdamWStep step = {.learning_rate = 1e-2, .weight_decay = 0.1, .grad_scale = 0.7, .count = 5};
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    for (const int64_t count : {1, 1000, 200001}) {
+      const at::Tensor gradient = random({count}).to(dtype);
+      Tensors states = {random({count}).to(at::kFloat), random({count}, 0.01).to(at::kFloat),
+                        random({count}, 0.01).pow(2).to(at::kFloat), at::empty({count}, dtype)};
+      Tensors on_gpu;
+      for (const at::Tensor& state : states) on_gpu.push_back(state.to(at::kCUDA));
+      const bool in_place = dtype == at::kFloat;
+      adamw_update(states[0], states[1], states[2], gradient, states[in_place ? 0 : 3], step);
+      adamw_update(on_gpu[0], on_gpu[1], on_gpu[2], gradient.to(at::kCUDA), on_gpu[in_place ? 0 : 3], step);
+      const std::array<double, 3> tolerance = {1e-7, 1e-8, 1e-10};
+      for (size_t i = 0; i < 3; ++i)
+        EXPECT_TRUE(at::allclose(on_gpu[i].cpu(), states[i], 2e-6, tolerance[i])) << i << " of " << count;
+      EXPECT_TRUE(in_place || at::equal(on_gpu[3], on_gpu[0].to(at::kBFloat16)));
+    }
+  }
+}
+
+TEST_F(OpsOnAGpu, PatchesAreTheCpus) {
+  const at::Tensor pixels = at::randint(0, 256, {2, 3, 30, 30}, at::kByte);
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    const at::Tensor weight = random({16, 3, 14, 14}).to(dtype);
+    const at::Tensor expected = embed_patches(pixels, ImageSpec{}, weight, {});
+    const at::Tensor got = embed_patches(pixels.to(at::kCUDA), ImageSpec{}, weight.to(at::kCUDA), {});
+    EXPECT_LT(error(got, expected.to(at::kDouble)), dtype == at::kFloat ? 1e-5 : 2e-2);
+  }
 }
 
 TEST(Ops, RecomputeRunsTheBlockAgainAndChangesNoBit) {

@@ -1,0 +1,78 @@
+// The CUDA kernels of the operations, one .cu file for each, without a header of ATen or CUDA: pointers to
+// the device's memory, sizes, and the stream on which the work is queued (nothing here waits for it). Numbers
+// are those of the CPU kernels: everything computes in float32, bfloat16 is rounded to nearest even on
+// storing. T is float or Bf16. Tensors are dense, a row after another, unless a stride is given; any width
+// and any alignment is taken, and a multiple of 16 bytes is fastest. Throws caldera::Error if a launch fails.
+#pragma once
+#include <array>
+#include <cstdint>
+
+// The tests compile the same sources for the CPU, under another name.
+#ifndef CALDERA_KERNELS
+#define CALDERA_KERNELS cuda
+#endif
+
+struct CUstream_st;
+
+namespace caldera::CALDERA_KERNELS {
+
+using Stream = ::CUstream_st*;  // cudaStream_t
+struct Bf16 {
+  uint16_t bits;
+};
+
+// y = x * rstd * weight, rstd [rows] = 1 / sqrt(mean(x^2) + eps).
+template <class T>
+void rms_norm_forward(const T* x, const T* weight, T* y, float* rstd, int64_t rows, int64_t width, float eps,
+                      Stream stream);
+// dweight_parts: null where it is not wanted, else [ceil(rows / kRmsNormRows), width], whose sum over the
+// first dimension is the weight's gradient.
+inline constexpr int64_t kRmsNormRows = 8;
+template <class T>
+void rms_norm_backward(const T* x, const T* weight, const float* rstd, const T* dy, T* dx,
+                       float* dweight_parts, int64_t rows, int64_t width, Stream stream);
+
+// x [rows, heads, width], rows `x_stride` elements apart; cos, sin [rows, width], of which the first half of
+// a row is read -> y, dense: each head turned by its row's angles; with sign -1 turned back.
+template <class T>
+void rotate(const T* x, int64_t x_stride, const float* cos, const float* sin, float sign, T* y, int64_t rows,
+            int64_t heads, int64_t width, Stream stream);
+
+// gate_up [rows, 2 width] -> y [rows, width].
+template <class T>
+void swiglu_forward(const T* gate_up, T* y, int64_t rows, int64_t width, Stream stream);
+template <class T>
+void swiglu_backward(const T* gate_up, const T* dy, T* d_gate_up, int64_t rows, int64_t width, Stream stream);
+
+// y = x * sigmoid(1.702 x), which may be x itself; dx may be dy itself.
+template <class T>
+void quick_gelu_forward(const T* x, T* y, int64_t count, Stream stream);
+template <class T>
+void quick_gelu_backward(const T* x, const T* dy, T* dx, int64_t count, Stream stream);
+
+// nll [rows] = log(sum(exp(row))) - row[target] of logits [rows, vocab]; with `gradient` the logits become
+// softmax(row) - onehot(target). A target outside of the vocabulary gives NaN.
+template <class T>
+void cross_entropy(T* logits, const int64_t* targets, float* nll, int64_t rows, int64_t vocab, bool gradient,
+                   Stream stream);
+
+// model/ops/adamw.h in float32, as adamw.cpp computes it. A null gradient counts as zeros, a null weight is
+// not written.
+struct AdamWFactors {
+  float decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_correction2, epsilon, grad_scale;
+};
+template <class T>
+void adamw(float* master, float* exp_avg, float* exp_avg_sq, const T* gradient, Bf16* weight, int64_t count,
+           const AdamWFactors& factors, Stream stream);
+
+// pixels [num_images, 3, size, size] -> patches [num_images, grid * grid, 3 * patch * patch] of
+// pixel * scale[channel] + shift[channel], both in the host's memory; grid = size / patch, what is left over
+// at the edges is not read.
+template <class T>
+void normalized_patches(const uint8_t* pixels, T* patches, int64_t num_images, int64_t size, int64_t patch,
+                        const std::array<float, 3>& scale, const std::array<float, 3>& shift, Stream stream);
+
+// Throws caldera::Error unless `error`, a cudaError_t, means success.
+void check_launch(const char* kernel, int error);
+
+}  // namespace caldera::CALDERA_KERNELS

@@ -1,0 +1,435 @@
+// The CUDA kernels' own source, compiled for the CPU and run thread by thread (cuda_on_cpu.h), against plain
+// ATen in double and against the CPU's operations. Every kernel runs twice, with its threads in either order.
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <array>
+#include <cstring>
+
+#include "model/ops/adamw.h"
+#include "model/ops/ops.h"
+#include "tests/model/cuda_on_cpu.h"
+// In this order: what the kernels need of CUDA stands above.
+#include "model/ops/cuda/activations.cu"
+#include "model/ops/cuda/adamw.cu"
+#include "model/ops/cuda/cross_entropy.cu"
+#include "model/ops/cuda/patches.cu"
+#include "model/ops/cuda/rms_norm.cu"
+#include "model/ops/cuda/rotary.cu"
+
+namespace caldera {
+namespace {
+
+namespace kernels = kernels_on_cpu;
+using cuda_on_cpu::Buffer;
+using cuda_on_cpu::Order;
+using kernels::Bf16;
+using Tensors = std::vector<at::Tensor>;
+
+template <class T>
+constexpr at::ScalarType kDtype = at::kFloat;
+template <>
+constexpr at::ScalarType kDtype<Bf16> = at::kBFloat16;
+template <>
+constexpr at::ScalarType kDtype<int64_t> = at::kLong;
+template <>
+constexpr at::ScalarType kDtype<uint8_t> = at::kByte;
+
+// A tensor in the emulated device's memory.
+template <class T>
+class Device {
+ public:
+  explicit Device(const at::Tensor& x, size_t elements_behind = 0)
+      : shape_(x.sizes().vec()), buffer_(static_cast<size_t>(x.numel()), elements_behind) {
+    const at::Tensor dense = x.detach().to(kDtype<T>).contiguous();
+    std::memcpy(buffer_.data(), dense.const_data_ptr(), buffer_.num_bytes());
+  }
+  // Nothing was written there yet.
+  explicit Device(std::vector<int64_t> shape, size_t elements_behind = 0)
+      : shape_(std::move(shape)),
+        buffer_(static_cast<size_t>(c10::multiply_integers(shape_)), elements_behind) {}
+
+  T* operator*() { return buffer_.data(); }
+  at::Tensor tensor() {
+    EXPECT_TRUE(buffer_.guards_are_whole()) << "written beyond the tensor";
+    at::Tensor x = at::empty(shape_, kDtype<T>);
+    std::memcpy(x.mutable_data_ptr(), buffer_.data(), buffer_.num_bytes());
+    return x;
+  }
+
+ private:
+  std::vector<int64_t> shape_;
+  Buffer<T> buffer_;
+};
+
+at::Tensor random(at::IntArrayRef shape, double scale = 1) {
+  static at::Generator generator = at::detail::createCPUGenerator(23);
+  return at::randn(shape, generator, at::kDouble) * scale;
+}
+
+// What `run` returns, which must be the same bits in both orders.
+Tensors in_both_orders(const std::function<Tensors()>& run) {
+  cuda_on_cpu::order = Order::kAscending;
+  const Tensors results = run();
+  cuda_on_cpu::order = Order::kDescending;
+  const Tensors others = run();
+  cuda_on_cpu::order = Order::kAscending;
+  for (size_t i = 0; i < results.size(); ++i)
+    EXPECT_TRUE(at::allclose(results[i], others[i], 0, 0, /*equal_nan=*/true))
+        << "result " << i << " depends on the order of the threads";
+  return results;
+}
+
+// To `tolerance` of the largest value, or of 1; in bfloat16 also to half a unit in the last place of each
+// value, or to a whole one where the expected values were rounded too.
+void expect_close(const at::Tensor& got, const at::Tensor& expected, double tolerance = 3e-6) {
+  ASSERT_EQ(got.sizes(), expected.sizes());
+  const at::Tensor wanted = expected.to(at::kDouble), difference = (got.to(at::kDouble) - wanted).abs();
+  const double rounding = got.scalar_type() != at::kBFloat16        ? 0
+                          : expected.scalar_type() == at::kBFloat16 ? 0x1p-7
+                                                                    : 0x1p-8;
+  const at::Tensor bound = wanted.abs().max().clamp_min(1) * tolerance + wanted.abs() * rounding;
+  EXPECT_TRUE((difference <= bound).all().item<bool>())
+      << "off by up to " << difference.max().item<double>() << " of " << wanted.abs().max().item<double>();
+}
+void expect_close(const Tensors& got, const Tensors& expected, double tolerance = 3e-6) {
+  ASSERT_EQ(got.size(), expected.size());
+  for (size_t i = 0; i < got.size(); ++i) {
+    SCOPED_TRACE(i);
+    expect_close(got[i], expected[i], tolerance);
+  }
+}
+
+// f(inputs) and its gradients with respect to all inputs, from the upstream gradient.
+Tensors with_gradients(const std::function<at::Tensor(const Tensors&)>& f, const Tensors& inputs,
+                       const at::Tensor& upstream, at::ScalarType dtype) {
+  Tensors leaves;
+  for (const at::Tensor& input : inputs) leaves.push_back(input.to(dtype).detach().set_requires_grad(true));
+  const at::Tensor y = f(leaves);
+  Tensors results = torch::autograd::grad({y}, leaves, {upstream.to(dtype)});
+  results.insert(results.begin(), y.detach());
+  return results;
+}
+
+template <class T>
+class CudaKernels : public testing::Test {
+ protected:
+  static at::Tensor rounded(const at::Tensor& x) { return x.to(kDtype<T>).to(at::kDouble); }
+};
+using Dtypes = testing::Types<float, Bf16>;
+TYPED_TEST_SUITE(CudaKernels, Dtypes);
+
+TYPED_TEST(CudaKernels, RmsNorm) {
+  using T = TypeParam;
+  // Rows that fill a block of eight, and do not; widths of whole packs, of single elements, beyond a pass of
+  // a block.
+  for (const auto& [rows, width] : {std::pair{1, 576}, {19, 37}, {8, 16}, {41, 2056}, {150, 5}, {3, 2049}}) {
+    SCOPED_TRACE(testing::Message() << rows << " x " << width);
+    const at::Tensor x = this->rounded(random({rows, width})), weight = this->rounded(random({width})),
+                     dy = this->rounded(random({rows, width}));
+    const auto run = [&](bool wants_dweight) -> Tensors {
+      const int64_t parts = (rows + kernels::kRmsNormRows - 1) / kernels::kRmsNormRows;
+      Device<T> x_(x), weight_(weight), dy_(dy), y({rows, width}), dx({rows, width});
+      Device<float> rstd({rows}), dweight({parts, width});
+      kernels::rms_norm_forward(*x_, *weight_, *y, *rstd, rows, width, 1e-5f, nullptr);
+      kernels::rms_norm_backward(*x_, *weight_, *rstd, *dy_, *dx, wants_dweight ? *dweight : nullptr, rows,
+                                 width, nullptr);
+      if (!wants_dweight) return {y.tensor(), dx.tensor()};
+      return {y.tensor(), dx.tensor(), dweight.tensor().sum(0).to(kDtype<T>)};
+    };
+    const auto plain = [](const Tensors& t) {
+      return t[0] * (t[0].pow(2).mean(-1, true) + 1e-5).rsqrt() * t[1];
+    };
+    const auto on_cpu = [](const Tensors& t) { return rms_norm(t[0], t[1], 1e-5); };
+    const Tensors got = in_both_orders([&] { return run(true); });
+    expect_close(got, with_gradients(plain, {x, weight}, dy, at::kDouble));
+    expect_close(got, with_gradients(on_cpu, {x, weight}, dy, kDtype<T>));
+    const Tensors frozen = in_both_orders([&] { return run(false); });
+    EXPECT_TRUE(at::equal(frozen[1], got[1]));
+  }
+}
+
+TYPED_TEST(CudaKernels, Rotary) {
+  using T = TypeParam;
+  struct Case {
+    int64_t rows, heads, width, stride;
+  };
+  // Rows of a wider projection, at and off multiples of 16 bytes; halves that are no whole packs.
+  for (const Case c :
+       {Case{5, 3, 64, 192}, {7, 9, 128, 1536}, {3, 2, 6, 12}, {1, 40, 32, 1283}, {4, 1, 20, 20}}) {
+    SCOPED_TRACE(testing::Message() << c.rows << " x " << c.heads << " x " << c.width << ", " << c.stride);
+    const at::Tensor inv_freq =
+        1.0 / at::pow(100.0, at::arange(0, c.width, 2).to(at::kFloat) / static_cast<double>(c.width));
+    const Rotary rotary = rotary_tables(inv_freq, at::arange(3, 3 + c.rows), 1.1, at::kFloat);
+    const at::Tensor storage = this->rounded(random({c.rows * c.stride}));
+    const at::Tensor x = storage.as_strided({c.rows, c.heads, c.width}, {c.stride, c.width, 1});
+    const auto turn = [&](const at::Tensor& from, float sign) {
+      return in_both_orders([&]() -> Tensors {
+        Device<T> x_(from), y({c.rows, c.heads, c.width});
+        Device<float> cos(rotary.cos_TK), sin(rotary.sin_TK);
+        const int64_t stride = from.dim() == 1 ? c.stride : c.heads * c.width;
+        kernels::rotate(*x_, stride, *cos, *sin, sign, *y, c.rows, c.heads, c.width, nullptr);
+        return {y.tensor()};
+      })[0];
+    };
+    const auto plain = [&](const Tensors& t) {
+      const at::Tensor turned =
+          at::cat({-t[0].narrow(2, c.width / 2, c.width / 2), t[0].narrow(2, 0, c.width / 2)}, -1);
+      return t[0] * rotary.cos_TK.unsqueeze(1) + turned * rotary.sin_TK.unsqueeze(1);
+    };
+    const auto on_cpu = [&](const Tensors& t) { return apply_rotary(t[0], rotary); };
+    const at::Tensor dy = this->rounded(random({c.rows, c.heads, c.width}));
+    const Tensors got = {turn(storage, 1), turn(dy, -1)};
+    expect_close(got, with_gradients(plain, {x}, dy, at::kDouble));
+    expect_close(got, with_gradients(on_cpu, {x}, dy, kDtype<T>));
+  }
+}
+
+TYPED_TEST(CudaKernels, Swiglu) {
+  using T = TypeParam;
+  for (const auto& [rows, width] : {std::pair{1, 96}, {13, 19}, {3, 2064}, {2, 1001}}) {
+    SCOPED_TRACE(testing::Message() << rows << " x " << width);
+    at::Tensor gate_up = this->rounded(random({rows, 2 * width}, 3));
+    gate_up[0][0] = -500;  // far out on both sides nothing overflows
+    gate_up[0][1] = 500;
+    const at::Tensor dy = this->rounded(random({rows, width}));
+    const Tensors got = in_both_orders([&]() -> Tensors {
+      Device<T> x(gate_up), dy_(dy), y({rows, width}), dx({rows, 2 * width});
+      kernels::swiglu_forward(*x, *y, rows, width, nullptr);
+      kernels::swiglu_backward(*x, *dy_, *dx, rows, width, nullptr);
+      return {y.tensor(), dx.tensor()};
+    });
+    const auto plain = [](const Tensors& t) {
+      const auto halves = t[0].chunk(2, -1);
+      return halves[0] * halves[0].sigmoid() * halves[1];
+    };
+    const auto on_cpu = [](const Tensors& t) { return swiglu(t[0]); };
+    expect_close(got, with_gradients(plain, {gate_up}, dy, at::kDouble));
+    expect_close(got, with_gradients(on_cpu, {gate_up}, dy, kDtype<T>));
+  }
+}
+
+TYPED_TEST(CudaKernels, QuickGeluAlsoInPlace) {
+  using T = TypeParam;
+  for (const int64_t count : {1, 7, 2048, 4104, 3001}) {
+    const at::Tensor x = this->rounded(random({count}, 3)), dy = this->rounded(random({count}));
+    const Tensors got = in_both_orders([&]() -> Tensors {
+      Device<T> x_(x), dy_(dy), y({count}), in_place(x);
+      kernels::quick_gelu_forward(*x_, *y, count, nullptr);
+      kernels::quick_gelu_forward(*in_place, *in_place, count, nullptr);
+      kernels::quick_gelu_backward(*x_, *dy_, *dy_, count, nullptr);
+      EXPECT_TRUE(at::equal(in_place.tensor(), y.tensor()));
+      return {y.tensor(), dy_.tensor()};
+    });
+    const auto plain = [](const Tensors& t) { return t[0] * (t[0] * 1.702).sigmoid(); };
+    expect_close(got, with_gradients(plain, {x}, dy, at::kDouble));
+  }
+}
+
+TYPED_TEST(CudaKernels, CrossEntropy) {
+  using T = TypeParam;
+  for (const auto& [rows, vocab] : {std::pair{1, 32}, {5, 91}, {3, 8192}, {2, 5003}}) {
+    SCOPED_TRACE(testing::Message() << rows << " x " << vocab);
+    at::Tensor logits = this->rounded(random({rows, vocab}, 4));
+    logits[0][0] = this->rounded(logits.max() + 6);  // p is almost 1 there
+    logits[rows - 1].narrow(0, 1, 7).fill_(-std::numeric_limits<double>::infinity());
+    at::Tensor targets = at::randint(8, vocab, {rows}, at::kLong);
+    targets[0] = 0;
+    const auto run = [&](bool gradient) {
+      return in_both_orders([&]() -> Tensors {
+        Device<T> x(logits);
+        Device<int64_t> targets_(targets);
+        Device<float> nll({rows});
+        kernels::cross_entropy(*x, *targets_, *nll, rows, vocab, gradient, nullptr);
+        return {nll.tensor(), x.tensor()};
+      });
+    };
+    const Tensors got = run(true), without = run(false);
+    const at::Tensor log_p = logits.log_softmax(-1), index = targets.unsqueeze(1);
+    const at::Tensor nll = -log_p.gather(1, index).squeeze(1);
+    expect_close(got[0], nll);
+    EXPECT_TRUE(at::equal(without[0], got[0]));
+    EXPECT_TRUE(at::equal(without[1], logits.to(kDtype<T>)));
+    at::Tensor gradient = log_p.exp();
+    gradient.scatter_(1, index, nll.neg().expm1().unsqueeze(1));
+    expect_close(got[1], gradient);
+    const at::Tensor surest = got[1][0][0].to(at::kDouble), expected = gradient[0][0];
+    EXPECT_LE((surest - expected).abs().item<double>(), 2e-2 * expected.abs().item<double>());
+    if (vocab > 100) continue;
+    // The CPU's kernel on the same logits.
+    const at::Tensor leaf = logits.to(kDtype<T>).nan_to_num(std::nullopt, std::nullopt, -1e4);
+    expect_close(got[0], linear_nll(leaf, at::eye(vocab, kDtype<T>), targets), 1e-5);
+  }
+}
+
+TYPED_TEST(CudaKernels, CrossEntropyOfATargetBeyondTheVocabularyIsNotANumber) {
+  using T = TypeParam;
+  const Tensors got = in_both_orders([&]() -> Tensors {
+    Device<T> logits(random({3, 40}));
+    Device<int64_t> targets(at::tensor({40, -1, 39}, at::kLong));
+    Device<float> nll({3});
+    kernels::cross_entropy(*logits, *targets, *nll, 3, 40, true, nullptr);
+    logits.tensor();
+    return {nll.tensor().isnan().to(at::kLong)};
+  });
+  EXPECT_TRUE(at::equal(got[0], at::tensor({1, 1, 0}, at::kLong)));
+}
+
+TYPED_TEST(CudaKernels, NotANumberStaysVisible) {
+  using T = TypeParam;
+  const at::Tensor nan = at::full({2, 32}, std::numeric_limits<double>::quiet_NaN());
+  Device<T> x(nan), weight(at::ones({32})), y({2, 32}), half({2, 16}), gelu({2, 32});
+  Device<float> rstd({2}), nll({2});
+  Device<int64_t> targets(at::zeros({2}, at::kLong));
+  kernels::rms_norm_forward(*x, *weight, *y, *rstd, 2, 32, 1e-5f, nullptr);
+  kernels::swiglu_forward(*x, *half, 2, 16, nullptr);
+  kernels::quick_gelu_forward(*x, *gelu, 64, nullptr);
+  kernels::cross_entropy(*x, *targets, *nll, 2, 32, false, nullptr);
+  for (const at::Tensor& result : {y.tensor(), half.tensor(), gelu.tensor(), nll.tensor()})
+    EXPECT_TRUE(result.isnan().all().item<bool>());
+}
+
+TYPED_TEST(CudaKernels, AdamW) {
+  using T = TypeParam;  // of the gradient
+  const AdamWStep step = {
+      .learning_rate = 1e-2, .beta2 = 0.98, .weight_decay = 0.1, .grad_scale = 0.7, .count = 5};
+  const kernels::AdamWFactors factors = {
+      .decay = 1 - 1e-2f * 0.1f,
+      .one_minus_beta1 = 0.1f,
+      .beta2 = 0.98f,
+      .one_minus_beta2 = 0.02f,
+      .step_size = static_cast<float>(1e-2 / (1 - std::pow(0.9, 5))),
+      .inverse_correction2 = static_cast<float>(1 / std::sqrt(1 - std::pow(0.98, 5))),
+      .epsilon = 1e-8f,
+      .grad_scale = 0.7f};
+  // A part of a tensor, as a rank may own it, begins anywhere.
+  for (const auto& [count, behind] :
+       {std::pair<int64_t, size_t>{1, 0}, {1000, 0}, {1000, 1}, {4104, 0}, {2050, 3}}) {
+    for (const bool has_gradient : {true, false}) {
+      SCOPED_TRACE(testing::Message()
+                   << count << " from " << behind << (has_gradient ? "" : ", no gradient"));
+      const at::Tensor master = random({count}).to(at::kFloat), m = random({count}, 0.01).to(at::kFloat),
+                       v = random({count}, 0.01).pow(2).to(at::kFloat),
+                       gradient = random({count}).to(kDtype<T>);
+      const Tensors got = in_both_orders([&]() -> Tensors {
+        Device<float> master_(master, behind), m_(m, behind), v_(v, behind);
+        Device<T> gradient_(gradient, behind);
+        Device<Bf16> weight({count}, behind);
+        kernels::adamw(*master_, *m_, *v_, has_gradient ? *gradient_ : nullptr, *weight, count, factors,
+                       nullptr);
+        EXPECT_TRUE(at::equal(gradient_.tensor(), gradient));
+        EXPECT_TRUE(at::equal(weight.tensor(), master_.tensor().to(at::kBFloat16)));
+        Device<float> in_place(master, behind), m_too(m, behind), v_too(v, behind);
+        kernels::adamw(*in_place, *m_too, *v_too, has_gradient ? *gradient_ : nullptr, nullptr, count,
+                       factors, nullptr);
+        EXPECT_TRUE(at::equal(in_place.tensor(), master_.tensor()));
+        return {master_.tensor(), m_.tensor(), v_.tensor()};
+      });
+      const Tensors expected = {master.clone(), m.clone(), v.clone()};
+      adamw_update(expected[0], expected[1], expected[2], has_gradient ? gradient : at::Tensor(), expected[0],
+                   step);
+      const std::array<double, 3> tolerance = {1e-7, 1e-8, 1e-10};
+      for (size_t i = 0; i < 3; ++i) EXPECT_TRUE(at::allclose(got[i], expected[i], 2e-6, tolerance[i])) << i;
+    }
+  }
+}
+
+TYPED_TEST(CudaKernels, NormalizedPatches) {
+  using T = TypeParam;
+  const std::array<float, 3> scale = {0.01f, 0.02f, 0.03f}, shift = {-1.5f, -2.0f, 0.5f};
+  // With and without pixels left over at the edges; patches larger than a block.
+  for (const auto& [images, size, patch] : {std::tuple{2, 28, 14}, {1, 30, 14}, {3, 8, 4}, {1, 33, 32}}) {
+    const int64_t grid = size / patch;
+    const at::Tensor pixels = at::randint(0, 256, {images, 3, size, size}, at::kByte);
+    const Tensors got = in_both_orders([&]() -> Tensors {
+      Device<uint8_t> pixels_(pixels);
+      Device<T> patches({images, grid * grid, 3 * patch * patch});
+      kernels::normalized_patches(*pixels_, *patches, images, size, patch, scale, shift, nullptr);
+      return {patches.tensor()};
+    });
+    const auto per_channel = [](const std::array<float, 3>& values) {
+      return at::tensor(at::ArrayRef<float>(values)).to(at::kDouble).view({1, 3, 1, 1});
+    };
+    const at::Tensor plain = (pixels.to(at::kDouble) * per_channel(scale) + per_channel(shift))
+                                 .narrow(2, 0, grid * patch)
+                                 .narrow(3, 0, grid * patch)
+                                 .reshape({images, 3, grid, patch, grid, patch})
+                                 .permute({0, 2, 4, 1, 3, 5})
+                                 .reshape({images, grid * grid, 3 * patch * patch});
+    expect_close(got[0], plain, 1e-6);
+  }
+}
+
+TYPED_TEST(CudaKernels, NoRowsIsNoLaunch) {
+  using T = TypeParam;
+  kernels::rms_norm_forward<T>(nullptr, nullptr, nullptr, nullptr, 0, 64, 1e-5f, nullptr);
+  kernels::swiglu_forward<T>(nullptr, nullptr, 0, 64, nullptr);
+  kernels::cross_entropy<T>(nullptr, nullptr, nullptr, 0, 64, true, nullptr);
+  kernels::adamw<T>(nullptr, nullptr, nullptr, nullptr, nullptr, 0, {}, nullptr);
+}
+
+TEST(CudaPrimitives, RoundToNearestEvenAsC10Does) {
+  // Every sign, exponent and the first bits of the fraction, at and beside the middle between two values.
+  for (uint32_t high = 0; high < 0x10000; ++high) {
+    for (const uint32_t low : {0x0000u, 0x0001u, 0x7FFFu, 0x8000u, 0x8001u, 0xFFFFu}) {
+      const float x = std::bit_cast<float>(high << 16 | low);
+      const auto got = static_cast<uint16_t>(kernels::round_pair(0, x) >> 16);
+      if (std::isnan(x))
+        ASSERT_TRUE(std::isnan(std::bit_cast<float>(uint32_t{got} << 16)));
+      else
+        ASSERT_EQ(got, c10::BFloat16(x).x) << x;
+    }
+  }
+}
+
+// Kernels with a fault each: what the tests above rely on is seen.
+void writes_beyond(float* x) { kernels::store(x + threadIdx.x, kernels::Floats<1>{1}); }
+void loads_askew(float* x) { kernels::load<4>(x + threadIdx.x); }
+void leaves_others_waiting(float*) {
+  if (threadIdx.x < 7) return;
+  __syncthreads();
+}
+void shuffles_half_a_warp(float*) {
+  if (threadIdx.x % 2) __shfl_xor_sync(0xFFFFFFFFu, 1.0f, 2);
+}
+void reads_before_all_have_written(float* x) {
+  __shared__ float slot[kernels::kThreads];
+  slot[threadIdx.x] = x[threadIdx.x];
+  x[threadIdx.x] = slot[(threadIdx.x + 1) % kernels::kThreads];
+  __syncthreads();
+  slot[threadIdx.x] = -1;
+}
+
+TEST(CudaOnCpu, SeesFaults) {
+  Device<float> x({255});
+  const auto message = [&](void (*kernel)(float*)) -> std::string {
+    try {
+      kernels::launch("", kernel, 1, nullptr, *x);
+    } catch (const std::runtime_error& error) {
+      return error.what();
+    }
+    return "no fault";
+  };
+  EXPECT_THAT(message(writes_beyond), testing::HasSubstr("beyond the memory"));
+  EXPECT_THAT(message(loads_askew), testing::HasSubstr("not aligned"));
+  EXPECT_THAT(message(leaves_others_waiting), testing::HasSubstr("do not come"));
+  EXPECT_THAT(message(shuffles_half_a_warp), testing::HasSubstr("do not come"));
+}
+
+TEST(CudaOnCpu, AMissingBarrierShowsInTheOrders) {
+  Tensors results;
+  for (const Order order : {Order::kAscending, Order::kDescending}) {
+    cuda_on_cpu::order = order;
+    Device<float> x(at::arange(static_cast<int64_t>(kernels::kThreads)));
+    kernels::launch("", reads_before_all_have_written, 1, nullptr, *x);
+    results.push_back(x.tensor());
+  }
+  cuda_on_cpu::order = Order::kAscending;
+  EXPECT_FALSE(at::equal(results[0], results[1]));
+}
+
+}  // namespace
+}  // namespace caldera
