@@ -186,11 +186,10 @@ double train_seconds(const Recipe& recipe) {
 
 void tune_allocator() {
   use_caching_cpu_allocator();
-  // oneDNN keeps each shape's product, and LibTorch its description, both half a megabyte and up to 1024 of
-  // them for each thread. A packed row's shapes are new in every step and come back in the next layer, never
-  // later.
-  for (const char* cache : {"ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"})
-    ::setenv(cache, "128", /*overwrite=*/0);
+  // oneDNN keeps the code of 1024 products by shape, and LibTorch as many descriptions beside it, half a
+  // megabyte each. A packed row's shapes are new in every step and come back in the next layer, never later.
+  ::setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128", /*overwrite=*/0);
+  ::setenv("LRU_CACHE_CAPACITY", "16", /*overwrite=*/0);
   // The descriptions come from malloc, a quarter of a megabyte for each product: they stay with the process.
   ::mallopt(M_MMAP_THRESHOLD, 4 << 20);
   ::mallopt(M_TRIM_THRESHOLD, 64 << 20);

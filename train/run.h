@@ -26,8 +26,9 @@ Outcome run_recipe(const Recipe& recipe, const RunOptions& options, TrainingObse
 // Seconds spent in the steps of all stages, from their metrics.jsonl.
 double train_seconds(const Recipe& recipe);
 
-// Settings of this process that make training on a CPU faster: freed large buffers stay with the process,
-// instead of coming back as page faults at each step (up to a third of the time).
+// Settings of this process that make training on a CPU faster and keep its memory flat: freed large buffers
+// stay with the process, instead of coming back as page faults at each step (up to a third of the time), and
+// the products' code is kept for the latest shapes alone. Call it before the first product.
 void tune_allocator();
 
 }  // namespace caldera

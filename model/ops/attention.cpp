@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -18,15 +20,23 @@ using namespace simd;
 // Query rows whose scores exist at once: bounds memory, and lets causal attention skip the keys after the
 // block.
 constexpr int64_t kBlockRows = 256;
+// Rows of queries and keys are filled up with zeros to multiples of 32, or of an eighth of their number, so
+// that samples of many lengths share few shapes: the products' code is made for each shape anew.
+int64_t filled(int64_t rows) {
+  const auto eighth = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(rows)) / 8);
+  const int64_t unit = std::max<int64_t>(32, eighth);
+  return rows < unit ? rows : (rows + unit - 1) / unit * unit;
+}
 
 // In place: row r of scores [rows, L] belongs to query r % num_queries and becomes softmax(scale * row) over
-// its keys, the first `first_limit` + r % num_queries of them if causal, else all; zero beyond.
+// its keys, the first `first_limit` + r % num_queries of the `num_real` ones if causal, else these; zero
+// beyond.
 template <class T>
 CALDERA_INLINE void softmax_each(T* scores, int64_t begin, int64_t end, int64_t num_queries, int64_t num_keys,
-                                 float scale, bool causal, int64_t first_limit) {
+                                 int64_t num_real, float scale, bool causal, int64_t first_limit) {
   for (int64_t r = begin; r < end; ++r) {
     T* row = scores + r * num_keys;
-    const int64_t limit = causal ? first_limit + r % num_queries : num_keys;
+    const int64_t limit = causal ? std::min(first_limit + r % num_queries, num_real) : num_real;
     Vec best = splat(-std::numeric_limits<float>::infinity());
     int64_t i = 0;
     for (; i + kLanes <= limit; i += kLanes) best = simd::max(best, load(row + i));
@@ -67,12 +77,14 @@ CALDERA_INLINE void softmax_backward_each(const T* p, T* dp, int64_t rows, int64
 }
 
 CALDERA_SIMD void softmax_rows(float* scores, int64_t begin, int64_t end, int64_t num_queries,
-                               int64_t num_keys, float scale, bool causal, int64_t first_limit) {
-  softmax_each(scores, begin, end, num_queries, num_keys, scale, causal, first_limit);
+                               int64_t num_keys, int64_t num_real, float scale, bool causal,
+                               int64_t first_limit) {
+  softmax_each(scores, begin, end, num_queries, num_keys, num_real, scale, causal, first_limit);
 }
 CALDERA_SIMD void softmax_rows(c10::BFloat16* scores, int64_t begin, int64_t end, int64_t num_queries,
-                               int64_t num_keys, float scale, bool causal, int64_t first_limit) {
-  softmax_each(scores, begin, end, num_queries, num_keys, scale, causal, first_limit);
+                               int64_t num_keys, int64_t num_real, float scale, bool causal,
+                               int64_t first_limit) {
+  softmax_each(scores, begin, end, num_queries, num_keys, num_real, scale, causal, first_limit);
 }
 CALDERA_SIMD void softmax_backward_rows(const float* p, float* dp, int64_t rows, int64_t num_keys,
                                         float scale) {
@@ -100,7 +112,7 @@ CALDERA_INLINE void attend_one_each(const T* q, const T* k, const T* v, T* out, 
       }
       p[j] = sum(products);
     }
-    softmax_each(p, 0, 1, 1, num_keys, scale, /*causal=*/false, 0);
+    softmax_each(p, 0, 1, 1, num_keys, num_keys, scale, /*causal=*/false, 0);
     for (int64_t i = 0; i < K; i += kLanes) {
       const int64_t n = std::min(kLanes, K - i);
       Vec total = {};
@@ -120,18 +132,28 @@ CALDERA_SIMD void attend_one(const c10::BFloat16* q, const c10::BFloat16* k, con
   attend_one_each(q, k, v, out, p, num_keys, H, G, K);
 }
 
-// [L, G, K] -> [G, L, K], dense.
-at::Tensor heads_first(const at::Tensor& x) { return x.transpose(0, 1).contiguous(); }
-// [N, H, K] -> [G, R * N, K], dense: all queries of a key head in one matrix, so that keys and values are
-// never repeated.
-at::Tensor group_heads(const at::Tensor& q, int64_t G) {
+// [L, G, K] -> [G, rows, K], dense; rows beyond L are zero.
+at::Tensor heads_first(const at::Tensor& x, int64_t rows) {
+  if (rows == x.size(0)) return x.transpose(0, 1).contiguous();
+  const at::Tensor filled_up = at::zeros({x.size(1), rows, x.size(2)}, x.options().requires_grad(false));
+  filled_up.narrow(1, 0, x.size(0)).copy_(x.transpose(0, 1));
+  return filled_up;
+}
+// [N, H, K] -> [G, R * rows, K], dense: all queries of a key head in one matrix, so that keys and values are
+// never repeated; of each head, rows beyond N are zero.
+at::Tensor group_heads(const at::Tensor& q, int64_t G, int64_t rows) {
   const int64_t N = q.size(0), R = q.size(1) / G, K = q.size(2);
-  return q.unflatten(1, {G, R}).permute({1, 2, 0, 3}).reshape({G, R * N, K});
+  const at::Tensor heads = q.unflatten(1, {G, R}).permute({1, 2, 0, 3});
+  if (rows == N) return heads.reshape({G, R * N, K});
+  const at::Tensor filled_up = at::zeros({G, R, rows, K}, q.options().requires_grad(false));
+  filled_up.narrow(2, 0, N).copy_(heads);
+  return filled_up.view({G, R * rows, K});
 }
 // The reverse of group_heads, into out [N, H, K].
-void ungroup_heads(const at::Tensor& grouped, const at::Tensor& out) {
+void ungroup_heads(const at::Tensor& grouped, const at::Tensor& out, int64_t rows) {
   const int64_t N = out.size(0), G = grouped.size(0), K = out.size(2);
-  out.unflatten(1, {G, out.size(1) / G}).copy_(grouped.view({G, -1, N, K}).permute({2, 0, 1, 3}));
+  out.unflatten(1, {G, out.size(1) / G})
+      .copy_(grouped.view({G, -1, rows, K}).narrow(2, 0, N).permute({2, 0, 1, 3}));
 }
 
 // One sample's attention on CPU; its N queries are the last of the L rows that keys and values have.
@@ -139,8 +161,8 @@ class SampleAttention {
  public:
   SampleAttention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal)
       : q_(q),
-        k_GLK_(heads_first(k)),
-        v_GLK_(heads_first(v)),
+        k_GLK_(heads_first(k, filled(k.size(0)))),
+        v_GLK_(heads_first(v, filled(k.size(0)))),
         causal_(causal),
         N_(q.size(0)),
         L_(k.size(0)),
@@ -149,9 +171,11 @@ class SampleAttention {
 
   void forward(const at::Tensor& out) const {
     for (int64_t begin = 0; begin < N_; begin += kBlockRows) {
-      const int64_t count = std::min(kBlockRows, N_ - begin), keys = num_keys(begin + count);
-      const at::Tensor p = probabilities(group_heads(q_.narrow(0, begin, count), G_), begin, count, keys);
-      ungroup_heads(matrix_product(p, v_GLK_.narrow(1, 0, keys)), out.narrow(0, begin, count));
+      const int64_t count = std::min(kBlockRows, N_ - begin), rows = filled(count);
+      const int64_t keys = num_keys(begin + count), columns = filled(keys);
+      const at::Tensor p =
+          probabilities(group_heads(q_.narrow(0, begin, count), G_, rows), begin, rows, keys);
+      ungroup_heads(matrix_product(p, v_GLK_.narrow(1, 0, columns)), out.narrow(0, begin, count), rows);
     }
   }
 
@@ -164,41 +188,42 @@ class SampleAttention {
       dv_GLK = at::zeros(v_GLK_.sizes(), at::kFloat);
     }
     for (int64_t begin = 0; begin < N_; begin += kBlockRows) {
-      const int64_t count = std::min(kBlockRows, N_ - begin), keys = num_keys(begin + count);
-      const at::Tensor q = group_heads(q_.narrow(0, begin, count), G_);
-      const at::Tensor d_o = group_heads(d_out.narrow(0, begin, count), G_);
-      const at::Tensor p = probabilities(q, begin, count, keys);
-      at::Tensor ds = matrix_product(d_o, v_GLK_.narrow(1, 0, keys).transpose(1, 2));
+      const int64_t count = std::min(kBlockRows, N_ - begin), rows = filled(count);
+      const int64_t keys = num_keys(begin + count), columns = filled(keys);
+      const at::Tensor q = group_heads(q_.narrow(0, begin, count), G_, rows);
+      const at::Tensor d_o = group_heads(d_out.narrow(0, begin, count), G_, rows);
+      const at::Tensor p = probabilities(q, begin, rows, keys);
+      at::Tensor ds = matrix_product(d_o, v_GLK_.narrow(1, 0, columns).transpose(1, 2));
       with_cpu_type(ds, [&]<class T>(T*) {
-        softmax_backward_rows(p.const_data_ptr<T>(), ds.mutable_data_ptr<T>(), ds.size(0) * ds.size(1), keys,
-                              scale_);
+        softmax_backward_rows(p.const_data_ptr<T>(), ds.mutable_data_ptr<T>(), ds.size(0) * ds.size(1),
+                              columns, scale_);
       });
-      ungroup_heads(matrix_product(ds, k_GLK_.narrow(1, 0, keys)), dq.narrow(0, begin, count));
-      accumulate(dk_GLK, matrix_product(ds.transpose(1, 2), q), keys);
-      accumulate(dv_GLK, matrix_product(p.transpose(1, 2), d_o), keys);
+      ungroup_heads(matrix_product(ds, k_GLK_.narrow(1, 0, columns)), dq.narrow(0, begin, count), rows);
+      accumulate(dk_GLK, matrix_product(ds.transpose(1, 2), q), columns);
+      accumulate(dv_GLK, matrix_product(p.transpose(1, 2), d_o), columns);
     }
-    dk.copy_(dk_GLK.transpose(0, 1));
-    dv.copy_(dv_GLK.transpose(0, 1));
+    dk.copy_(dk_GLK.narrow(1, 0, L_).transpose(0, 1));
+    dv.copy_(dv_GLK.narrow(1, 0, L_).transpose(0, 1));
   }
 
  private:
   int64_t num_keys(int64_t end) const { return causal_ ? L_ - N_ + end : L_; }
 
-  at::Tensor probabilities(const at::Tensor& q, int64_t begin, int64_t count, int64_t keys) const {
-    at::Tensor p = matrix_product(q, k_GLK_.narrow(1, 0, keys).transpose(1, 2));
-    const int64_t rows = p.size(0) * p.size(1);
+  // Of `rows` queries a head, filled up; [G, R * rows, filled(keys)].
+  at::Tensor probabilities(const at::Tensor& q, int64_t begin, int64_t rows, int64_t keys) const {
+    at::Tensor p = matrix_product(q, k_GLK_.narrow(1, 0, filled(keys)).transpose(1, 2));
     with_cpu_type(p, [&]<class T>(T*) {
       T* data = p.mutable_data_ptr<T>();
-      at::parallel_for(0, rows, row_grain(keys), [&](int64_t first, int64_t last) {
-        softmax_rows(data, first, last, count, keys, scale_, causal_, L_ - N_ + begin + 1);
+      at::parallel_for(0, p.size(0) * p.size(1), row_grain(p.size(2)), [&](int64_t first, int64_t last) {
+        softmax_rows(data, first, last, rows, p.size(2), keys, scale_, causal_, L_ - N_ + begin + 1);
       });
     });
     return p;
   }
 
-  static void accumulate(at::Tensor& total, const at::Tensor& part, int64_t keys) {
+  static void accumulate(at::Tensor& total, const at::Tensor& part, int64_t columns) {
     if (total.defined())
-      total.narrow(1, 0, keys).add_(part);
+      total.narrow(1, 0, columns).add_(part);
     else
       total = part;
   }
