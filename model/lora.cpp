@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "base/rng.h"
+#include "model/ops/ops.h"
 
 namespace caldera {
 namespace {
@@ -76,13 +77,21 @@ at::Tensor Linear::forward(const at::Tensor& x_TI, std::optional<uint64_t> dropo
   return y_TO.add_(updates.size() == 1 ? updates[0] : at::cat(updates, 1), scaling_);
 }
 
+at::Tensor Linear::forward_of(const std::function<at::Tensor(const at::Tensor&)>& make,
+                              const at::Tensor& source, const std::vector<at::Tensor>& parameters,
+                              std::optional<uint64_t> dropout_seed) const {
+  if (int8_ || !adapters_.empty()) return forward(make(source), dropout_seed);
+  return affine_of(make, source, parameters, weight_OI_, bias_O_);
+}
+
 at::Tensor Linear::update(size_t module, const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed) const {
   const Adapter& adapter = adapters_[module];
   if (!adapter.a_RI.defined()) return at::zeros({x_TI.size(0), modules_[module].num_rows}, x_TI.options());
-  const bool drops = dropout_seed && dropout_ > 0;
-  const at::Tensor x =
-      drops ? dropped_out(x_TI, dropout_, mix64(*dropout_seed ^ hash_text(modules_[module].name))) : x_TI;
-  return affine(affine(x, adapter.a_RI), adapter.b_OR);
+  if (!dropout_seed || dropout_ == 0) return affine(affine(x_TI, adapter.a_RI), adapter.b_OR);
+  // The mask comes from its seed: backward draws it again.
+  const auto drop = [p = dropout_, seed = mix64(*dropout_seed ^ hash_text(modules_[module].name))](
+                        const at::Tensor& x) { return dropped_out(x, p, seed); };
+  return affine(affine_of(drop, x_TI, {}, adapter.a_RI), adapter.b_OR);
 }
 
 void Linear::append_tensors(NamedTensors& list) {

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -45,6 +46,11 @@ class Linear {
   // x [T, I] -> [T, O]. With a seed, the adapters' inputs are dropped out; each module's mask is a function
   // of the seed, its name and x's shape alone, so running a block again drops the same.
   at::Tensor forward(const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed) const;
+  // forward(make(source)), of whose input nothing but `source` is kept for backward where no adapter needs it
+  // (affine_of, model/ops/ops.h).
+  at::Tensor forward_of(const std::function<at::Tensor(const at::Tensor&)>& make, const at::Tensor& source,
+                        const std::vector<at::Tensor>& parameters,
+                        std::optional<uint64_t> dropout_seed) const;
   // Appends weights, biases and adapters under HF's names.
   void append_tensors(NamedTensors& list);
   // Appends the leaves that forward() uses.

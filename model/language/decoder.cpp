@@ -73,7 +73,8 @@ class Decoder : public LanguageModel {
       };
       std::function<std::shared_ptr<void>()> hold;
       if (block_hold_) hold = [this, layer] { return block_hold_(layer); };
-      x = gradient_checkpointing_ ? recompute(run, x, leaves(blocks_[layer]), hold) : run(x);
+      const bool recomputes = static_cast<int64_t>(layer) < num_recomputed_;
+      x = recomputes ? recompute(run, x, leaves(blocks_[layer]), hold) : run(x);
       tap("language_model.layers", layer, x);
     }
     for (size_t s = 0; s < caches.size(); ++s) caches[s]->length += cu_seqlens[s + 1] - cu_seqlens[s];
@@ -135,7 +136,8 @@ class Decoder : public LanguageModel {
   int64_t max_position_embeddings() const override { return config_.max_position_embeddings; }
   Json config() const override { return config_.json; }
   const char* id() const override { return config_.id; }
-  void set_gradient_checkpointing(bool on) override { gradient_checkpointing_ = on; }
+  int64_t num_blocks() const override { return std::ssize(blocks_); }
+  void set_num_recomputed(int64_t num_blocks) override { num_recomputed_ = num_blocks; }
   void set_block_hold(std::function<std::shared_ptr<void>(size_t)> hold) override { block_hold_ = std::move(hold); }
   void set_dropout_seed(std::optional<uint64_t> seed) override { dropout_seed_ = seed; }
   double initializer_range() const { return config_.initializer_range; }
@@ -154,17 +156,21 @@ class Decoder : public LanguageModel {
   // rows, what follows the attention runs on those alone.
   at::Tensor run_block(size_t layer, const at::Tensor& x_TD, const Row& row, const at::Tensor& rows_N) const {
     const Block& block = blocks_[layer];
-    const double eps = config_.rms_norm_eps;
-    const at::Tensor normed = rms_norm(x_TD, block.input_norm, eps);
-    at::Tensor attended = attention(layer, block.qkv.forward(normed, row.dropout_seed), row);
+    const auto normed = [eps = config_.rms_norm_eps](const at::Tensor& weight) {
+      return [eps, weight](const at::Tensor& source) { return rms_norm(source, weight, eps); };
+    };
+    const at::Tensor qkv =
+        block.qkv.forward_of(normed(block.input_norm), x_TD, {block.input_norm}, row.dropout_seed);
+    at::Tensor attended = attention(layer, qkv, row);
     at::Tensor x = x_TD;
     if (rows_N.defined()) {
       attended = attended.index_select(0, rows_N);
       x = x.index_select(0, rows_N);
     }
     x = x + block.o.forward(attended, row.dropout_seed);
-    const at::Tensor gate_up = block.gate_up.forward(rms_norm(x, block.post_norm, eps), row.dropout_seed);
-    return x + block.down.forward(swiglu(gate_up), row.dropout_seed);
+    const at::Tensor gate_up =
+        block.gate_up.forward_of(normed(block.post_norm), x, {block.post_norm}, row.dropout_seed);
+    return x + block.down.forward_of(swiglu, gate_up, {}, row.dropout_seed);
   }
 
   // qkv [T, (H + 2G) K] -> [T, H K].
@@ -175,7 +181,8 @@ class Decoder : public LanguageModel {
     const at::Tensor qk =
         apply_rotary(normed_heads(blocks_[layer], parts[0].view({-1, H + G, K})), row.rotary);
     const std::vector<at::Tensor> q_and_k = qk.split_with_sizes({H, G}, 1);
-    const at::Tensor v = parts[1].view({-1, G, K});
+    // A copy where backward will want it: a view would keep the whole projection, of which nothing else is kept.
+    const at::Tensor v = (at::GradMode::is_enabled() ? parts[1].contiguous() : parts[1]).view({-1, G, K});
     const at::Tensor out = row.caches.empty() ? windowed_attention(q_and_k[0], q_and_k[1], v, row.cu_seqlens,
                                                                    config_.windows[layer])
                                               : attention_with_caches(layer, q_and_k[0], q_and_k[1], v, row);
@@ -208,7 +215,7 @@ class Decoder : public LanguageModel {
   }
 
   DecoderConfig config_;
-  bool gradient_checkpointing_ = false;
+  int64_t num_recomputed_ = 0;
   std::function<std::shared_ptr<void>(size_t)> block_hold_;
   std::optional<uint64_t> dropout_seed_;
   at::Tensor embed_tokens_, norm_, lm_head_;

@@ -53,8 +53,10 @@ class LanguageModel {
   virtual Json config() const = 0;  // HF's config.json (LlamaConfig)
   virtual const char* id() const = 0;
 
-  // How many blocks keep nothing but their input between forward and backward, and run again in backward.
-  virtual void set_gradient_checkpointing(bool on) = 0;
+  virtual int64_t num_blocks() const = 0;
+  // So many blocks, the first ones, keep nothing but their input between forward and backward, and run again in
+  // backward. The first ones, because by their turn there the later ones have let go of what they kept.
+  virtual void set_num_recomputed(int64_t num_blocks) = 0;
   // Weights of blocks that are there only while the block runs: `hold(layer)` brings them, and what it returns lives as long as they
   // are needed. Takes effect where blocks recompute, and without gradients.
   virtual void set_block_hold(std::function<std::shared_ptr<void>(size_t layer)> hold) = 0;

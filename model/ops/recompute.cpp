@@ -2,6 +2,7 @@
 
 #include "base/error.h"
 #include "model/ops/autograd.h"
+#include "model/ops/matmul.h"
 #include "model/ops/ops.h"
 
 namespace caldera {
@@ -51,7 +52,53 @@ struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
   }
 };
 
+struct AffineOfFunction : torch::autograd::Function<AffineOfFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const Block& make, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias, const at::Tensor& source,
+                            at::TensorList parameters) {
+    variable_list saved = {weight, source};
+    saved.insert(saved.end(), parameters.begin(), parameters.end());
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["make"] = c10::IValue::make_capsule(c10::make_intrusive<BlockHolder>(make, Hold()));
+    ctx->saved_data["has_bias"] = bias.has_value();
+    return affine(make(source), weight, bias.value_or(at::Tensor()));
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const auto holder = c10::static_intrusive_pointer_cast<BlockHolder>(ctx->saved_data["make"].toCapsule());
+    const at::Tensor &weight = saved[0], dy = grads[0].contiguous();
+    variable_list leaves(saved.begin() + 1, saved.end()), inputs;
+    leaves[0] = leaves[0].detach().requires_grad_(leaves[0].requires_grad());
+    for (const at::Tensor& leaf : leaves)
+      if (leaf.requires_grad()) inputs.push_back(leaf);
+    at::Tensor x;
+    {
+      const at::AutoGradMode record(true);
+      x = holder->block(leaves[0]);
+    }
+    variable_list result = {at::Tensor(), matrix_product(dy.t(), x.detach()),
+                            ctx->saved_data["has_bias"].toBool() ? dy.sum(0) : at::Tensor()};
+    variable_list gradients;
+    if (!inputs.empty())
+      gradients = torch::autograd::grad({x}, inputs, {matrix_product(dy, weight)}, /*retain_graph=*/false,
+                                        /*create_graph=*/false, /*allow_unused=*/true);
+    size_t next = 0;
+    for (const at::Tensor& leaf : leaves)
+      result.push_back(leaf.requires_grad() ? gradients[next++] : at::Tensor());
+    return result;
+  }
+};
+
 }  // namespace
+
+at::Tensor affine_of(Block make, const at::Tensor& source, const std::vector<at::Tensor>& parameters,
+                     const at::Tensor& weight, const at::Tensor& bias) {
+  // Where the weight stays as it is, its input is not kept anyway.
+  if (!wants_grad(weight)) return affine(make(source), weight, bias);
+  return AffineOfFunction::apply(make, weight, bias.defined() ? std::optional(bias) : std::nullopt, source,
+                                 at::TensorList(parameters));
+}
 
 at::Tensor recompute(Block block, const at::Tensor& x, const std::vector<at::Tensor>& parameters, Hold hold) {
   bool differentiable = wants_grad(x);

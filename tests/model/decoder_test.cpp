@@ -72,7 +72,7 @@ TEST_P(DecoderGolden, RecomputingBlocksChangesNoBit) {
   std::vector<std::vector<at::Tensor>> gradients;
   for (const bool recomputes : {false, true}) {
     Golden golden(GetParam());
-    golden.model->set_gradient_checkpointing(recomputes);
+    golden.model->set_num_recomputed(recomputes ? golden.model->num_blocks() : 0);
     set_trainable(golden.model->tensors(), true);
     golden.loss().backward();
     gradients.emplace_back();
@@ -113,7 +113,7 @@ TEST_P(DecoderGolden, CachedStepsGiveTheWholeSequence) {
 TEST_P(DecoderGolden, FrozenModelPassesGradientsOnToItsInput) {
   const Golden golden(GetParam());
   for (const bool recomputes : {false, true}) {
-    golden.model->set_gradient_checkpointing(recomputes);
+    golden.model->set_num_recomputed(recomputes ? golden.model->num_blocks() : 0);
     const at::Tensor x = golden.model->embed(golden.get("ids")).detach().set_requires_grad(true);
     const at::Tensor hidden =
         golden.model->forward(x, golden.positions, golden.cu_seqlens, golden.get("supervised"));
