@@ -5,12 +5,30 @@
 #include <algorithm>
 
 #include "base/error.h"
-#include "model/ops/adamw.h"
+#include "base/rng.h"
+#include "model/ops/dynamic_map.h"
 
 namespace caldera {
 
+std::unordered_set<const at::Tensor*> with_8bit_states(const std::vector<ParameterGroup>& groups) {
+  std::unordered_set<const at::Tensor*> owners, others;
+  for (const ParameterGroup& group : groups) {
+    for (const NamedTensor& tensor : group.tensors) {
+      const at::Tensor& weight = *tensor.owner;
+      const bool fits = weight.dim() >= 2 && weight.numel() >= 4096 &&
+                        tensor.name.find("embed") == std::string::npos &&
+                        tensor.row_begin * (weight.numel() / weight.size(0)) % kQuantizedBlock == 0;
+      (fits ? owners : others).insert(tensor.owner);
+    }
+  }
+  for (const at::Tensor* other : others) owners.erase(other);
+  return owners;
+}
+
 AdamW::AdamW(std::vector<ParameterGroup> groups, const AdamWOptions& options, const OwnedParts& owned)
     : groups_(std::move(groups)), options_(options) {
+  const auto in_8bit =
+      options_.has_8bit_states ? with_8bit_states(groups_) : std::unordered_set<const at::Tensor*>();
   for (size_t group = 0; group < groups_.size(); ++group) {
     for (const NamedTensor& tensor : groups_[group].tensors) {
       if (!slot_of_.try_emplace(tensor.owner, slots_.size()).second) continue;
@@ -22,9 +40,12 @@ AdamW::AdamW(std::vector<ParameterGroup> groups, const AdamWOptions& options, co
         slot.begin = owned.at(tensor.owner).begin;
         slot.place = owned.at(tensor.owner).weight;
       }
-      slot.master = slot.place.scalar_type() == at::kFloat ? slot.place : slot.place.to(at::kFloat);
-      slot.exp_avg = at::zeros_like(slot.master);
-      slot.exp_avg_sq = at::zeros_like(slot.master);
+      const bool is_own_master = slot.place.scalar_type() == at::kFloat || !options_.has_masters;
+      slot.master = is_own_master ? slot.place : slot.place.to(at::kFloat);
+      if (options_.is_offloaded) slot.master = slot.master.cpu();
+      slot.exp_avg = zero_moment(slot.master, in_8bit.contains(tensor.owner));
+      slot.exp_avg_sq = zero_moment(slot.master, in_8bit.contains(tensor.owner));
+      slot.noise = hash_text(tensor.name);
       slot.group = group;
       slot.decays = slot.weight.dim() >= 2;
       slots_.push_back(std::move(slot));
@@ -68,6 +89,25 @@ at::Tensor AdamW::grad_norm() const {
   return at::linalg_vector_norm(at::stack(norms), 2);
 }
 
+void AdamW::update(const Slot& slot, const AdamWStep& step) const {
+  at::Tensor gradient = slot.grad_sum.defined() ? slot.grad_sum : slot.weight.grad();
+  // Offloaded: the update runs where the master is, and the rounded weight is copied to its place.
+  const bool is_away = slot.master.device() != slot.place.device();
+  if (is_away && gradient.defined()) gradient = gradient.to(slot.master.device());
+  const bool is_own_master = slot.master.scalar_type() == slot.place.scalar_type();
+  const at::Tensor rounded = !is_away        ? slot.place
+                             : is_own_master ? slot.master
+                                             : at::empty_like(slot.master, slot.place.scalar_type());
+  const bool has_master = slot.master.scalar_type() == at::kFloat;
+  if (has_master && !slot.exp_avg.scale.defined())
+    adamw_update(slot.master, slot.exp_avg.values, slot.exp_avg_sq.values, gradient, rounded, step);
+  else
+    adamw_update_compact(has_master ? slot.master : at::Tensor(), slot.exp_avg, slot.exp_avg_sq, gradient,
+                         rounded, step,
+                         {.key = Rng(options_.seed, num_updates_, slot.noise).next(), .first = slot.begin});
+  if (is_away) slot.place.copy_(rounded);
+}
+
 void AdamW::step(double lr_factor, double grad_scale) {
   const at::NoGradGuard no_grad;
   ++num_updates_;
@@ -75,9 +115,7 @@ void AdamW::step(double lr_factor, double grad_scale) {
     if (slot.master.numel() == 0) continue;  // nothing of it is owned
     // A part that this step did not touch (no picture in it) has no gradient: its moments decay as the
     // others' do.
-    adamw_update(slot.master, slot.exp_avg, slot.exp_avg_sq,
-                 slot.grad_sum.defined() ? slot.grad_sum : slot.weight.grad(), slot.place,
-                 {.learning_rate = groups_[slot.group].learning_rate * lr_factor,
+    update(slot, {.learning_rate = groups_[slot.group].learning_rate * lr_factor,
                   .beta1 = options_.beta1,
                   .beta2 = options_.beta2,
                   .epsilon = options_.epsilon,
@@ -89,14 +127,16 @@ void AdamW::step(double lr_factor, double grad_scale) {
   }
 }
 
-std::vector<std::pair<std::string, at::Tensor>> AdamW::views(const std::string& prefix,
-                                                             at::Tensor Slot::*member) const {
+std::vector<std::pair<std::string, at::Tensor>> AdamW::views(
+    const std::string& prefix, const std::function<at::Tensor(const Slot&)>& values_of,
+    int64_t elements_each) const {
   std::vector<std::pair<std::string, at::Tensor>> list;
   for (const ParameterGroup& group : groups_) {
     for (const NamedTensor& tensor : group.tensors) {
       const Slot& slot = slots_[slot_of_.at(tensor.owner)];
-      const at::Tensor& values = slot.*member;
-      if (!slot.is_part) {
+      const at::Tensor values = values_of(slot);
+      if (!values.defined()) continue;
+      if (!slot.is_part && elements_each == 1) {
         list.emplace_back(prefix + tensor.name,
                           tensor.num_rows < 0 ? values : values.narrow(0, tensor.row_begin, tensor.num_rows));
         continue;
@@ -106,20 +146,34 @@ std::vector<std::pair<std::string, at::Tensor>> AdamW::views(const std::string& 
           slot.weight.dim() == 0 ? 1 : slot.weight.numel() / std::max<int64_t>(slot.weight.size(0), 1);
       const int64_t first = tensor.row_begin * row;
       const int64_t last = tensor.num_rows < 0 ? slot.weight.numel() : first + tensor.num_rows * row;
-      const int64_t begin = std::max(first, slot.begin), end = std::min(last, slot.begin + values.numel());
-      if (begin < end)
-        list.emplace_back(fmt::format("{}{}@{}", prefix, tensor.name, begin - first),
-                          values.narrow(0, begin - slot.begin, end - begin));
+      const int64_t begin = std::max(first, slot.begin);
+      const int64_t end = std::min(last, slot.begin + slot.master.numel());
+      if (begin >= end) continue;
+      const auto up = [&](int64_t elements) { return (elements + elements_each - 1) / elements_each; };
+      const int64_t from = (begin - slot.begin) / elements_each;
+      list.emplace_back(
+          prefix + tensor.name + (slot.is_part ? fmt::format("@{}", (begin - first) / elements_each) : ""),
+          values.narrow(0, from, up(end - slot.begin) - from));
     }
   }
   return list;
 }
 
-std::vector<std::pair<std::string, at::Tensor>> AdamW::masters() const { return views("", &Slot::master); }
+std::vector<std::pair<std::string, at::Tensor>> AdamW::masters() const {
+  return views("", [](const Slot& slot) { return slot.master; });
+}
 
 std::vector<std::pair<std::string, at::Tensor>> AdamW::moments() const {
-  auto list = views("exp_avg.", &Slot::exp_avg);
-  for (auto& item : views("exp_avg_sq.", &Slot::exp_avg_sq)) list.push_back(std::move(item));
+  std::vector<std::pair<std::string, at::Tensor>> list;
+  const auto add = [&](std::vector<std::pair<std::string, at::Tensor>> more) {
+    list.insert(list.end(), std::make_move_iterator(more.begin()), std::make_move_iterator(more.end()));
+  };
+  add(views("exp_avg.", [](const Slot& slot) { return slot.exp_avg.values; }));
+  add(views("exp_avg_sq.", [](const Slot& slot) { return slot.exp_avg_sq.values; }));
+  add(views(
+      "exp_avg_scale.", [](const Slot& slot) { return slot.exp_avg.scale; }, kQuantizedBlock));
+  add(views(
+      "exp_avg_sq_scale.", [](const Slot& slot) { return slot.exp_avg_sq.scale; }, kQuantizedBlock));
   return list;
 }
 

@@ -1,20 +1,27 @@
-// AdamW with float32 master weights over the tensors that train.
+// AdamW over the tensors that train.
 #pragma once
 #include <ATen/ATen.h>
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
 #include "model/module.h"
+#include "model/ops/adamw_compact.h"
 
 namespace caldera {
 
 struct AdamWOptions {
   double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
-  double weight_decay = 0;  // of tensors with two or more dimensions (HF: no decay of biases and norms)
+  double weight_decay = 0;       // of tensors with two or more dimensions (HF: no decay of biases and norms)
+  bool has_8bit_states = false;  // of the tensors that with_8bit_states() names
+  bool has_masters = true;       // false: bfloat16 weights are rounded stochastically, by noise from `seed`
+  bool is_offloaded = false;     // masters and moments stay in host memory, and the update runs there
+  uint64_t seed = 0;
 };
 
 // Tensors that share a peak learning rate.
@@ -33,9 +40,16 @@ struct OwnedPart {
 };
 using OwnedParts = std::unordered_map<const at::Tensor*, OwnedPart>;  // by NamedTensor::owner
 
+// Of which tensors 8 bits hold the states: matrices of at least 4096 elements, embeddings excepted, as HF's
+// Trainer has it with bitsandbytes; the parts of a fused one must begin at a block of 256.
+std::unordered_set<const at::Tensor*> with_8bit_states(const std::vector<ParameterGroup>& groups);
+
 // Decoupled weight decay Adam (Loshchilov & Hutter, arXiv 1711.05101), the numbers of
-// torch.optim.AdamW(fused=True). A tensor that is not float32 has a float32 master, from which it is rounded
-// after each update. Gradients of several micro-batches are summed in float32.
+// torch.optim.AdamW(fused=True); with 8-bit states those of bitsandbytes' block-wise AdamW8bit. A tensor that
+// is not float32 has a float32 master, from which it is rounded after each update; without masters its own
+// value is all there is, and the noise of its rounding is a function of the seed, the update, its name and
+// the element, so that ranks agree and a resumed run repeats it. Gradients of several micro-batches are
+// summed in float32.
 class AdamW {
  public:
   // `owned`: empty where this process holds the state of all tensors in whole, else a part of each.
@@ -55,9 +69,11 @@ class AdamW {
 
   int64_t num_updates() const { return num_updates_; }
   const std::vector<ParameterGroup>& groups() const { return groups_; }
-  // Float32 masters under their HF names; also "exp_avg.NAME" and "exp_avg_sq.NAME". Views: writing them
-  // writes the state; call restore() afterwards. Of a tensor that is owned in part, "NAME@BEGIN" [n] are
-  // elements [BEGIN, BEGIN + n) of the flattened NAME; where nothing of it is owned, it does not appear.
+  // Float32 masters (without them: the weights) under their HF names; also "exp_avg.NAME" and
+  // "exp_avg_sq.NAME", where those are codes of 8 bits beside "exp_avg_scale.NAME" and
+  // "exp_avg_sq_scale.NAME". Views: writing them writes the state; call restore() afterwards. Of a tensor
+  // that is owned in part, "NAME@BEGIN" [n] are elements [BEGIN, BEGIN + n) of the flattened NAME; where
+  // nothing of it is owned, it does not appear.
   std::vector<std::pair<std::string, at::Tensor>> masters() const;
   std::vector<std::pair<std::string, at::Tensor>> moments() const;
   at::Tensor master(const at::Tensor* owner) const { return slots_[slot_of_.at(owner)].master; }
@@ -67,16 +83,21 @@ class AdamW {
  private:
   // One fused or plain leaf tensor; its HF names are ranges of its rows.
   struct Slot {
-    at::Tensor weight, master, grad_sum, exp_avg, exp_avg_sq;
-    at::Tensor place;  // where the rounded master goes: the weight, or the owned part of it
+    at::Tensor weight, master, grad_sum;
+    Moment exp_avg, exp_avg_sq;
+    at::Tensor place;    // where the rounded master goes: the weight, or the owned part of it
+    uint64_t noise = 0;  // of its name
     int64_t begin = 0;
     size_t group = 0;
     bool decays = false;
     bool is_part = false;
     void round_master() const;
   };
+  // `values` of each slot under its HF names; each element of them stands for so many of the weight.
   std::vector<std::pair<std::string, at::Tensor>> views(const std::string& prefix,
-                                                        at::Tensor Slot::*member) const;
+                                                        const std::function<at::Tensor(const Slot&)>& values,
+                                                        int64_t elements_each = 1) const;
+  void update(const Slot& slot, const AdamWStep& step) const;
 
   std::vector<ParameterGroup> groups_;
   AdamWOptions options_;

@@ -82,4 +82,83 @@ TEST(AdamW, FusedTensorsAreListedByTheirParts) {
   EXPECT_NEAR(optimizer.grad_norm().item<double>(), std::sqrt(12.0), 1e-6);  // once, not once a part
 }
 
+TEST(AdamW, EightBitStatesAreThoseOfMatricesAndListedWithTheirScales) {
+  at::Tensor qkv = at::zeros({96, 128}), embed = at::zeros({64, 128}), norm = at::zeros({8192}),
+             small = at::zeros({8, 8}), odd = at::zeros({100, 50});
+  for (at::Tensor* tensor : {&qkv, &embed, &norm, &small, &odd}) tensor->set_requires_grad(true);
+  const std::vector<ParameterGroup> groups = {{"language_model",
+                                               0.1,
+                                               {{"q", &qkv, 0, 64},
+                                                {"k", &qkv, 64, 32},
+                                                {"model.embed_tokens.weight", &embed},
+                                                {"norm", &norm},
+                                                {"small", &small},
+                                                {"gate", &odd, 0, 50},
+                                                {"up", &odd, 50, 50}}}};  // "up" begins inside a block
+  EXPECT_EQ(with_8bit_states(groups), (std::unordered_set<const at::Tensor*>{&qkv}));
+  AdamW optimizer(groups, {.has_8bit_states = true});
+  int num_scales = 0;
+  for (const auto& [name, values] : optimizer.moments()) {
+    EXPECT_EQ(values.scalar_type() == at::kByte, name.ends_with("g.q") || name.ends_with("q.q") ||
+                                                     name.ends_with("g.k") || name.ends_with("q.k"))
+        << name;
+    if (name.find("_scale.") == std::string::npos) continue;
+    EXPECT_EQ(values.numel(), name.ends_with(".q") ? 32 : 16) << name;
+    ++num_scales;
+  }
+  EXPECT_EQ(num_scales, 4);
+}
+
+TEST(AdamW, APartIsUpdatedAsTheWholeIs) {
+  // Two owners of a fused tensor in bfloat16 without masters, with 8-bit states, cut inside "k".
+  const auto make_groups = [](at::Tensor& tensor) {
+    return std::vector<ParameterGroup>{
+        {"language_model", 0.1, {{"q", &tensor, 0, 64}, {"k", &tensor, 64, 32}}}};
+  };
+  const AdamWOptions options{.has_8bit_states = true, .has_masters = false, .seed = 3};
+  at::manual_seed(0);
+  const at::Tensor start = at::randn({96, 128}).to(at::kBFloat16), gradient = at::randn({96, 128});
+  at::Tensor whole = start.clone().set_requires_grad(true);
+  AdamW one(make_groups(whole), options);
+  for (int step = 0; step < 3; ++step) {
+    one.set_gradient(&whole, gradient.clone());
+    one.step(1, 1);
+  }
+  constexpr int64_t kCut = 70 * 128;
+  for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, kCut}, {kCut, 96 * 128}}) {
+    at::Tensor tensor = start.clone().set_requires_grad(true);
+    const at::Tensor part = tensor.detach().view(-1).slice(0, begin, end);
+    AdamW half(make_groups(tensor), options, {{&tensor, {begin, part}}});
+    for (int step = 0; step < 3; ++step) {
+      half.set_gradient(&tensor, gradient.view(-1).slice(0, begin, end).clone());
+      half.step(1, 1);
+    }
+    EXPECT_TRUE(at::equal(part, whole.detach().view(-1).slice(0, begin, end)));
+    for (const auto& [name, values] : half.moments()) {
+      const size_t at = name.find('@');
+      ASSERT_NE(at, std::string::npos);
+      const int64_t first = std::stoll(name.substr(at + 1));
+      for (const auto& [whole_name, whole_values] : one.moments()) {
+        if (whole_name != name.substr(0, at)) continue;
+        EXPECT_TRUE(at::equal(values, whole_values.reshape(-1).slice(0, first, first + values.numel())))
+            << name;
+      }
+    }
+  }
+}
+
+// An update of a tenth of bfloat16's resolution: rounding to nearest loses each of them.
+TEST(AdamW, StochasticRoundingDescendsWhereNearestStalls) {
+  at::Tensor weight = at::ones({64, 64}, at::kBFloat16).set_requires_grad(true);
+  AdamW optimizer({{"projector", 0.01, {{"weight", &weight}}}}, {.has_masters = false, .seed = 1});
+  EXPECT_TRUE(optimizer.masters()[0].second.is_alias_of(weight));
+  for (int step = 0; step < 100; ++step) {
+    weight.mutable_grad() = at::ones({64, 64}, at::kBFloat16);
+    optimizer.take_gradients(false);
+    optimizer.step(0.05, 1.0);  // learning rate 5e-4; the next bfloat16 below 1 is 4e-3 away
+  }
+  EXPECT_NEAR(weight.to(at::kFloat).mean().item<double>(), 1 - 100 * 5e-4, 1e-3);
+  EXPECT_EQ((at::ones({}, at::kBFloat16).to(at::kFloat) - 5e-4).to(at::kBFloat16).item<float>(), 1.0f);
+}
+
 }  // namespace caldera

@@ -16,8 +16,9 @@
 namespace caldera {
 namespace {
 
-// Tensors begin at multiples of 64 bytes of float32, so that kernels see them aligned.
-constexpr int64_t kAlignment = 16;
+// Tensors and parts begin at blocks of 8-bit states (kQuantizedBlock), which ranks do not share; so kernels see
+// them aligned, too.
+constexpr int64_t kAlignment = 256;
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
 // "language_model.model.layers.7.self_attn.q_proj.weight" -> {"language_model.model.layers.", 7}; -1 outside

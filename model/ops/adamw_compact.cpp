@@ -1,0 +1,221 @@
+#include "model/ops/adamw_compact.h"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+
+#include "base/error.h"
+#include "base/rng.h"
+#include "model/ops/adamw_math.h"
+#include "model/ops/autograd.h"
+#include "model/ops/dynamic_map.h"
+
+namespace caldera {
+namespace {
+
+using namespace simd;
+
+constexpr int64_t kBlock = kQuantizedBlock;
+constexpr int64_t kGrainBlocks = 64;         // blocks below which a second thread is not worth it
+constexpr int64_t kPlainElements = 4 << 20;  // of ATen's temporaries at once; whole blocks
+
+// Two words of 32 bits from the key; a weight's element i hashes i with them (Wellons' lowbias32, the second
+// word between its multiplications).
+struct NoiseWords {
+  explicit NoiseWords(uint64_t key)
+      : first(static_cast<uint32_t>(mix64(key))), second(static_cast<uint32_t>(mix64(key) >> 32)) {}
+  uint32_t first, second;
+};
+constexpr uint32_t kMultiply1 = 0x7FEB352Du, kMultiply2 = 0x846CA68Bu;
+
+CALDERA_INLINE void store_stochastic(c10::BFloat16* x, const Vec& value, int64_t n, uint32_t index,
+                                     const NoiseWords& words) {
+  Bits hash;
+  for (int64_t lane = 0; lane < kLanes; ++lane) hash[lane] = index + static_cast<uint32_t>(lane);
+  hash ^= words.first;
+  hash ^= hash >> 16;
+  hash *= kMultiply1;
+  hash ^= hash >> 15;
+  hash += words.second;
+  hash *= kMultiply2;
+  const Bits bits = reinterpret_cast<Bits>(value);
+  // Infinities and NaN stay what they are.
+  const Bits is_finite = reinterpret_cast<Bits>((bits & 0x7F800000u) != 0x7F800000u);
+  const Bits rounded = (bits + ((hash >> 16) & is_finite)) & 0xFFFF0000u;
+  store(x, reinterpret_cast<Vec>(rounded), n);  // exact: nothing is left to round
+}
+
+// The whole tensors; what is null is not there.
+struct Arrays {
+  float* master = nullptr;
+  c10::BFloat16* weight = nullptr;
+  const float* gradient = nullptr;
+  const c10::BFloat16* gradient_bf16 = nullptr;
+  float *m = nullptr, *v = nullptr;
+  uint8_t *m_codes = nullptr, *v_codes = nullptr;
+  float *m_scale = nullptr, *v_scale = nullptr;
+};
+
+CALDERA_INLINE void decode(const uint8_t* codes, float scale, const std::array<float, 256>& map,
+                           float* values, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) values[i] = map[codes[i]] * scale;
+}
+// `values` are brought to [-1, 1] in place; returns by what they were divided.
+CALDERA_INLINE float encode(float* values, const CodeSearch& search, uint8_t* codes, int64_t n) {
+  Vec most = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec x = load(values + i, std::min(kLanes, n - i));
+    most = simd::max(most, simd::max(x, -x));
+  }
+  const float scale = maximum(most), factor = 1.0f / std::max(scale, std::numeric_limits<float>::min());
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t lanes = std::min(kLanes, n - i);
+    store(values + i, load(values + i, lanes) * factor, lanes);
+  }
+  for (int64_t i = 0; i < n; ++i) codes[i] = search(values[i]);
+  return scale;
+}
+
+CALDERA_SIMD void update_blocks(const Arrays& a, int64_t first_block, int64_t last_block, int64_t count,
+                                const AdamWFactors& f, uint32_t first_index, const NoiseWords& words) {
+  const std::array<float, 256>&m_map = dynamic_map(true), &v_map = dynamic_map(false);
+  const CodeSearch &m_search = CodeSearch::of(true), &v_search = CodeSearch::of(false);
+  float m_buffer[kBlock], v_buffer[kBlock];
+  for (int64_t block = first_block; block < last_block; ++block) {
+    const int64_t begin = block * kBlock, size = std::min(kBlock, count - begin);
+    float *m = a.m ? a.m + begin : m_buffer, *v = a.v ? a.v + begin : v_buffer;
+    if (a.m_codes) decode(a.m_codes + begin, a.m_scale[block], m_map, m, size);
+    if (a.v_codes) decode(a.v_codes + begin, a.v_scale[block], v_map, v, size);
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const int64_t n = std::min(kLanes, size - i), at = begin + i;
+      const Vec g = a.gradient        ? load(a.gradient + at, n) * f.grad_scale
+                    : a.gradient_bf16 ? load(a.gradient_bf16 + at, n) * f.grad_scale
+                                      : Vec{};
+      Vec m_lanes = load(m + i, n), v_lanes = load(v + i, n);
+      const Vec before = a.master ? load(a.master + at, n) : load(a.weight + at, n);
+      const Vec w = adamw_lanes(before, m_lanes, v_lanes, g, f);
+      store(m + i, m_lanes, n);
+      store(v + i, v_lanes, n);
+      if (a.master) {
+        store(a.master + at, w, n);
+        if (a.weight) store(a.weight + at, w, n);
+      } else {
+        store_stochastic(a.weight + at, w, n, first_index + static_cast<uint32_t>(at), words);
+      }
+    }
+    if (a.m_codes) a.m_scale[block] = encode(m, m_search, a.m_codes + begin, size);
+    if (a.v_codes) a.v_scale[block] = encode(v, v_search, a.v_codes + begin, size);
+  }
+}
+
+// A range of whole blocks of the flattened moment, sharing its storage.
+Moment part_of(const Moment& moment, int64_t begin, int64_t count) {
+  Moment part{moment.values.view(-1).narrow(0, begin, count), {}};
+  if (moment.scale.defined())
+    part.scale = moment.scale.narrow(0, begin / kBlock, (count + kBlock - 1) / kBlock);
+  return part;
+}
+at::Tensor values_of(const Moment& moment, bool is_signed) {
+  return moment.scale.defined() ? dequantize_dynamic({moment.values, moment.scale}, is_signed)
+                                : moment.values;
+}
+void write_back(const Moment& moment, const at::Tensor& values, bool is_signed) {
+  if (!moment.scale.defined()) return;  // it was updated in place
+  const Quantized quantized = quantize_dynamic(values, is_signed);
+  moment.values.copy_(quantized.codes);
+  moment.scale.copy_(quantized.scale);
+}
+
+void update_plain(const at::Tensor& master, const Moment& exp_avg, const Moment& exp_avg_sq,
+                  const at::Tensor& gradient, const at::Tensor& weight, const AdamWStep& step,
+                  const RoundingNoise& noise) {
+  const at::Tensor m = values_of(exp_avg, true), v = values_of(exp_avg_sq, false);
+  const at::Tensor value = master.defined() ? master : weight.to(at::kFloat);
+  adamw_update(value, m, v, gradient, value, step);
+  write_back(exp_avg, m, true);
+  write_back(exp_avg_sq, v, false);
+  if (!master.defined())
+    weight.copy_(round_stochastically(value, noise));
+  else if (!weight.is_alias_of(master))
+    weight.copy_(master);
+}
+
+}  // namespace
+
+Moment zero_moment(const at::Tensor& like, bool is_8bit) {
+  const auto options = like.options().requires_grad(false);
+  if (!is_8bit) return {at::zeros(like.sizes(), options.dtype(at::kFloat)), {}};
+  const at::Tensor scale = at::zeros({(like.numel() + kBlock - 1) / kBlock}, options.dtype(at::kFloat));
+  // Codes whose scale is zero count as zeros, whatever they are.
+  return {at::zeros(like.sizes(), options.dtype(at::kByte)), scale};
+}
+
+at::Tensor round_stochastically(const at::Tensor& values, const RoundingNoise& noise) {
+  const at::NoGradGuard no_grad;
+  const NoiseWords words(noise.key);
+  constexpr int64_t kWord = 0xFFFFFFFF;
+  const auto shift = [](const at::Tensor& x, int64_t bits) { return x.bitwise_right_shift(bits); };
+  const auto multiply = [](const at::Tensor& x, uint32_t by) {
+    // Halves apart, so that nothing overflows 64 bits.
+    const int64_t factor = by;
+    return ((x.bitwise_and(0xFFFF) * factor) +
+            ((x.bitwise_right_shift(16) * factor).bitwise_and(0xFFFF) * 65536))
+        .bitwise_and(kWord);
+  };
+  at::Tensor hash =
+      (at::arange(values.numel(), values.options().dtype(at::kLong)) + noise.first).bitwise_and(kWord);
+  hash = hash.bitwise_xor(static_cast<int64_t>(words.first));
+  hash = multiply(hash.bitwise_xor(shift(hash, 16)), kMultiply1);
+  hash = (hash.bitwise_xor(shift(hash, 15)) + static_cast<int64_t>(words.second)).bitwise_and(kWord);
+  hash = shift(multiply(hash, kMultiply2), 16).view(values.sizes());
+  const at::Tensor bits = values.contiguous().view(at::kInt).to(at::kLong);
+  const at::Tensor rounded = (bits + hash).bitwise_and(~int64_t{0xFFFF}).to(at::kInt).view(at::kFloat);
+  return at::where(values.isfinite(), rounded, values).to(at::kBFloat16);
+}
+
+void adamw_update_compact(const at::Tensor& master, const Moment& exp_avg, const Moment& exp_avg_sq,
+                          const at::Tensor& gradient_in, const at::Tensor& weight, const AdamWStep& step,
+                          const RoundingNoise& noise) {
+  const at::NoGradGuard no_grad;
+  CALDERA_PROFILED("adamw_update");
+  const int64_t count = weight.numel();
+  CALDERA_ASSERT(exp_avg.values.numel() == count && exp_avg_sq.values.numel() == count &&
+                 (master.defined() ? master.numel() == count : weight.scalar_type() == at::kBFloat16));
+  const at::Tensor gradient = gradient_in.defined() ? gradient_in.contiguous() : gradient_in;
+  CALDERA_ASSERT(!gradient.defined() || gradient.numel() == count);
+  if (!has_cpu_kernel(weight) || (gradient.defined() && !has_cpu_kernel(gradient))) {
+    for (int64_t begin = 0; begin < count; begin += kPlainElements) {
+      const int64_t size = std::min(kPlainElements, count - begin);
+      const auto part = [&](const at::Tensor& x) {
+        return x.defined() ? x.view(-1).narrow(0, begin, size) : x;
+      };
+      update_plain(part(master), part_of(exp_avg, begin, size), part_of(exp_avg_sq, begin, size),
+                   part(gradient), part(weight), step, {noise.key, noise.first + begin});
+    }
+    return;
+  }
+  Arrays arrays;
+  if (master.defined()) arrays.master = master.mutable_data_ptr<float>();
+  if (weight.scalar_type() == at::kBFloat16) arrays.weight = weight.mutable_data_ptr<c10::BFloat16>();
+  if (gradient.defined() && gradient.scalar_type() == at::kFloat)
+    arrays.gradient = gradient.const_data_ptr<float>();
+  else if (gradient.defined())
+    arrays.gradient_bf16 = gradient.const_data_ptr<c10::BFloat16>();
+  const auto set = [](const Moment& moment, float*& values, uint8_t*& codes, float*& scale) {
+    if (moment.scale.defined()) {
+      codes = moment.values.mutable_data_ptr<uint8_t>();
+      scale = moment.scale.mutable_data_ptr<float>();
+    } else {
+      values = moment.values.mutable_data_ptr<float>();
+    }
+  };
+  set(exp_avg, arrays.m, arrays.m_codes, arrays.m_scale);
+  set(exp_avg_sq, arrays.v, arrays.v_codes, arrays.v_scale);
+  const AdamWFactors factors(step);
+  const NoiseWords words(noise.key);
+  at::parallel_for(0, (count + kBlock - 1) / kBlock, kGrainBlocks, [&](int64_t begin, int64_t end) {
+    update_blocks(arrays, begin, end, count, factors, static_cast<uint32_t>(noise.first), words);
+  });
+}
+
+}  // namespace caldera
