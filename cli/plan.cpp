@@ -1,12 +1,13 @@
-// caldera plan RECIPE.yaml [--budget-gb N] [key.path=value ...]
+// caldera plan RECIPE.yaml [--budget-gb N] [--json] [key.path=value ...]
 #include <memory>
 
 #include "base/error.h"
+#include "base/json.h"
 #include "base/strings.h"
 #include "cli/command.h"
 #include "train/plan.h"
 #include "train/profile.h"
-#include "train/trainer.h"
+#include "train/stage.h"
 
 namespace caldera {
 namespace {
@@ -15,9 +16,31 @@ struct PlanCommand {
   std::string recipe;
   std::vector<std::string> overrides;
   double budget_gb = 0;
+  bool json = false;
 };
 
 std::string bytes(int64_t count) { return human_bytes(static_cast<double>(count)); }
+
+Json to_json(const MemoryPlan& m) {
+  return {{"total", m.total()},           {"program", m.program},     {"weights", m.weights},
+          {"masters", m.masters},         {"states", m.states},       {"gradients", m.gradients},
+          {"activations", m.activations}, {"workspace", m.workspace}, {"moment", m.moment}};
+}
+
+void print_json(const std::vector<StagePlan>& plans) {
+  Json list = Json::array();
+  for (const StagePlan& p : plans)
+    list.push_back({{"name", p.name},
+                    {"num_steps", p.num_steps},
+                    {"num_tokens", p.num_tokens},
+                    {"num_trainable", p.num_trainable},
+                    {"flops_per_step", p.flops_per_step},
+                    {"num_blocks", p.num_blocks},
+                    {"num_recomputed", p.num_recomputed},
+                    {"memory", to_json(p.memory)},
+                    {"memory_recomputed", to_json(p.memory_recomputed)}});
+  fmt::print("{}\n", json_line(list));
+}
 
 void print_advice(const StageConfig& stage, const StagePlan& plan, double budget_gb) {
   const double budget = budget_gb * 1e9;
@@ -27,24 +50,19 @@ void print_advice(const StageConfig& stage, const StagePlan& plan, double budget
     return;
   }
   fmt::print("  does NOT fit in {:.1f} GB. What helps:\n", budget_gb);
-  if (!stage.gradient_checkpointing)
-    fmt::print(
-        "    gradient_checkpointing: true      {} ({})\n", bytes(plan.memory_recomputed.total()),
-        fits(plan.memory_recomputed) ? "fits; same numbers, about a third more time" : "not enough alone");
-  if (plan.largest_micro_batch > plan.longest)
-    fmt::print("    max_tokens_per_micro_batch below {} (the longest sample has {} tokens); same numbers\n",
-               plan.largest_micro_batch, plan.longest);
-  if (plan.memory.states + plan.memory.masters + plan.memory.gradients > static_cast<int64_t>(budget / 2) &&
-      !stage.uses_lora())
-    fmt::print("    lora: {{}}                          weights alone stay: {}\n",
-               bytes(plan.memory.weights));
-  if (stage.dtype == "float32")
-    fmt::print("    dtype: bfloat16                   halves weights, activations and gradients\n");
+  if (plan.num_recomputed < plan.num_blocks)
+    fmt::print("    memory.budget_gb: {}   {}\n", budget_gb,
+               fits(plan.memory_recomputed)
+                   ? "recomputes as many blocks as it takes; same numbers, up to a third more time"
+                   : fmt::format("not enough alone: {} with all blocks recomputing",
+                                 bytes(plan.memory_recomputed.total())));
+  for (const std::string& way : ways_to_take_less(stage, plan)) fmt::print("    {}\n", way);
 }
 
 void plan(const PlanCommand& command) {
   const Recipe recipe = read_recipe(command.recipe, command.overrides);
   const std::vector<StagePlan> plans = plan_recipe(recipe);
+  if (command.json) return print_json(plans);
   for (size_t i = 0; i < plans.size(); ++i) {
     const StagePlan& p = plans[i];
     const StageConfig& stage = recipe.stages[i];
@@ -65,6 +83,8 @@ void plan(const PlanCommand& command) {
     fmt::print(
         "  time     {:.0f} GFLOP of products a step: {:.2f} s at this CPU's full speed, so about {} in all\n",
         p.flops_per_step / 1e9, seconds, human_duration(1.6 * seconds * static_cast<double>(p.num_steps)));
+    if (p.num_recomputed > 0)
+      fmt::print("  blocks   {} of {} recompute in the backward pass\n", p.num_recomputed, p.num_blocks);
     const MemoryPlan& m = p.memory;
     fmt::print("  memory   {} at the most, at {}\n", bytes(m.total()), m.moment);
     for (const auto& [name, value] : {std::pair{"program and pictures", m.program},
@@ -87,6 +107,7 @@ void setup_plan(CLI::App& command) {
   command.add_option("overrides", options->overrides, "settings that replace the recipe's");
   command.add_option("--budget-gb", options->budget_gb, "say whether it fits, and what to change if not")
       ->check(CLI::PositiveNumber);
+  command.add_flag("--json", options->json, "numbers in bytes, for programs");
   command.callback([options] { plan(*options); });
 }
 

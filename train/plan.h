@@ -2,9 +2,11 @@
 // where it does not fit. Counts from configurations and texts alone; no weight and no picture is read.
 #pragma once
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
+#include "train/distributed/world.h"
 #include "train/recipe.h"
 
 namespace caldera {
@@ -31,13 +33,26 @@ struct StagePlan {
   int64_t shortest = 0, median_length = 0, percentile_95 = 0, longest = 0;  // tokens of a sample
   int64_t num_cut = 0;  // samples longer than model_max_length
   double micro_batches_per_step = 0;
-  int64_t largest_micro_batch = 0;       // tokens
-  double fill = 0;                       // tokens of micro-batches over max_tokens_per_micro_batch
-  double flops_per_step = 0;             // of the matrix products, forward and backward
-  MemoryPlan memory, memory_recomputed;  // as the recipe says; with gradient_checkpointing on
+  int64_t largest_micro_batch = 0;  // tokens
+  double fill = 0;                  // tokens of micro-batches over max_tokens_per_micro_batch
+  double flops_per_step = 0;        // of the matrix products, forward and backward
+  int64_t num_blocks = 0, num_recomputed = 0;
+  MemoryPlan memory, memory_recomputed;  // as the recipe says; with all blocks recomputing
 };
 
-// Throws what the data's and the models' readers throw. Looks at `max_samples` samples of a stage at most.
+// Throws what the data's and the models' readers throw. Looks at `max_samples` samples of a stage at most. Of
+// one of `num_ranks` ranks.
+StagePlan plan_stage(const Recipe& recipe, const StageConfig& stage, int64_t max_samples = 20000,
+                     int num_ranks = 1);
 std::vector<StagePlan> plan_recipe(const Recipe& recipe, int64_t max_samples = 20000);
+
+// Settings that would lower a stage's memory, each with what it brings.
+std::vector<std::string> ways_to_take_less(const StageConfig& stage, const StagePlan& plan);
+
+inline constexpr int64_t kAllBlocks = std::numeric_limits<int64_t>::max();
+// How many blocks of the decoder recompute: all with gradient_checkpointing, else as many as memory.budget_gb
+// asks for; says so in the log. All ranks call it, and get the same. Throws ConfigError, naming what helps,
+// where all of them are too few.
+int64_t blocks_to_recompute(const Recipe& recipe, size_t stage_index, World& world);
 
 }  // namespace caldera

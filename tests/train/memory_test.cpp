@@ -1,0 +1,139 @@
+// What a stage may do to take less memory: budgets that recompute blocks, 8-bit states, no masters.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <numeric>
+
+#include "base/error.h"
+#include "base/log.h"
+#include "tests/train/tiny_run.h"
+#include "train/plan_memory.h"
+
+namespace caldera {
+namespace {
+
+using testing::HasSubstr;
+using testing::ThrowsMessage;
+
+class MemoryTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    write_tiny_run(folder_.path());
+    previous_ = set_log_sink([this](LogLevel, const std::string& line) { log_ += line + "\n"; });
+  }
+  void TearDown() override { set_log_sink(previous_); }
+
+  Recipe recipe(const std::string& output) const {
+    Recipe recipe = tiny_recipe(folder_.path(), output);
+    recipe.stages[0].optimizer.learning_rate = 1e-2;
+    recipe.stages[0].max_steps = 6;
+    return recipe;
+  }
+  std::vector<double> train(
+      const Recipe& recipe, const std::function<bool()>& stop = [] { return false; }) {
+    Recorder recorder;
+    run_recipe(recipe, {.resume = "auto"}, recorder, stop);
+    return recorder.losses;
+  }
+  std::string final_weights(const Recipe& recipe) const {
+    return read_file(fs::path(recipe.output) / "finetune" / "final" / "model.safetensors");
+  }
+  // The total with so many blocks recomputing, apart from the program.
+  int64_t bytes_with(const Recipe& recipe, int64_t num_recomputed, int num_ranks = 1) const {
+    const StageConfig& stage = recipe.stages[0];
+    return plan_memory(plan_model(recipe, stage), recipe, stage, plan_stage(recipe, stage), 0, num_recomputed,
+                       num_ranks)
+        .total();
+  }
+
+  TemporaryFolder folder_;
+  std::string log_;
+  LogSink previous_;
+};
+
+TEST_F(MemoryTest, ABudgetRecomputesAsManyBlocksAsItTakesAndChangesNoBit) {
+  const Recipe plain = recipe("plain");
+  const std::vector<double> losses = train(plain);
+  ASSERT_GT(bytes_with(plain, 0), bytes_with(plain, 1));
+  // Half a block less than all blocks keep.
+  Recipe budget = recipe("budget");
+  const int64_t total = plan_stage(budget, budget.stages[0]).memory.total();
+  budget.stages[0].memory.budget_gb =
+      static_cast<double>(total - (bytes_with(plain, 0) - bytes_with(plain, 1)) / 2) / 1e9;
+  EXPECT_EQ(losses, train(budget));
+  EXPECT_THAT(log_, HasSubstr("stage finetune: 1 of 2 blocks recompute"));
+  EXPECT_EQ(final_weights(plain), final_weights(budget));
+
+  Recipe roomy = recipe("roomy");
+  roomy.stages[0].memory.budget_gb = 1000;
+  EXPECT_EQ(losses, train(roomy));
+  EXPECT_THAT(log_, HasSubstr("0 of 2 blocks recompute"));
+}
+
+TEST_F(MemoryTest, ABudgetThatNothingKeepsSaysWhatHelps) {
+  Recipe tight = recipe("tight");
+  tight.stages[0].memory.budget_gb = 1e-3;
+  const auto run = [&] { train(tight); };
+  EXPECT_THAT(
+      run, ThrowsMessage<ConfigError>(HasSubstr("stage finetune: memory.budget_gb is 0.001, but with all 2 "
+                                                "blocks recomputing it still takes")));
+  EXPECT_THAT(run, ThrowsMessage<ConfigError>(HasSubstr("dtype: bfloat16")));
+  EXPECT_THAT(run, ThrowsMessage<ConfigError>(HasSubstr("optimizer.optim: adamw_8bit")));
+  tight.stages[0].dtype = "bfloat16";
+  EXPECT_THAT(run, ThrowsMessage<ConfigError>(HasSubstr("optimizer.master_weights: none")));
+}
+
+TEST_F(MemoryTest, PlansCountWhatEachSettingSaves) {
+  Recipe changed = recipe("a");
+  StageConfig& stage = changed.stages[0];
+  stage.dtype = "bfloat16";
+  const MemoryPlan before = plan_stage(changed, stage).memory;
+  stage.optimizer.optim = "adamw_8bit";
+  stage.optimizer.master_weights = "none";
+  const MemoryPlan after = plan_stage(changed, stage).memory;
+  EXPECT_LT(after.states, before.states);
+  EXPECT_GT(before.masters, 0);
+  EXPECT_EQ(after.masters, 0);
+  const int64_t alone = bytes_with(changed, 0);
+  changed.distributed.strategy = "zero3";
+  EXPECT_LT(bytes_with(changed, 2, 4), alone);
+}
+
+// Every form of state and master: the run goes on bit for bit from its checkpoint, and learns as with
+// float32.
+TEST_F(MemoryTest, CompactStatesResumeBitForBitAndLearnAlike) {
+  struct Case {
+    const char *name, *dtype, *optim, *masters;
+  };
+  for (const Case& c : {Case{"a", "float32", "adamw_8bit", "float32"},
+                        {"b", "bfloat16", "adamw_8bit", "float32"},
+                        {"c", "bfloat16", "adamw_torch", "none"},
+                        {"d", "bfloat16", "adamw_8bit", "none"}}) {
+    Recipe reference = recipe(std::string("reference_") + c.name);
+    StageConfig& stage = reference.stages[0];
+    stage.max_steps = 30;
+    stage.dtype = c.dtype;
+    const std::vector<double> expected = train(reference);
+    stage.optimizer.optim = c.optim;
+    stage.optimizer.master_weights = c.masters;
+    Recipe straight = reference, stopped = reference;
+    straight.output = recipe(std::string("straight_") + c.name).output;
+    stopped.output = recipe(std::string("stopped_") + c.name).output;
+    const std::vector<double> losses = train(straight);
+    EXPECT_NE(losses, expected) << c.name;
+    const auto mean = [](const std::vector<double>& list) {
+      return std::accumulate(list.begin(), list.end(), 0.0) / static_cast<double>(list.size());
+    };
+    EXPECT_NEAR(mean(losses), mean(expected), 0.03 * mean(expected)) << c.name;
+
+    int steps = 0;
+    std::vector<double> both = train(stopped, [&] { return ++steps == 7; });
+    const std::vector<double> rest = train(stopped);
+    both.insert(both.end(), rest.begin(), rest.end());
+    EXPECT_EQ(both, losses) << c.name;
+    EXPECT_EQ(final_weights(stopped), final_weights(straight)) << c.name;
+  }
+}
+
+}  // namespace
+}  // namespace caldera

@@ -1,0 +1,30 @@
+// The memory that a stage takes, from its model's shapes: what plans say, and what a budget decides by.
+#pragma once
+#include <cstdint>
+
+#include "model/llava.h"
+#include "train/plan.h"
+
+namespace caldera {
+
+// A stage's model with storage that nobody touches, and what its memory depends on. Legend: D width, F MLP
+// width, H query heads, G key/value heads, K head width, V vocabulary, L blocks.
+struct PlannedModel {
+  LlavaModel model;
+  int64_t D = 0, F = 0, H = 0, G = 0, K = 0, V = 0, L = 0;
+  int64_t num_parameters = 0, num_trainable = 0;
+  int64_t block_parameters = 0, block_trainable = 0;  // of one block
+  int64_t state_bytes = 0;                            // of both moments
+  int64_t file_bytes = 0;                             // of the decoder's weights
+  int64_t tower_width = 0, tower_kept = 0;  // elements that a trained tower keeps for backward, a patch
+  bool head_trains = false, language_trains = false, tower_trains = false, projector_trains = false,
+       embedding_trains = false, is_tied = false, lora = false;
+};
+PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage);
+
+// At the worst moment, where the first `num_recomputed` blocks recompute. `program`: bytes that this process
+// takes in any case. `num_ranks`: ranks that share what the strategy shares.
+MemoryPlan plan_memory(const PlannedModel& model, const Recipe& recipe, const StageConfig& stage,
+                       const StagePlan& numbers, int64_t program, int64_t num_recomputed, int num_ranks);
+
+}  // namespace caldera
