@@ -1,6 +1,6 @@
-// caldera bench train|generate|load: work in portions, one for each line on stdin, so that another program
-// can time several contenders in turn (scripts/bench). Says READY when it is set up; answers each line with
-// one of JSON: {"s": seconds, "hwm": peak resident MiB since READY, ...}. Ends with the input.
+// caldera bench train|generate|load|tokenize|save|open: work in portions, one for each line on stdin, so that
+// another program can time several contenders in turn (scripts/bench). Says READY when it is set up; answers
+// each line with one of JSON: {"s": seconds, "hwm": peak resident MiB since READY, ...}. Ends with the input.
 #include <chrono>
 #include <cstdio>
 #include <fstream>
@@ -16,6 +16,7 @@
 #include "eval/answer.h"
 #include "eval/batches.h"
 #include "model/vision/towers.h"
+#include "train/checkpoint.h"
 #include "train/run.h"
 
 namespace caldera {
@@ -84,7 +85,7 @@ class StepByStep : public TrainingObserver {
 };
 
 struct BenchCommand {
-  std::string recipe, data, image_folder = ".", image, prompt, aspect = "square";
+  std::string recipe, data, image_folder = ".", image, prompt, aspect = "square", out;
   std::vector<std::string> overrides;
   RunOptions run;
   SessionOptions session;
@@ -117,6 +118,7 @@ void generate_tokens(const BenchCommand& command) {
 
 // One pass over the data: decoded, resized and normalised pictures in batches of 16.
 void load(const BenchCommand& command) {
+  tune_allocator();
   const auto records = std::make_shared<const std::vector<Record>>(read_records(command.data));
   TextSession session = open_text(command.session.model, command.session.conversation_template);
   session.format.image_aspect_ratio = command.aspect;
@@ -145,6 +147,39 @@ void tokenise(const BenchCommand& command) {
       num_tokens +=
           tokenize(record, *session.format.conversation, *session.format.tokenizer).input_ids.size();
     return {{"samples", records.size()}, {"tokens", num_tokens}};
+  });
+}
+
+// A training state, the model's weights and two moments of each, written as training writes it: the seconds
+// that training waits, and those until the checkpoint stands.
+void save_state(const BenchCommand& command) {
+  tune_allocator();
+  const LoadedModel loaded = load_llava(command.session.model);
+  CheckpointShare share;
+  for (const NamedTensor& named : loaded.model->tensors()) {
+    const at::Tensor value = named.value().contiguous();
+    share.masters.emplace_back(named.name, value);
+    for (const char* moment : {"exp_avg.", "exp_avg_sq."})
+      share.moments.emplace_back(moment + named.name, at::rand_like(value));
+  }
+  share.state.caldera = Json::object();
+  serve([&]() -> Json {
+    const Clock::time_point start = Clock::now();
+    CheckpointWriter writer(command.out, {.save_total_limit = 1}, /*in_background=*/true, World::alone());
+    ++share.state.step;
+    writer.save(share);
+    const double waited = seconds_since(start);
+    writer.finish();
+    return {{"s", waited}, {"written_s", seconds_since(start)}};
+  });
+}
+
+// The model read from its files and made ready.
+void read_model(const BenchCommand& command) {
+  tune_allocator();
+  serve([&]() -> Json {
+    open_model(command.session);
+    return Json::object();
   });
 }
 
@@ -187,6 +222,12 @@ void setup_bench(CLI::App& command) {
     each->add_option("--model", options->session.model, "a model or tokenizer folder")->required();
     each->add_option("--template", options->session.conversation_template, "conversation template");
   }
+  CLI::App& saving = add(command, "save", "a training state written a line", options, save_state);
+  saving.add_option("--model", options->session.model, "a model folder")->required();
+  saving.add_option("--out", options->out, "a folder for its checkpoints")->required();
+
+  add_session_options(add(command, "open", "a model read a line", options, read_model), options->session);
+
   loading.add_option("--images", options->image_folder, "the folder of its pictures");
   loading.add_option("--workers", options->workers, "threads")->capture_default_str();
   loading.add_option("--image-aspect-ratio", options->aspect, "square or pad")->capture_default_str();

@@ -1,5 +1,5 @@
 """What the benchmarks run on: a small LLaVA with random weights (as transformers saves it), pictures, and conversations of given lengths."""
-import json, pathlib, random, shutil, subprocess
+import json, pathlib, random, re, shutil, subprocess
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CALDERA = pathlib.Path(__import__("os").environ.get("CALDERA", ROOT / "build/caldera"))
@@ -51,6 +51,47 @@ def make_model(work):
     tower.load_state_dict(weights, strict=False)
     tower.save_pretrained(work / "tower")
     model.save_pretrained(work / "model")
+
+
+def english():
+    """Sentences of Python's own documentation: text that every machine with Python has."""
+    import pydoc_data.topics
+    text = " ".join(" ".join(pydoc_data.topics.topics.values()).split())
+    return [sentence for sentence in re.split(r"(?<=[.:]) ", text) if 20 < len(sentence) < 300]
+
+
+def make_text_tokenizer(work):
+    """A SentencePiece model of LLaMA's kind (BPE, byte fallback, identity normaliser), of 8000 pieces, which the sentences' words fill."""
+    import sentencepiece
+    folder = work / "tokenizer"
+    if not folder.exists():
+        folder.mkdir()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(english()), model_prefix=str(folder / "tokenizer"), vocab_size=8000, model_type="bpe", byte_fallback=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, allow_whitespace_only_pieces=True,
+            character_coverage=0.9999, hard_vocab_limit=False, minloglevel=2)
+        special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": True, **special}))
+    return folder
+
+
+def make_conversations(work, count):
+    """Conversations of one to six rounds in those sentences, one after another: 200 of them say nothing twice."""
+    rng, sentences, at = random.Random(0), english(), 0
+
+    def take(number):
+        nonlocal at
+        at += number
+        return " ".join(sentences[(at + i) % len(sentences)] for i in range(number))
+
+    records = []
+    for i in range(count):
+        turns = []
+        for _ in range(rng.randint(1, 6)):
+            turns += [{"from": "human", "value": take(1)}, {"from": "gpt", "value": take(rng.randint(1, 4))}]
+        records.append({"id": str(i), "conversations": turns})
+    (work / "texts.json").write_text(json.dumps(records))
+    return work / "texts.json"
 
 
 def preview(work, records, template):

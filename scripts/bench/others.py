@@ -1,15 +1,23 @@
 #!/usr/bin/env python3
-"""Everything but the training step: generation, picture loading, tokenising, start-up, checkpoints.
+"""Everything but the training step: generation, tokenising, picture loading, checkpoints, start-up.
 
-  others.py [--short] [--threads N] [--prefix "nice -n -15 taskset -c 1"] [--only generate|load|tokenize|startup|checkpoint]"""
-import argparse, json, os, pathlib, shlex, shutil, statistics, subprocess, sys, tempfile, time
+  others.py [--short] [--rounds N] [--threads N] [--prefix "nice -n -15 taskset -c 1"] [--only NAME]"""
+import argparse, importlib.util, json, os, pathlib, shlex, statistics, subprocess, sys, tempfile, time
 
 import fixtures, pair
 
 HERE = pathlib.Path(__file__).parent
 
 
-def generate(work, args):
+def python(script, *arguments):
+    return [sys.executable, HERE / script, *arguments]
+
+
+def bench(what, *arguments):
+    return [fixtures.CALDERA, "bench", what, *arguments]
+
+
+def generate(work, args, say):
     """64 greedy tokens after a prompt with a picture; prefill counts."""
     fixtures.make_batch(work, "llava", "v1")
     prompt = "red circle left blue star"
@@ -19,18 +27,32 @@ def generate(work, args):
     (work / "prompt.json").write_text(json.dumps(row["ids"][:first]))
     prefix, env = shlex.split(args.prefix), {"OMP_NUM_THREADS": str(args.threads)}
     for dtype in ("float32", "bfloat16"):
-        contenders = [pair.Contender("transformers", [sys.executable, HERE / "generate_hf.py", work, dtype, 64, args.threads],
+        contenders = [pair.Contender(f"transformers {dtype}", python("generate_hf.py", work, dtype, 64, args.threads),
                                      {**env, **pair.TUNED_MALLOC}, prefix)]
         for name in [dtype] + (["int8"] if dtype == "bfloat16" else []):
-            contenders.append(pair.Contender(f"Caldera {name}", [fixtures.CALDERA, "bench", "generate", "--model", work / "model", "--template", "v1",
-                                             "--dtype", name, "--device", "cpu", "--image", work / "images/llava0.png", "--prompt", prompt,
-                                             "--num-tokens", "64"], env, prefix))
+            contenders.append(pair.Contender(f"Caldera {name}", bench(
+                "generate", "--model", work / "model", "--template", "v1", "--dtype", name, "--device", "cpu", "--image",
+                work / "images/llava0.png", "--prompt", prompt, "--num-tokens", 64), env, prefix))
         rows = pair.race(contenders, args.rounds, 1)
-        print(pair.table(f"greedy generation, {dtype}, 64 tokens", rows, 64, "tokens/s"))
+        lines = [pair.table(f"greedy generation, {dtype}, 64 tokens", rows, 64, "tokens/s")]
         for other in rows[1:]:
             same = sum(a == b for a, b in zip(rows[0]["last"]["ids"], other["last"]["ids"]))
-            print(f"{other['name']}: {same} of 64 tokens as transformers'  ")
-        print(flush=True)
+            lines.append(f"{other['name']}: {same} of 64 tokens as transformers'  ")
+        say("\n".join(lines) + "\n")
+
+
+def tokenize(work, args, say):
+    """Conversations of several rounds to ids and labels, one thread."""
+    count = 200
+    tokenizer, texts = fixtures.make_text_tokenizer(work), fixtures.make_conversations(work, count)
+    prefix, env = shlex.split(args.prefix), {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    contenders = [pair.Contender(f"transformers {kind}", python("tokenize_hf.py", texts, tokenizer, kind), env, prefix) for kind in ("slow", "fast")]
+    contenders.append(pair.Contender("Caldera", bench("tokenize", "--data", texts, "--model", tokenizer, "--template", "v1"), env, prefix))
+    rows = pair.race(contenders, args.rounds, 1)
+    measured = [row for row in rows if not row["failure"]]
+    say(pair.table(f"tokenising {count} conversations with labels, one thread", rows, count, "samples/s") + "\n"
+        + "First pass, nothing remembered: " + ", ".join(f"{row['name']} {row['first'][0]['s']:.4f} s" for row in measured) + ".  \n"
+        + "Tokens: " + ", ".join(f"{row['name']} {row['last']['tokens']}" for row in measured) + ".\n")
 
 
 def make_jpegs(folder, count):
@@ -44,35 +66,40 @@ def make_jpegs(folder, count):
         Image.fromarray(noisy.astype(numpy.uint8)).save(folder / f"{i:04}.jpg", quality=90)
 
 
-def load(work, args):
+def load(work, args, say):
     """640x480 JPEG to 3x336x336, padded to a square."""
     count = 96 if args.short else 256
     make_jpegs(work / "jpegs", count)
     records = [{"id": str(i), "image": f"{i:04}.jpg", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]}
                for i in range(count)]
     (work / "jpegs.json").write_text(json.dumps(records))
-    kinds = ["slow"] + (["fast"] if __import__("importlib.util").util.find_spec("torchvision") else [])
-    contenders = [pair.Contender(f"transformers {kind} processor, {args.threads} workers",
-                                 [sys.executable, HERE / "load_hf.py", work / "jpegs", kind, args.threads if args.threads > 1 else 0]) for kind in kinds]
-    contenders.append(pair.Contender(f"Caldera, {args.threads} threads", [
-        fixtures.CALDERA, "bench", "load", "--data", work / "jpegs.json", "--images", work / "jpegs", "--model", fixtures.ROOT / "checkpoints/scenes/language_model",
-        "--template", "plain", "--workers", str(args.threads), "--image-aspect-ratio", "pad"], {"OMP_NUM_THREADS": "1"}, shlex.split(args.prefix)))
-    print(pair.table(f"loading {count} pictures", pair.race(contenders, max(3, args.rounds // 2), 1), count, "pictures/s"), flush=True)
+    prefix, env, workers = shlex.split(args.prefix), {"OMP_NUM_THREADS": "1"}, args.threads if args.threads > 1 else 0
+    contenders = [pair.Contender("transformers slow", python("load_hf.py", work / "jpegs", "slow", workers), env, prefix)]
+    if importlib.util.find_spec("torchvision"):
+        contenders.append(pair.Contender("transformers fast", python("load_hf.py", work / "jpegs", "fast", workers), env, prefix))
+    contenders.append(pair.Contender("Caldera", bench(
+        "load", "--data", work / "jpegs.json", "--images", work / "jpegs", "--model", fixtures.ROOT / "checkpoints/scenes/language_model",
+        "--template", "plain", "--workers", args.threads, "--image-aspect-ratio", "pad"), env, prefix))
+    rows = pair.race(contenders, max(3, args.rounds // 2), 1)
+    say(pair.table(f"loading {count} pictures, {args.threads} worker{'s' if args.threads > 1 else ''}", rows, count, "pictures/s") + "\n"
+        + ("" if importlib.util.find_spec("torchvision") else "transformers' fast processor: not measured, torchvision is not installed.\n"))
 
 
-def tokenize(work, args):
-    """Conversations of several rounds to ids and labels, one thread: the original preprocessing tokenises each text three times."""
-    import random
-    rng = random.Random(0)
-    words = "red green blue circle square star top left bottom right and a the is there yes no two three".split()
-    text = lambda n: " ".join(rng.choice(words) for _ in range(n))
-    records = [{"id": str(i), "conversations": [turn for _ in range(rng.randint(1, 6)) for turn in (
-        {"from": "human", "value": text(12)}, {"from": "gpt", "value": text(rng.randint(5, 90))})]} for i in range(200)]
-    (work / "texts.json").write_text(json.dumps(records))
-    contenders = [pair.Contender("transformers, LLaVA's preprocess_v1", [sys.executable, HERE / "tokenize_hf.py", work / "texts.json"], {"OMP_NUM_THREADS": "1"}),
-                  pair.Contender("Caldera", [fixtures.CALDERA, "bench", "tokenize", "--data", work / "texts.json", "--model",
-                                             fixtures.ROOT / "checkpoints/scenes/language_model", "--template", "v1"], {"OMP_NUM_THREADS": "1"})]
-    print(pair.table("tokenising 200 conversations with labels", pair.race(contenders, args.rounds, 1), 200, "samples/s"), flush=True)
+def checkpoint(work, args, say):
+    """A training state (float32 weights and AdamW's two moments) written; a model's weights read."""
+    prefix, env = shlex.split(args.prefix), {"OMP_NUM_THREADS": "1"}
+    size = 3 * (work / "model/model.safetensors").stat().st_size / 1e9
+    saving = [pair.Contender(name, python("checkpoint_torch.py", work, "save", how), env, prefix)
+              for name, how in (("torch.save", "torch"), ("safetensors", "safetensors"))]
+    saving.append(pair.Contender("Caldera", bench("save", "--model", work / "model", "--out", work / "saved"), env, prefix))
+    rows = pair.race(saving, max(3, args.rounds // 2), 1)
+    whole = statistics.median([step["written_s"] for step in saving[-1].steps])
+    say(pair.table(f"saving a training state of {size:.2f} GB: what training waits for", rows) + "\n"
+        + f"Caldera goes on meanwhile; the checkpoint, flushed to disk and with checksums, stands after {whole:.2f} s. The others do not flush.\n")
+    opening = [pair.Contender(name, python("checkpoint_torch.py", work, "open", how), env, prefix)
+               for name, how in (("torch.load", "torch"), ("safetensors", "safetensors"), ("transformers from_pretrained", "transformers"))]
+    opening.append(pair.Contender("Caldera", bench("open", "--model", work / "model", "--dtype", "float32", "--device", "cpu"), env, prefix))
+    say(pair.table(f"reading a model of {size / 3:.2f} GB into memory", pair.race(opening, max(3, args.rounds // 2), 1)) + "\n")
 
 
 STARTUP = """
@@ -85,17 +112,19 @@ print("READY", flush=True)
 """
 
 
-def startup(work, args):
+def startup(work, args, say):
     """From starting the process to the model ready, and to the first training step done."""
-    fixtures.make_batch(work, "llava", "v1")
-    tokens = fixtures.MIXES["llava"]
+    batch = fixtures.make_batch(work, "llava", "v1")
+    tokens = [{**row, "image": record["image"]} for row, record in zip(batch["rows"], batch["records"])]
+    (work / "llava_v1.tokens.json").write_text(json.dumps(tokens))
     recipe = fixtures.recipe(work, "llava", "v1", 2, "float32", work / "run_start", max_steps=1)
-    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     (work / "startup.py").write_text(STARTUP)
+    env, prefix = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}, shlex.split(args.prefix)
 
     def until(command, steps):
         start = time.perf_counter()
-        process = subprocess.Popen([str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+        process = subprocess.Popen([*prefix, *(str(c) for c in command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   text=True, env=env)
         assert process.stdout.readline() == "READY\n"
         if steps:
             process.stdin.write("step\n")
@@ -106,21 +135,26 @@ def startup(work, args):
         process.wait()
         return seconds
 
-    batch = fixtures.make_batch(work, "llava", "v1")
-    rows = [{**row, "image": record["image"]} for row, record in zip(batch["rows"], batch["records"])]
-    (work / "llava_v1.tokens.json").write_text(json.dumps(rows))
     ready = {"transformers": [sys.executable, work / "startup.py", work, args.threads],
-             "Caldera": [fixtures.CALDERA, "bench", "generate", "--model", work / "model", "--template", "v1", "--dtype", "float32", "--prompt", "x"]}
-    step = {"transformers": [sys.executable, HERE / "step_hf.py", work, "llava", "v1", "--stage", 2, "--dtype", "float32", "--threads", args.threads],
-            "Caldera": [fixtures.CALDERA, "bench", "train", recipe, "--resume", "never"]}
-    print("**process start**\n\n| | s to the model | s to the first step done |\n|---|---|---|")
-    times = {}
+             "Caldera": bench("generate", "--model", work / "model", "--template", "v1", "--dtype", "float32", "--prompt", "x")}
+    step = {"transformers": python("step_hf.py", work, "llava", "v1", "--stage", 2, "--dtype", "float32", "--threads", args.threads),
+            "Caldera": bench("train", recipe, "--resume", "never")}
     for name in ready:
         until(ready[name], False)  # the files into memory
-        times[name] = ([until(ready[name], False) for _ in range(5)], [until(step[name], True) for _ in range(3)])
-        print(f"| {name} | {statistics.median(times[name][0]):.2f} | {statistics.median(times[name][1]):.2f} |")
-    share = [statistics.median(times["Caldera"][i]) / statistics.median(times["transformers"][i]) for i in (0, 1)]
-    print(f"\nCaldera's share: {share[0]:.2f} and {share[1]:.2f}.\n", flush=True)
+    rounds = range(3 if args.short or args.rounds < 5 else 5)
+    times = {name: ([], []) for name in ready}
+    for _ in rounds:
+        for name in ready:
+            times[name][0].append(until(ready[name], False))
+            times[name][1].append(until(step[name], True))
+    median = {name: [statistics.median(part) for part in parts] for name, parts in times.items()}
+    lines = ["**process start**", "", "| | s to the model | s to the first step done |", "|---|---|---|"]
+    lines += [f"| {name} | {ready_s:.2f} | {step_s:.2f} |" for name, (ready_s, step_s) in median.items()]
+    share = [median["Caldera"][i] / median["transformers"][i] for i in (0, 1)]
+    say("\n".join(lines) + f"\n\nCaldera's share: {share[0]:.2f} and {share[1]:.2f}.\n")
+
+
+PARTS = (generate, tokenize, load, checkpoint, startup)
 
 
 def main():
@@ -136,9 +170,9 @@ def main():
         work = args.work or pathlib.Path(temporary)
         work.mkdir(exist_ok=True)
         fixtures.make_model(work)
-        for part in (generate, load, tokenize, startup):
+        for part in PARTS:
             if args.only in part.__name__:
-                part(work, args)
+                part(work, args, print)
 
 
 if __name__ == "__main__":

@@ -1,85 +1,130 @@
 """Several programs timed in turn, step by step, so that whatever else the machine does hits all of them alike.
 
-A contender prints READY, then answers each line on stdin with one step of its work and a line of JSON, {"s": seconds, ...}. The first one is
-the baseline; a speed-up is the median over rounds of baseline / contender, with quartiles."""
-import json, os, shlex, statistics, subprocess, tempfile
+A contender prints READY, then answers each line on stdin with one step of its work and a line of JSON, {"s": seconds, ...}. A speed-up is
+the median over rounds of (other / contender), with quartiles."""
+import json, os, select, shlex, statistics, subprocess, tempfile
 
 # Freed memory stays with the process, as Caldera does for itself: the fair setting for the others.
 TUNED_MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456"}
+PATIENCE_S = 420  # for one line of a contender: torch.compile takes minutes
+
+
+class Failed(Exception):
+    pass
 
 
 def cpu_times():
-    """Seconds that all cores were busy, and those of this process's children, alive or not."""
+    """Seconds that all cores were busy."""
     fields = [int(x) for x in open("/proc/stat").readline().split()[1:9]]
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def process_seconds(pid):
+    """Seconds of a process and of its children, alive or not."""
     try:
         fields = open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()
+        children = open(f"/proc/{pid}/task/{pid}/children").read().split()
     except OSError:
         return 0.0
-    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    children = open(f"/proc/{pid}/task/{pid}/children").read().split()
+    own = sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
     return own + sum(process_seconds(int(child)) for child in children)
 
 
 class Contender:
+    """A program of its own. `failure` says why it is out of the race."""
+
     def __init__(self, name, command, env=None, prefix=()):
-        self.name, self.steps, self.errors = name, [], tempfile.TemporaryFile("w+")
-        command = list(prefix) + (shlex.split(command) if isinstance(command, str) else [str(part) for part in command])
+        self.name, self.steps, self.first, self.failure = name, [], [], ""
+        self.errors = tempfile.TemporaryFile("w+")
+        command = [*prefix, *(str(part) for part in command)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
                                         bufsize=1, env={**os.environ, **(env or {})})
+
+    def line(self):
+        if not select.select([self.process.stdout], [], [], PATIENCE_S)[0]:
+            raise Failed(f"no answer within {PATIENCE_S} s")
         line = self.process.stdout.readline()
-        if line != "READY\n":
-            raise SystemExit(f"{name} did not get ready:\n{self.complaints()}")
+        if not line:
+            self.errors.seek(0)
+            complaints = self.errors.read().strip().splitlines()
+            raise Failed(complaints[-1][:300] if complaints else f"ended with exit code {self.process.wait()}")
+        return line
+
+    def get_ready(self):
+        if (line := self.line()) != "READY\n":
+            raise Failed(f"said {line!r} for READY")
 
     def step(self):
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended:\n{self.complaints()}")
-        return json.loads(line)
-
-    def complaints(self):
-        self.errors.seek(0)
-        return self.errors.read()[-2000:]
+        return json.loads(self.line())
 
     def close(self):
-        self.process.stdin.close()
+        if self.failure:
+            self.process.kill()
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass
         self.process.wait()
 
 
 def race(contenders, rounds, warm_up=2):
-    """Rounds of one step each; every other round in the opposite order. Returns rows of numbers, one a contender."""
-    for contender in contenders:
-        contender.first = [contender.step() for _ in range(warm_up)]
-    busy, own = cpu_times(), sum(process_seconds(c.process.pid) for c in contenders)
-    for r in range(rounds):
-        for contender in contenders if r % 2 == 0 else contenders[::-1]:
-            contender.steps.append(contender.step())
-    busy, own = cpu_times() - busy, sum(process_seconds(c.process.pid) for c in contenders) - own
-    elapsed = sum(step["s"] for c in contenders for step in c.steps)
-    rows = []
-    for contender in contenders:
+    """Rounds of one step each; every other round in the opposite order. Returns rows of numbers, one a contender. Another's program that
+    fails is out of the race, and its row says why; Caldera's may not."""
+    def attempt(contender, work):
+        if contender.failure:
+            return None
+        try:
+            return work()
+        except (Failed, BrokenPipeError) as error:
+            contender.failure = str(error) or "ended"
+            if contender.name.startswith("Caldera"):
+                raise SystemExit(f"{contender.name}: {contender.failure}")
+
+    try:
+        for contender in contenders:
+            attempt(contender, contender.get_ready)
+            contender.first = [attempt(contender, contender.step) for _ in range(warm_up)]
+        busy, own = cpu_times(), sum(process_seconds(c.process.pid) for c in contenders)
+        for r in range(rounds):
+            for contender in contenders if r % 2 == 0 else contenders[::-1]:
+                contender.steps.append(attempt(contender, contender.step))
+        busy, own = cpu_times() - busy, sum(process_seconds(c.process.pid) for c in contenders) - own
+    finally:
+        for contender in contenders:
+            contender.close()
+    elapsed = sum(step["s"] for c in contenders for step in c.steps if step)
+    return [row_of(contender, max(0.0, (busy - own) / max(elapsed, 1e-9))) for contender in contenders]
+
+
+def row_of(contender, other_cores):
+    row = {"name": contender.name, "failure": contender.failure, "other_cores": other_cores}
+    if not contender.failure:
         seconds = [step["s"] for step in contender.steps]
-        ratios = sorted(b["s"] / s for b, s in zip(contenders[0].steps, seconds))
-        n = len(ratios)
-        rows.append({"name": contender.name, "median_s": statistics.median(seconds), "min_s": min(seconds), "ratio": statistics.median(ratios),
-                     "q1": ratios[n // 4], "q3": ratios[(3 * n) // 4], "hwm_mib": contender.steps[-1].get("hwm", 0),
-                     "first": contender.first, "last": contender.steps[-1], "other_cores": max(0.0, (busy - own) / max(elapsed, 1e-9))})
-    for contender in contenders:
-        contender.close()
-    return rows
+        row |= {"seconds": seconds, "median_s": statistics.median(seconds), "hwm_mib": contender.steps[-1].get("hwm", 0),
+                "first": contender.first, "last": contender.steps[-1]}
+    return row
+
+
+def speedup(base, row):
+    ratios = sorted(b / s for b, s in zip(base["seconds"], row["seconds"]))
+    n = len(ratios)
+    return f"{statistics.median(ratios):.2f} [{ratios[n // 4]:.2f}, {ratios[(3 * n) // 4]:.2f}]"
 
 
 def table(title, rows, work=None, unit=""):
-    """Markdown. `work`: units of one step, for rates."""
-    lines = [f"**{title}**", "", "| | median s |" + (f" {unit} |" if work else "") + " times the first, median [quartiles] | peak MiB |",
-             "|---|---|" + ("---|" if work else "") + "---|---|"]
+    """Markdown. `work`: units of one step, for rates. Speed-ups against each of the other programs."""
+    others = [row for row in rows if not row["name"].startswith("Caldera") and not row["failure"]]
+    short = [row["name"].removeprefix("transformers ") for row in others]
+    columns = ["", "median s"] + ([unit] if work else []) + [f"times {name}" for name in short] + ["peak MiB"]
+    lines = [f"**{title}**", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
-        rate = f" {work / row['median_s']:.0f} |" if work else ""
-        lines.append(f"| {row['name']} | {row['median_s']:.4f} |{rate} {row['ratio']:.2f} [{row['q1']:.2f}, {row['q3']:.2f}] | {row['hwm_mib']:.0f} |")
-    lines.append(f"\nCores busy with other programs meanwhile: {max(row['other_cores'] for row in rows):.2f}.\n")
+        if row["failure"]:
+            lines.append(f"| {row['name']} | not measured: {row['failure'].replace('|', '/')} |" + " |" * (len(columns) - 2))
+            continue
+        cells = [row["name"], f"{row['median_s']:.4f}"] + ([f"{work / row['median_s']:.0f}"] if work else [])
+        cells += [speedup(other, row) if other is not row else "1" for other in others] + [f"{row['hwm_mib']:.0f}" if row["hwm_mib"] else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append(f"\nCores busy with other programs meanwhile: {rows[0]['other_cores']:.2f}.  ")
     return "\n".join(lines)

@@ -1,22 +1,31 @@
 #!/usr/bin/env python3
-"""LLaVA's preprocess_v1 on a SentencePiece tokenizer of transformers, as a contender of pair.py:  tokenize_hf.py DATA.json
-The conversation is rendered and tokenised as a whole, then each round and each instruction again for their lengths."""
-import json, pathlib, sys, time
+"""LLaVA's preprocess_v1 on a tokenizer of transformers, as a contender of pair.py:  tokenize_hf.py DATA.json FOLDER slow|fast
+slow: Python over SentencePiece, LLaVA's own choice; fast: the tokenizers library. The conversation is rendered and tokenised as a whole, then
+each round and each instruction again for their lengths."""
+import json, sys, time
 
 from transformers import LlamaTokenizer
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-tokenizer = LlamaTokenizer.from_pretrained(ROOT / "checkpoints/scenes/language_model")
-records = json.load(open(sys.argv[1]))
+data, folder, kind = sys.argv[1:4]
+if kind == "slow":
+    tokenizer = SentencePieceBackend(vocab_file=folder + "/tokenizer.model", bos_token="<s>", eos_token="</s>", unk_token="<unk>", legacy=True)
+else:
+    tokenizer = LlamaTokenizer.from_pretrained(folder)
+records = json.load(open(data))
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers "
           "to the user's questions.")
+
+
+def ids_of(text):
+    return [1] + tokenizer(text, add_special_tokens=False).input_ids
 
 
 def preprocess(record):
     text = SYSTEM + " "
     for turn in record["conversations"]:
         text += f"USER: {turn['value']} " if turn["from"] == "human" else f"ASSISTANT: {turn['value']}</s>"
-    ids = tokenizer(text).input_ids
+    ids = ids_of(text)
     labels = list(ids)
     at = 1
     labels[:at] = [-100] * at
@@ -24,8 +33,8 @@ def preprocess(record):
         if not round_:
             break
         parts = round_.split(" ASSISTANT: ")
-        length = len(tokenizer(round_).input_ids)
-        instruction = len(tokenizer(parts[0] + " ASSISTANT: ").input_ids) - 2
+        length = len(ids_of(round_))
+        instruction = len(ids_of(parts[0] + " ASSISTANT: ")) - 2
         labels[at:at + instruction] = [-100] * instruction
         at += length
     labels[at:] = [-100] * (len(ids) - at)

@@ -10,19 +10,18 @@ HERE = pathlib.Path(__file__).parent
 
 
 def cases(short):
-    """(title, mix, template, stage, dtype, contenders of transformers)"""
+    """(title, mix, template, stage, dtype, settings of transformers)"""
     padded, packed = ("padded", []), ("packed", ["--packed"])
     compiled = ("packed, compiled", ["--packed", "--compile"])
     for dtype in ("float32", "bfloat16"):
         yield "stage 2, LLaVA-like lengths", "llava", "v1", 2, dtype, [padded, packed] + ([] if short else [compiled])
-        yield "stage 1, captions", "captions", "plain", 1, dtype, [padded]
+        yield "stage 1, captions", "captions", "plain", 1, dtype, [padded, packed]
         yield "stage 2, no padding in the batch", "uniform", "v1", 2, dtype, [padded]
         if not short:
-            yield "stage 1, LLaVA-like lengths", "llava", "v1", 1, dtype, [padded]
             yield "stage 2, long conversations", "long", "v1", 2, dtype, [padded, packed]
 
 
-def run(work, case, args):
+def run(work, case, args, say):
     title, mix, template, stage, dtype, settings = case
     batch = fixtures.make_batch(work, mix, template)
     tokens = [{**row, "image": record["image"]} for row, record in zip(batch["rows"], batch["records"])]
@@ -44,15 +43,20 @@ def run(work, case, args):
     contenders.append(pair.Contender("Caldera", [fixtures.CALDERA, "bench", "train", recipe, "--resume", "never"], env, prefix))
     rows = pair.race(contenders, args.rounds)
     # The same samples and mathematics: losses and gradient norms of the first two steps beside each other.
-    for row in rows:
+    measured = [row for row in rows if not row["failure"]]
+    for row in measured:
         row["loss"] = [step["loss"] for step in row["first"]]
         row["grad_norm"] = [step["grad_norm"] for step in row["first"]]
         row["tokens_per_second"] = real / row["median_s"]
-    print(pair.table(f"{title}, {dtype}: {real} tokens, {100 * real / padded:.0f} % of the padded batch", rows, real, "tokens/s"))
-    for row in rows:
-        print(f"{row['name']}: losses {row['loss'][0]:.5f} {row['loss'][1]:.5f}, gradient norms {row['grad_norm'][0]:.4f} {row['grad_norm'][1]:.4f}  ")
-    print(flush=True)
+    lines = [pair.table(f"{title}, {dtype}: {real} tokens, {100 * real / padded:.0f} % of the padded batch", rows, real, "tokens/s")]
+    for row in measured:
+        lines.append(f"{row['name']}: losses {row['loss'][0]:.5f} {row['loss'][1]:.5f}, gradient norms {row['grad_norm'][0]:.4f} {row['grad_norm'][1]:.4f}  ")
+    say("\n".join(lines) + "\n")
     return {"title": title, "mix": mix, "stage": stage, "dtype": dtype, "tokens": real, "padded_tokens": padded, "rows": rows}
+
+
+def name_of(case):
+    return f"{case[1]} {case[3]} {case[4]}"
 
 
 def main():
@@ -70,7 +74,7 @@ def main():
         work = args.work or pathlib.Path(temporary)
         work.mkdir(exist_ok=True)
         fixtures.make_model(work)
-        results = [run(work, case, args) for case in cases(args.short) if args.only in f"{case[1]} {case[3]} {case[4]}"]
+        results = [run(work, case, args, print) for case in cases(args.short) if args.only in name_of(case)]
     if args.json:
         args.json.write_text(json.dumps(results))
 
