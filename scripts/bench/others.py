@@ -98,7 +98,7 @@ def checkpoint(work, args, say):
         + f"Caldera goes on meanwhile; the checkpoint, flushed to disk and with checksums, stands after {whole:.2f} s. The others do not flush.\n")
     opening = [pair.Contender(name, python("checkpoint_torch.py", work, "open", how), env, prefix)
                for name, how in (("torch.load", "torch"), ("safetensors", "safetensors"), ("transformers from_pretrained", "transformers"))]
-    opening.append(pair.Contender("Caldera", bench("open", "--model", work / "model", "--dtype", "float32", "--device", "cpu"), env, prefix))
+    opening.append(pair.Contender("Caldera", bench("open", "--model", work / "model", "--template", "v1", "--dtype", "float32", "--device", "cpu"), env, prefix))
     say(pair.table(f"reading a model of {size / 3:.2f} GB into memory", pair.race(opening, max(3, args.rounds // 2), 1)) + "\n")
 
 
@@ -119,7 +119,7 @@ def startup(work, args, say):
     (work / "llava_v1.tokens.json").write_text(json.dumps(tokens))
     recipe = fixtures.recipe(work, "llava", "v1", 2, "float32", work / "run_start", max_steps=1)
     (work / "startup.py").write_text(STARTUP)
-    env, prefix = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}, shlex.split(args.prefix)
+    env, prefix = {**os.environ, **pair.WAITING, "OMP_NUM_THREADS": str(args.threads)}, shlex.split(args.prefix)
 
     def until(command, steps):
         start = time.perf_counter()

@@ -6,6 +6,8 @@ import json, os, select, shlex, statistics, subprocess, tempfile
 
 # Freed memory stays with the process, as Caldera does for itself: the fair setting for the others.
 TUNED_MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456"}
+# How OpenMP's threads wait: its own default, said aloud, for contenders have the cores to themselves in their turn.
+WAITING = {} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ) else {"GOMP_SPINCOUNT": "300000"}
 PATIENCE_S = 420  # for one line of a contender: torch.compile takes minutes
 
 
@@ -38,7 +40,7 @@ class Contender:
         self.errors = tempfile.TemporaryFile("w+")
         command = [*prefix, *(str(part) for part in command)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
-                                        bufsize=1, env={**os.environ, **(env or {})})
+                                        bufsize=1, env={**os.environ, **WAITING, **(env or {})})
 
     def line(self):
         if not select.select([self.process.stdout], [], [], PATIENCE_S)[0]:

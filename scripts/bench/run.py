@@ -34,7 +34,8 @@ class Page:
 
     def write(self, warning=""):
         page = self.path.read_text()
-        begin, end = page.index(BEGIN) + len(BEGIN), page.index(END)
+        begin = page.index(BEGIN) + len(BEGIN)
+        end = page.index(END, begin)
         self.path.write_text(page[:begin] + "\n".join([*self.parts, warning] if warning else self.parts) + page[end:])
 
 
