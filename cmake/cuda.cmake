@@ -22,7 +22,7 @@ endif()
 if(NOT CMAKE_CUDA_COMPILER)
   set(CMAKE_CUDA_COMPILER ${CUDAToolkit_NVCC_EXECUTABLE})
 endif()
-# The runtime is linked by name, below: the shared one, which LibTorch uses too.
+# The runtime is linked below: the shared one, which LibTorch uses too.
 set(CMAKE_CUDA_RUNTIME_LIBRARY None)
 set(CMAKE_CUDA_COMPILER_LAUNCHER ${CALDERA_CCACHE})
 enable_language(CUDA)
@@ -35,6 +35,11 @@ function(caldera_kernels name)
   set_target_properties(${name}_kernels PROPERTIES COMPILE_OPTIONS "" CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON)
   target_include_directories(${name}_kernels PRIVATE ${CMAKE_SOURCE_DIR})
   target_sources(${name} PRIVATE $<TARGET_OBJECTS:${name}_kernels>)
-  # By its file: the target would add the toolkit's headers in front of all others.
-  target_link_libraries(${name} PUBLIC ${CUDA_cudart_LIBRARY})
+  # The runtime that LibTorch brings, if it is of this toolkit's version: then the program needs no toolkit where it runs.
+  # By its file: the target CUDA::cudart would add the toolkit's headers in front of all others.
+  get_filename_component(site_packages ${LIBTORCH} DIRECTORY)
+  file(GLOB cudart ${site_packages}/nvidia/*/lib/libcudart.so.${CUDAToolkit_VERSION_MAJOR})
+  list(APPEND cudart ${CUDA_cudart_LIBRARY})
+  list(GET cudart 0 cudart)
+  target_link_libraries(${name} PUBLIC ${cudart})
 endfunction()

@@ -8,6 +8,7 @@
 #include "base/rng.h"
 #include "model/ops/adamw_math.h"
 #include "model/ops/autograd.h"
+#include "model/ops/cuda/launch.h"
 #include "model/ops/dynamic_map.h"
 
 namespace caldera {
@@ -16,8 +17,7 @@ namespace {
 using namespace simd;
 
 constexpr int64_t kBlock = kQuantizedBlock;
-constexpr int64_t kGrainBlocks = 64;         // blocks below which a second thread is not worth it
-constexpr int64_t kPlainElements = 4 << 20;  // of ATen's temporaries at once; whole blocks
+constexpr int64_t kGrainBlocks = 64;  // blocks below which a second thread is not worth it
 
 // Two words of 32 bits from the key; a weight's element i hashes i with them (Wellons' lowbias32, the second
 // word between its multiplications).
@@ -108,36 +108,44 @@ CALDERA_SIMD void update_blocks(const Arrays& a, int64_t first_block, int64_t la
   }
 }
 
-// A range of whole blocks of the flattened moment, sharing its storage.
-Moment part_of(const Moment& moment, int64_t begin, int64_t count) {
-  Moment part{moment.values.view(-1).narrow(0, begin, count), {}};
-  if (moment.scale.defined())
-    part.scale = moment.scale.narrow(0, begin / kBlock, (count + kBlock - 1) / kBlock);
-  return part;
-}
-at::Tensor values_of(const Moment& moment, bool is_signed) {
-  return moment.scale.defined() ? dequantize_dynamic({moment.values, moment.scale}, is_signed)
-                                : moment.values;
-}
-void write_back(const Moment& moment, const at::Tensor& values, bool is_signed) {
-  if (!moment.scale.defined()) return;  // it was updated in place
-  const Quantized quantized = quantize_dynamic(values, is_signed);
-  moment.values.copy_(quantized.codes);
-  moment.scale.copy_(quantized.scale);
+// Of a moment's three, those of the form that it has.
+void set_pointers(const Moment& moment, float*& values, uint8_t*& codes, float*& scale) {
+  if (moment.scale.defined()) {
+    codes = moment.values.mutable_data_ptr<uint8_t>();
+    scale = moment.scale.mutable_data_ptr<float>();
+  } else {
+    values = moment.values.mutable_data_ptr<float>();
+  }
 }
 
-void update_plain(const at::Tensor& master, const Moment& exp_avg, const Moment& exp_avg_sq,
-                  const at::Tensor& gradient, const at::Tensor& weight, const AdamWStep& step,
-                  const RoundingNoise& noise) {
-  const at::Tensor m = values_of(exp_avg, true), v = values_of(exp_avg_sq, false);
-  const at::Tensor value = master.defined() ? master : weight.to(at::kFloat);
-  adamw_update(value, m, v, gradient, value, step);
-  write_back(exp_avg, m, true);
-  write_back(exp_avg_sq, v, false);
-  if (!master.defined())
-    weight.copy_(round_stochastically(value, noise));
-  else if (!weight.is_alias_of(master))
-    weight.copy_(master);
+// Both dynamic maps [2, 256] on the GPU, the signed one first. Every tensor asks for them: copied once.
+at::Tensor maps_on(at::Device device) {
+  thread_local at::Tensor last;
+  if (!last.defined() || last.device() != device) {
+    std::array<float, 512> both;
+    std::copy(dynamic_map(false).begin(), dynamic_map(false).end(),
+              std::copy(dynamic_map(true).begin(), dynamic_map(true).end(), both.begin()));
+    last = at::tensor(at::ArrayRef<float>(both)).to(device);
+  }
+  return last;
+}
+
+void update_on_cuda(const at::Tensor& master, const Moment& exp_avg, const Moment& exp_avg_sq,
+                    const at::Tensor& gradient, const at::Tensor& weight, const AdamWFactors& f,
+                    const RoundingNoise& noise) {
+  cuda::CompactState state;
+  set_pointers(exp_avg, state.exp_avg, state.exp_avg_codes, state.exp_avg_scale);
+  set_pointers(exp_avg_sq, state.exp_avg_sq, state.exp_avg_sq_codes, state.exp_avg_sq_scale);
+  if (master.defined()) state.master = cuda::out<float>(master);
+  if (weight.scalar_type() == at::kBFloat16) state.weight = cuda::out<cuda::Bf16>(weight);
+  const NoiseWords words(noise.key);
+  cuda::with_type(gradient.defined() ? gradient : weight, [&]<class T>(T*, cuda::Stream stream) {
+    cuda::adamw_compact(state, cuda::in<T>(gradient), cuda::in<float>(maps_on(weight.device())),
+                        weight.numel(),
+                        {f.decay, f.one_minus_beta1, f.beta2, f.one_minus_beta2, f.step_size,
+                         f.inverse_correction2, f.epsilon, f.grad_scale},
+                        {words.first, words.second, static_cast<uint32_t>(noise.first)}, stream);
+  });
 }
 
 }  // namespace
@@ -183,17 +191,8 @@ void adamw_update_compact(const at::Tensor& master, const Moment& exp_avg, const
                  (master.defined() ? master.numel() == count : weight.scalar_type() == at::kBFloat16));
   const at::Tensor gradient = gradient_in.defined() ? gradient_in.contiguous() : gradient_in;
   CALDERA_ASSERT(!gradient.defined() || gradient.numel() == count);
-  if (!has_cpu_kernel(weight) || (gradient.defined() && !has_cpu_kernel(gradient))) {
-    for (int64_t begin = 0; begin < count; begin += kPlainElements) {
-      const int64_t size = std::min(kPlainElements, count - begin);
-      const auto part = [&](const at::Tensor& x) {
-        return x.defined() ? x.view(-1).narrow(0, begin, size) : x;
-      };
-      update_plain(part(master), part_of(exp_avg, begin, size), part_of(exp_avg_sq, begin, size),
-                   part(gradient), part(weight), step, {noise.key, noise.first + begin});
-    }
-    return;
-  }
+  const AdamWFactors factors(step);
+  if (weight.is_cuda()) return update_on_cuda(master, exp_avg, exp_avg_sq, gradient, weight, factors, noise);
   Arrays arrays;
   if (master.defined()) arrays.master = master.mutable_data_ptr<float>();
   if (weight.scalar_type() == at::kBFloat16) arrays.weight = weight.mutable_data_ptr<c10::BFloat16>();
@@ -201,17 +200,8 @@ void adamw_update_compact(const at::Tensor& master, const Moment& exp_avg, const
     arrays.gradient = gradient.const_data_ptr<float>();
   else if (gradient.defined())
     arrays.gradient_bf16 = gradient.const_data_ptr<c10::BFloat16>();
-  const auto set = [](const Moment& moment, float*& values, uint8_t*& codes, float*& scale) {
-    if (moment.scale.defined()) {
-      codes = moment.values.mutable_data_ptr<uint8_t>();
-      scale = moment.scale.mutable_data_ptr<float>();
-    } else {
-      values = moment.values.mutable_data_ptr<float>();
-    }
-  };
-  set(exp_avg, arrays.m, arrays.m_codes, arrays.m_scale);
-  set(exp_avg_sq, arrays.v, arrays.v_codes, arrays.v_scale);
-  const AdamWFactors factors(step);
+  set_pointers(exp_avg, arrays.m, arrays.m_codes, arrays.m_scale);
+  set_pointers(exp_avg_sq, arrays.v, arrays.v_codes, arrays.v_scale);
   const NoiseWords words(noise.key);
   at::parallel_for(0, (count + kBlock - 1) / kBlock, kGrainBlocks, [&](int64_t begin, int64_t end) {
     update_blocks(arrays, begin, end, count, factors, static_cast<uint32_t>(noise.first), words);

@@ -1,5 +1,4 @@
-// AdamW in less memory: moments in 8 bits, weights without a float32 master. On the CPU one pass over memory;
-// on other devices plain ATen, which is the reference too.
+// AdamW in less memory: moments in 8 bits, weights without a float32 master. One pass over memory.
 #pragma once
 #include <ATen/ATen.h>
 

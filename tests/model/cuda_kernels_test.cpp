@@ -1,20 +1,14 @@
 // The CUDA kernels' own source, compiled for the CPU and run thread by thread (cuda_on_cpu.h), against plain
 // ATen in double and against the CPU's operations. Every kernel runs twice, with its threads in either order.
-#include <ATen/ATen.h>
-#include <ATen/CPUGeneratorImpl.h>
 #include <gmock/gmock.h>
-#include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <array>
-#include <cstring>
 
-#include "model/ops/adamw.h"
 #include "model/ops/ops.h"
-#include "tests/model/cuda_on_cpu.h"
+#include "tests/model/cuda_kernels.h"
 // In this order: what the kernels need of CUDA stands above.
 #include "model/ops/cuda/activations.cu"
-#include "model/ops/cuda/adamw.cu"
 #include "model/ops/cuda/cross_entropy.cu"
 #include "model/ops/cuda/patches.cu"
 #include "model/ops/cuda/rms_norm.cu"
@@ -22,86 +16,6 @@
 
 namespace caldera {
 namespace {
-
-namespace kernels = kernels_on_cpu;
-using cuda_on_cpu::Buffer;
-using cuda_on_cpu::Order;
-using kernels::Bf16;
-using Tensors = std::vector<at::Tensor>;
-
-template <class T>
-constexpr at::ScalarType kDtype = at::kFloat;
-template <>
-constexpr at::ScalarType kDtype<Bf16> = at::kBFloat16;
-template <>
-constexpr at::ScalarType kDtype<int64_t> = at::kLong;
-template <>
-constexpr at::ScalarType kDtype<uint8_t> = at::kByte;
-
-// A tensor in the emulated device's memory.
-template <class T>
-class Device {
- public:
-  explicit Device(const at::Tensor& x, size_t elements_behind = 0)
-      : shape_(x.sizes().vec()), buffer_(static_cast<size_t>(x.numel()), elements_behind) {
-    const at::Tensor dense = x.detach().to(kDtype<T>).contiguous();
-    std::memcpy(buffer_.data(), dense.const_data_ptr(), buffer_.num_bytes());
-  }
-  // Nothing was written there yet.
-  explicit Device(std::vector<int64_t> shape, size_t elements_behind = 0)
-      : shape_(std::move(shape)),
-        buffer_(static_cast<size_t>(c10::multiply_integers(shape_)), elements_behind) {}
-
-  T* operator*() { return buffer_.data(); }
-  at::Tensor tensor() {
-    EXPECT_TRUE(buffer_.guards_are_whole()) << "written beyond the tensor";
-    at::Tensor x = at::empty(shape_, kDtype<T>);
-    std::memcpy(x.mutable_data_ptr(), buffer_.data(), buffer_.num_bytes());
-    return x;
-  }
-
- private:
-  std::vector<int64_t> shape_;
-  Buffer<T> buffer_;
-};
-
-at::Tensor random(at::IntArrayRef shape, double scale = 1) {
-  static at::Generator generator = at::detail::createCPUGenerator(23);
-  return at::randn(shape, generator, at::kDouble) * scale;
-}
-
-// What `run` returns, which must be the same bits in both orders.
-Tensors in_both_orders(const std::function<Tensors()>& run) {
-  cuda_on_cpu::order = Order::kAscending;
-  const Tensors results = run();
-  cuda_on_cpu::order = Order::kDescending;
-  const Tensors others = run();
-  cuda_on_cpu::order = Order::kAscending;
-  for (size_t i = 0; i < results.size(); ++i)
-    EXPECT_TRUE(at::allclose(results[i], others[i], 0, 0, /*equal_nan=*/true))
-        << "result " << i << " depends on the order of the threads";
-  return results;
-}
-
-// To `tolerance` of the largest value, or of 1; in bfloat16 also to half a unit in the last place of each
-// value, or to a whole one where the expected values were rounded too.
-void expect_close(const at::Tensor& got, const at::Tensor& expected, double tolerance = 3e-6) {
-  ASSERT_EQ(got.sizes(), expected.sizes());
-  const at::Tensor wanted = expected.to(at::kDouble), difference = (got.to(at::kDouble) - wanted).abs();
-  const double rounding = got.scalar_type() != at::kBFloat16        ? 0
-                          : expected.scalar_type() == at::kBFloat16 ? 0x1p-7
-                                                                    : 0x1p-8;
-  const at::Tensor bound = wanted.abs().max().clamp_min(1) * tolerance + wanted.abs() * rounding;
-  EXPECT_TRUE((difference <= bound).all().item<bool>())
-      << "off by up to " << difference.max().item<double>() << " of " << wanted.abs().max().item<double>();
-}
-void expect_close(const Tensors& got, const Tensors& expected, double tolerance = 3e-6) {
-  ASSERT_EQ(got.size(), expected.size());
-  for (size_t i = 0; i < got.size(); ++i) {
-    SCOPED_TRACE(i);
-    expect_close(got[i], expected[i], tolerance);
-  }
-}
 
 // f(inputs) and its gradients with respect to all inputs, from the upstream gradient.
 Tensors with_gradients(const std::function<at::Tensor(const Tensors&)>& f, const Tensors& inputs,
@@ -114,12 +28,6 @@ Tensors with_gradients(const std::function<at::Tensor(const Tensors&)>& f, const
   return results;
 }
 
-template <class T>
-class CudaKernels : public testing::Test {
- protected:
-  static at::Tensor rounded(const at::Tensor& x) { return x.to(kDtype<T>).to(at::kDouble); }
-};
-using Dtypes = testing::Types<float, Bf16>;
 TYPED_TEST_SUITE(CudaKernels, Dtypes);
 
 TYPED_TEST(CudaKernels, RmsNorm) {
@@ -292,51 +200,6 @@ TYPED_TEST(CudaKernels, NotANumberStaysVisible) {
     EXPECT_TRUE(result.isnan().all().item<bool>());
 }
 
-TYPED_TEST(CudaKernels, AdamW) {
-  using T = TypeParam;  // of the gradient
-  const AdamWStep step = {
-      .learning_rate = 1e-2, .beta2 = 0.98, .weight_decay = 0.1, .grad_scale = 0.7, .count = 5};
-  const kernels::AdamWFactors factors = {
-      .decay = 1 - 1e-2f * 0.1f,
-      .one_minus_beta1 = 0.1f,
-      .beta2 = 0.98f,
-      .one_minus_beta2 = 0.02f,
-      .step_size = static_cast<float>(1e-2 / (1 - std::pow(0.9, 5))),
-      .inverse_correction2 = static_cast<float>(1 / std::sqrt(1 - std::pow(0.98, 5))),
-      .epsilon = 1e-8f,
-      .grad_scale = 0.7f};
-  // A part of a tensor, as a rank may own it, begins anywhere.
-  for (const auto& [count, behind] :
-       {std::pair<int64_t, size_t>{1, 0}, {1000, 0}, {1000, 1}, {4104, 0}, {2050, 3}}) {
-    for (const bool has_gradient : {true, false}) {
-      SCOPED_TRACE(testing::Message()
-                   << count << " from " << behind << (has_gradient ? "" : ", no gradient"));
-      const at::Tensor master = random({count}).to(at::kFloat), m = random({count}, 0.01).to(at::kFloat),
-                       v = random({count}, 0.01).pow(2).to(at::kFloat),
-                       gradient = random({count}).to(kDtype<T>);
-      const Tensors got = in_both_orders([&]() -> Tensors {
-        Device<float> master_(master, behind), m_(m, behind), v_(v, behind);
-        Device<T> gradient_(gradient, behind);
-        Device<Bf16> weight({count}, behind);
-        kernels::adamw(*master_, *m_, *v_, has_gradient ? *gradient_ : nullptr, *weight, count, factors,
-                       nullptr);
-        EXPECT_TRUE(at::equal(gradient_.tensor(), gradient));
-        EXPECT_TRUE(at::equal(weight.tensor(), master_.tensor().to(at::kBFloat16)));
-        Device<float> in_place(master, behind), m_too(m, behind), v_too(v, behind);
-        kernels::adamw(*in_place, *m_too, *v_too, has_gradient ? *gradient_ : nullptr, nullptr, count,
-                       factors, nullptr);
-        EXPECT_TRUE(at::equal(in_place.tensor(), master_.tensor()));
-        return {master_.tensor(), m_.tensor(), v_.tensor()};
-      });
-      const Tensors expected = {master.clone(), m.clone(), v.clone()};
-      adamw_update(expected[0], expected[1], expected[2], has_gradient ? gradient : at::Tensor(), expected[0],
-                   step);
-      const std::array<double, 3> tolerance = {1e-7, 1e-8, 1e-10};
-      for (size_t i = 0; i < 3; ++i) EXPECT_TRUE(at::allclose(got[i], expected[i], 2e-6, tolerance[i])) << i;
-    }
-  }
-}
-
 TYPED_TEST(CudaKernels, NormalizedPatches) {
   using T = TypeParam;
   const std::array<float, 3> scale = {0.01f, 0.02f, 0.03f}, shift = {-1.5f, -2.0f, 0.5f};
@@ -368,7 +231,6 @@ TYPED_TEST(CudaKernels, NoRowsIsNoLaunch) {
   kernels::rms_norm_forward<T>(nullptr, nullptr, nullptr, nullptr, 0, 64, 1e-5f, nullptr);
   kernels::swiglu_forward<T>(nullptr, nullptr, 0, 64, nullptr);
   kernels::cross_entropy<T>(nullptr, nullptr, nullptr, 0, 64, true, nullptr);
-  kernels::adamw<T>(nullptr, nullptr, nullptr, nullptr, nullptr, 0, {}, nullptr);
 }
 
 TEST(CudaPrimitives, RoundToNearestEvenAsC10Does) {

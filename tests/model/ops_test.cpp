@@ -10,7 +10,7 @@
 #include <functional>
 
 #include "base/error.h"
-#include "model/ops/adamw.h"
+#include "model/ops/adamw_compact.h"
 #include "model/ops/ops.h"
 #include "model/vision/vit.h"
 
@@ -300,6 +300,22 @@ TEST_F(OpsOnAGpu, AdamWIsTheCpus) {
       EXPECT_TRUE(in_place || at::equal(on_gpu[3], on_gpu[0].to(at::kBFloat16)));
     }
   }
+}
+
+TEST_F(OpsOnAGpu, AdamWIn8BitsWithoutMasterIsTheCpus) {
+  const AdamWStep step = {.learning_rate = 1e-3, .weight_decay = 0.1, .count = 1};
+  const at::Tensor weight = random({5000}).to(at::kBFloat16), gradient = random({5000}).to(at::kBFloat16);
+  Tensors results;
+  for (const at::DeviceType device : devices()) {
+    const at::Tensor w = weight.to(device, at::kBFloat16, /*non_blocking=*/false, /*copy=*/true);
+    const Moment m = zero_moment(w, true), v = zero_moment(w, true);
+    for (int i = 0; i < 3; ++i)
+      adamw_update_compact({}, m, v, gradient.to(device), w, step, {.key = 5, .first = 9});
+    results.push_back(w.to(at::kCPU, at::kDouble));
+  }
+  // A last bit here and there rounds another way.
+  EXPECT_LE((results[0] != results[1]).sum().item<int64_t>(), 50);
+  EXPECT_LT(error(results[1], results[0]), 1e-2);
 }
 
 TEST_F(OpsOnAGpu, PatchesAreTheCpus) {

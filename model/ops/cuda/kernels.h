@@ -65,6 +65,25 @@ template <class T>
 void adamw(float* master, float* exp_avg, float* exp_avg_sq, const T* gradient, Bf16* weight, int64_t count,
            const AdamWFactors& factors, Stream stream);
 
+// model/ops/adamw_compact.h. Each moment is float32, or codes with one scale for kCodesPerScale elements (the
+// other form's pointers are null). Without a master the weight is all there is, and it is rounded by the
+// noise; with one, a null weight is not written. maps [2, 256]: the values of exp_avg's codes, ascending,
+// then those of exp_avg_sq's.
+inline constexpr int64_t kCodesPerScale = 256;
+struct CompactState {
+  float* master = nullptr;
+  Bf16* weight = nullptr;
+  float *exp_avg = nullptr, *exp_avg_sq = nullptr;
+  uint8_t *exp_avg_codes = nullptr, *exp_avg_sq_codes = nullptr;
+  float *exp_avg_scale = nullptr, *exp_avg_sq_scale = nullptr;
+};
+struct CompactNoise {
+  uint32_t first_word, second_word, first_index;
+};
+template <class T>
+void adamw_compact(const CompactState& state, const T* gradient, const float* maps, int64_t count,
+                   const AdamWFactors& factors, const CompactNoise& noise, Stream stream);
+
 // pixels [num_images, 3, size, size] -> patches [num_images, grid * grid, 3 * patch * patch] of
 // pixel * scale[channel] + shift[channel], both in the host's memory; grid = size / patch, what is left over
 // at the edges is not read.
