@@ -69,7 +69,9 @@ def measure(work, case, steps):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     plan = subprocess.run([fixtures.CALDERA, "plan", folder / "recipe.yaml", "--json"], env=env, check=True, capture_output=True, text=True)
     memory = json.loads(plan.stdout)[0]["memory"]
-    subprocess.run([fixtures.CALDERA, "train", folder / "recipe.yaml"], env=env, check=True, stdout=subprocess.DEVNULL)
+    trained = subprocess.run([fixtures.CALDERA, "train", folder / "recipe.yaml"], env=env, capture_output=True, text=True)
+    if trained.returncode != 0:
+        raise SystemExit(f"{what}:\n{trained.stderr[-2000:]}")
     lines = [json.loads(line) for line in open(folder / "run/stage/metrics.jsonl")]
     measured = max(line["peak_memory_bytes"] for line in lines if "peak_memory_bytes" in line)
     shutil.rmtree(folder)
