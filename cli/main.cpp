@@ -1,13 +1,17 @@
 // The binary: a table of subcommands, and the one place where errors become messages and exit codes.
 #include <c10/util/Exception.h>
+#include <omp.h>
+#include <unistd.h>
 
 #include <array>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <string>
 #include <vector>
 
 #include "base/error.h"
+#include "base/files.h"
 #include "base/strings.h"
 #include "cli/command.h"
 
@@ -29,6 +33,23 @@ constexpr std::array kCommands = {
     Command{"export", "write a model for other programs to load", setup_export},
     Command{"bench", "a step of work for each line on stdin, to be timed beside others", setup_bench},
 };
+
+// OpenMP's threads spin while they wait for each other. That is the fastest where cores are free, and where
+// they are not takes them from those waited for, many times over. How to wait is read from the environment
+// before main() begins: where other programs keep the cores busy, and nothing else was asked for, the program
+// starts once more.
+void restart_where_cores_are_busy(char** argv) {
+  double load = 0;
+  const bool is_told = std::getenv("OMP_WAIT_POLICY") != nullptr || std::getenv("GOMP_SPINCOUNT") != nullptr;
+  const auto num_cores = static_cast<double>(::sysconf(_SC_NPROCESSORS_ONLN));
+  const int num_threads = ::omp_get_max_threads();
+  if (is_told || num_threads == 1 || ::getloadavg(&load, 1) != 1 || load + num_threads < num_cores + 0.5)
+    return;
+  ::setenv("OMP_WAIT_POLICY", "passive", 1);
+  std::error_code error;
+  const fs::path program = fs::read_symlink("/proc/self/exe", error);
+  if (!error) ::execv(program.c_str(), argv);  // where that fails: as it was
+}
 
 int fail(const std::string& message, int exit_code) {
   fmt::print(stderr, "error: {}\n", message);
@@ -71,6 +92,7 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   using namespace caldera;
+  restart_where_cores_are_busy(argv);
   try {
     return run(argc, argv);
   } catch (const Error& error) {
