@@ -66,21 +66,14 @@ Json write_share(const fs::path& folder, const CheckpointShare& share, const Wor
 // Every rank does its part and hears of the others': what `work` returns, by rank. Where it threw on a rank,
 // the others throw PeerError with its message.
 std::vector<std::string> together(World& world, const std::function<std::string()>& work) {
-  std::string mine = "+";
-  std::exception_ptr error;
+  std::string mine;
   try {
-    mine += work();
-  } catch (const std::exception& failure) {
-    error = std::current_exception();
-    mine = fmt::format("-rank {}: {}", world.rank(), failure.what());
+    mine = work();
+  } catch (const std::exception&) {
+    world.tell(std::current_exception());  // now: the training thread may be waiting for the others
+    throw;
   }
-  std::vector<std::string> all = world.exchange("save", mine);
-  if (error) std::rethrow_exception(error);
-  for (std::string& text : all) {
-    CALDERA_CHECK(text.starts_with('+'), PeerError, "{}", text.substr(1));
-    text.erase(0, 1);
-  }
-  return all;
+  return world.exchange("save", mine);
 }
 
 }  // namespace

@@ -195,10 +195,9 @@ TEST_P(ShardingTest, ComputesWhatOneRankDoesAndSendsWhatItSays) {
       EXPECT_NEAR(result.norms[i], expected.norms[i], 1e-5 * expected.norms[i]);
   }
 
-  // Of the flat buffers: a block is 156 numbers padded to 16 a tensor and to 16 times the ranks; the
-  // projector 144.
-  const auto padded = [&](int64_t n) { return (n + 16 * c.size - 1) / (16 * c.size) * (16 * c.size); };
-  const int64_t block = padded(144 + 16), projector = padded(144), trained = 2 * block + projector;
+  // Of the flat buffers: a tensor takes a multiple of 256 numbers, a buffer a multiple of that for each rank.
+  const auto padded = [&](int64_t num_tensors) { return (num_tensors + c.size - 1) / c.size * c.size * 256; };
+  const int64_t block = padded(2), projector = padded(1), trained = 2 * block + projector;
   const bool is_ddp = c.strategy == "ddp";
   const bool in_nodes = c.within == "node" && c.local_size < c.size;
   const int64_t shards = is_ddp ? 1 : in_nodes ? c.local_size : c.size, replicas = c.size / shards;

@@ -109,6 +109,7 @@ struct World::Group {
   std::chrono::milliseconds timeout{};
   std::mutex mutex;
   std::map<std::string, int64_t> num_exchanges;  // by channel
+  std::exception_ptr own_error;                  // what this rank told the others
   bool has_failed = false;                       // and the others were told
   bool is_broken = false;                        // a collective failed: there will be no farewell
 
@@ -314,31 +315,46 @@ void World::at(int64_t step, const char* phase) {
   if (group_) group_->watch->at(step, phase);
 }
 
-void World::fail(std::exception_ptr error) {
-  if (!group_ || std::exchange(group_->has_failed, true)) std::rethrow_exception(error);
-  group_->is_broken = true;
-  const auto tell = [&](const std::string& what) {
+void World::tell(std::exception_ptr error) {
+  if (!group_) return;
+  bool is_first_failure = true;
+  try {
+    std::rethrow_exception(error);
+  } catch (const PeerError&) {
+    return;
+  } catch (const std::exception& own) {
+    const std::string text =
+        fmt::format("rank {} failed at {}: {}", rank(), group_->watch->where(), own.what());
     try {
-      group_->texts->set_once("failure",
-                              fmt::format("rank {} failed at {}: {}", rank(), group_->watch->where(), what));
+      is_first_failure = group_->texts->set_once("failure", text) == text;
     } catch (const std::exception&) {
       // Without the store the others find out by the broken connections.
     }
-  };
+  }
+  const std::lock_guard lock(group_->mutex);
+  if (is_first_failure && !group_->own_error) group_->own_error = error;
+}
+
+void World::fail(std::exception_ptr error) {
+  if (!group_ || std::exchange(group_->has_failed, true)) std::rethrow_exception(error);
+  group_->is_broken = true;
+  tell(error);
+  {
+    // The error that was there first, of a save in the background maybe: what came of it is no news.
+    const std::lock_guard lock(group_->mutex);
+    if (group_->own_error) std::rethrow_exception(group_->own_error);
+  }
   try {
     std::rethrow_exception(error);
-  } catch (const PeerError& lost) {
+  } catch (const std::exception& consequence) {
     std::string cause;
     try {
       cause = find_cause(*group_->texts, rank(), size());
     } catch (const std::exception&) {
       cause = "rank 0 has died without a word, and with it the run's store";
     }
-    throw PeerError(
-        fmt::format("{} (rank {} noticed at {}: {})", cause, rank(), group_->watch->where(), lost.what()));
-  } catch (const std::exception& own) {
-    tell(own.what());
-    throw;
+    throw PeerError(fmt::format("{} (rank {} noticed at {}: {})", cause, rank(), group_->watch->where(),
+                                consequence.what()));
   }
 }
 

@@ -76,8 +76,12 @@ class World {
 
   // Says where this rank is, for the watch and for messages. `is_waiting`: for other ranks.
   void at(int64_t step, const char* phase);
-  // This rank fails with `error`: tells the others. A PeerError, or an exception from a collective, is given
-  // its cause: who failed, with what message and where. Rethrows.
+  // Tells the others that this rank fails with `error`, from any thread. The first failure of any rank
+  // counts.
+  void tell(std::exception_ptr error);
+  // This rank fails with `error`: tells the others, then throws the first error that this rank told, or where
+  // another rank was first, or a connection broke, PeerError with the cause: who failed, with what message
+  // and where.
   [[noreturn]] void fail(std::exception_ptr error);
 
  private:
