@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/rng.h"
+#include "model/ops/accumulate.h"
 #include "model/ops/dynamic_map.h"
 
 namespace caldera {
@@ -68,7 +69,7 @@ void AdamW::take_gradients(bool more_to_come) {
     // Float32 gradients are summed by autograd itself, in place.
     if (!grad.defined() || grad.scalar_type() == at::kFloat) continue;
     if (slot.grad_sum.defined())
-      slot.grad_sum.add_(grad);
+      accumulate_(slot.grad_sum, grad);
     else if (more_to_come)
       slot.grad_sum = grad.to(at::kFloat);
     else

@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "base/error.h"
+#include "model/ops/accumulate.h"
 #include "model/ops/autograd.h"
 #include "model/ops/cuda/launch.h"
 #include "model/ops/matmul.h"
@@ -137,7 +138,7 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
         matrix_product_into(logits.t(), rows, dweight, /*accumulate=*/true);
       } else {  // each chunk's product is rounded once; their sum is kept in float32
         if (!dweight.defined()) dweight = at::zeros(weight.sizes(), weight.options().dtype(at::kFloat));
-        dweight.add_(matrix_product(logits.t(), rows));
+        accumulate_(dweight, matrix_product(logits.t(), rows));
       }
     });
     if (wants_dweight)

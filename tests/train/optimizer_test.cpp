@@ -4,6 +4,8 @@
 
 #include <cmath>
 
+#include "model/ops/accumulate.h"
+
 namespace caldera {
 namespace {
 
@@ -66,6 +68,16 @@ TEST(AdamW, MicroBatchesOfBFloat16SumInFloat32) {
     optimizer.take_gradients(true);
   }
   EXPECT_EQ(optimizer.grad_norm().item<double>(), 258.0);
+}
+
+TEST(AdamW, SumsTakeBothDtypesAndAnyLayout) {
+  at::manual_seed(4);
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    const at::Tensor sum = at::randn({37, 5}), part = at::randn({5, 37}).to(dtype).t();
+    const at::Tensor expected = sum + part.to(at::kFloat);
+    accumulate_(sum, part);
+    EXPECT_TRUE(at::equal(sum, expected));
+  }
 }
 
 TEST(AdamW, FusedTensorsAreListedByTheirParts) {
