@@ -7,6 +7,7 @@
 #include "cli/command.h"
 #include "train/plan.h"
 #include "train/profile.h"
+#include "train/scaling.h"
 #include "train/stage.h"
 
 namespace caldera {
@@ -17,6 +18,10 @@ struct PlanCommand {
   std::vector<std::string> overrides;
   double budget_gb = 0;
   bool json = false;
+  std::vector<int64_t> nodes;
+  int64_t gpus_per_node = 8;
+  std::string gpu = "h100", stage;
+  double utilization = 0.5;
 };
 
 std::string bytes(int64_t count) { return human_bytes(static_cast<double>(count)); }
@@ -59,8 +64,60 @@ void print_advice(const StageConfig& stage, const StagePlan& plan, double budget
   for (const std::string& way : ways_to_take_less(stage, plan)) fmt::print("    {}\n", way);
 }
 
+Cluster cluster_of(const PlanCommand& command, int64_t num_nodes) {
+  return {.gpu = find_gpu(command.gpu),
+          .num_nodes = num_nodes,
+          .gpus_per_node = command.gpus_per_node,
+          .utilization = command.utilization};
+}
+
+void print_scaling_json(const Recipe& recipe, const StageConfig& stage, const PlanCommand& command) {
+  for (const int64_t nodes : command.nodes) {
+    const ScalingPoint p = scale(recipe, stage, cluster_of(command, nodes));
+    fmt::print("{}\n", json_line({{"stage", stage.name},
+                                  {"num_ranks", p.num_ranks},
+                                  {"samples_per_rank", p.samples_per_rank},
+                                  {"imbalance", p.imbalance},
+                                  {"num_micro_batches", p.num_rounds},
+                                  {"compute_s", p.compute_s},
+                                  {"update_s", p.update_s},
+                                  {"exposed_s", p.exposed_s},
+                                  {"step_s", p.step_s},
+                                  {"tokens_per_second", p.tokens_per_second},
+                                  {"efficiency", p.efficiency},
+                                  {"memory_bytes", p.memory_bytes},
+                                  {"sent_bytes", p.sent_bytes},
+                                  {"num_collectives", p.traffic.num_collectives},
+                                  {"num_bytes", p.traffic.num_bytes}}));
+  }
+}
+
+// One row a cluster size.
+void print_scaling(const Recipe& recipe, const StageConfig& stage, const PlanCommand& command) {
+  fmt::print("stage {} on {}s, {} a machine, at {:.0f}% of their peak; {}\n", stage.name, command.gpu,
+             command.gpus_per_node, 100 * command.utilization, recipe.distributed.strategy);
+  fmt::print("  {:>5}  {:>11}  {:>9}  {:>9}  {:>8}  {:>9}  {:>7}  {:>10}  {:>10}  {:>8}  {:>8}\n", "GPUs",
+             "samples/GPU", "imbalance", "compute s", "update s", "exposed s", "step s", "tokens/s",
+             "efficiency", "GB sent", "GB held");
+  for (const int64_t nodes : command.nodes) {
+    const ScalingPoint p = scale(recipe, stage, cluster_of(command, nodes));
+    fmt::print(
+        "  {:>5}  {:>11.1f}  {:>9.2f}  {:>9.3f}  {:>8.3f}  {:>9.3f}  {:>7.3f}  {:>10.0f}  {:>9.0f}%  "
+        "{:>8.1f}  "
+        "{:>8.1f}\n",
+        p.num_ranks, p.samples_per_rank, p.imbalance, p.compute_s, p.update_s, p.exposed_s, p.step_s,
+        p.tokens_per_second, 100 * p.efficiency, p.sent_bytes / 1e9, p.memory_bytes / 1e9);
+  }
+}
+
 void plan(const PlanCommand& command) {
   const Recipe recipe = read_recipe(command.recipe, command.overrides);
+  if (!command.nodes.empty()) {
+    for (const StageConfig& stage : recipe.stages)
+      if (command.stage.empty() || command.stage == stage.name)
+        (command.json ? print_scaling_json : print_scaling)(recipe, stage, command);
+    return;
+  }
   const std::vector<StagePlan> plans = plan_recipe(recipe);
   if (command.json) return print_json(plans);
   for (size_t i = 0; i < plans.size(); ++i) {
@@ -107,6 +164,19 @@ void setup_plan(CLI::App& command) {
   command.add_option("overrides", options->overrides, "settings that replace the recipe's");
   command.add_option("--budget-gb", options->budget_gb, "say whether it fits, and what to change if not")
       ->check(CLI::PositiveNumber);
+  command
+      .add_option("--nodes", options->nodes,
+                  "how a step would go on so many machines with GPUs, e.g. 1,2,4: no GPU is needed to ask")
+      ->delimiter(',')
+      ->check(CLI::PositiveNumber);
+  command.add_option("--gpus-per-node", options->gpus_per_node, "GPUs of a machine (with --nodes)")
+      ->check(CLI::PositiveNumber);
+  command.add_option("--gpu", options->gpu, "a100, h100, h200 or b200 (with --nodes)");
+  command
+      .add_option("--utilization", options->utilization,
+                  "share of the GPU's peak that the products of a step reach (with --nodes)")
+      ->check(CLI::Range(0.01, 1.0));
+  command.add_option("--stage", options->stage, "this stage alone (with --nodes)");
   command.add_flag("--json", options->json, "numbers in bytes, for programs");
   command.callback([options] { plan(*options); });
 }

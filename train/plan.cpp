@@ -70,6 +70,7 @@ void count_tokens(const Recipe& recipe, const StageConfig& stage, const ImageSpe
       ++num_micro_batches;
     }
     lengths.insert(lengths.end(), step.begin(), step.end());
+    plan.step_lengths.push_back(std::move(step));
     ++num_steps;
   }
   plan.micro_batches_per_step = static_cast<double>(num_micro_batches) / static_cast<double>(num_steps);
@@ -107,8 +108,10 @@ double flops_of_step(const PlannedModel& p, const StagePlan& plan) {
          2 * supervised * head * (2.0 + (p.head_trains ? 1.0 : 0.0));
 }
 
-// The device's memory has neither program nor pictures in it.
-bool trains_on_gpu(const Recipe& recipe) { return choose_device(recipe.device).is_cuda(); }
+// A GPU's memory has neither program nor pictures in it. "cuda" may be planned where there is none.
+bool trains_on_gpu(const Recipe& recipe) {
+  return recipe.device == "cuda" || choose_device(recipe.device).is_cuda();
+}
 
 std::string gigabytes(int64_t bytes) { return fmt::format("{:.2f} GB", static_cast<double>(bytes) / 1e9); }
 
@@ -119,14 +122,18 @@ StagePlan plan_stage(const Recipe& recipe, const StageConfig& stage, int64_t max
   int64_t program = on_gpu ? 0 : program_bytes(), picture_bytes = 0;
   StagePlan plan;
   plan.name = stage.name;
-  const PlannedModel model = plan_model(recipe, stage);
+  PlannedModel model = plan_model(recipe, stage);
   count_tokens(recipe, stage, model.model.vision->image_spec(), max_samples, plan, picture_bytes);
   if (!on_gpu) program += picture_bytes;
   plan.num_parameters = model.num_parameters;
   plan.num_trainable = model.num_trainable;
   plan.num_blocks = model.L;
+  plan.units =
+      lay_out_units(parameter_groups(model.model, stage), model.model.component_tensors("language_model"),
+                    recipe.distributed.strategy == "zero3");
+  for (FlatUnit& unit : plan.units) unit.leaves.clear();
   const auto memory_with = [&](int64_t num_recomputed) {
-    return plan_memory(model, recipe, stage, plan, program, num_recomputed, num_ranks);
+    return plan_memory(model, recipe, stage, plan, on_gpu, program, num_recomputed, num_ranks);
   };
   plan.memory_recomputed = memory_with(model.L);
   // The fewest blocks that keep it below the budget; all of them where none do.

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "train/distributed/layout.h"
 #include "train/distributed/world.h"
 #include "train/recipe.h"
 
@@ -37,6 +38,8 @@ struct StagePlan {
   double fill = 0;                  // tokens of micro-batches over max_tokens_per_micro_batch
   double flops_per_step = 0;        // of the matrix products, forward and backward
   int64_t num_blocks = 0, num_recomputed = 0;
+  std::vector<std::vector<int64_t>> step_lengths;  // tokens of each sample, of the steps looked at
+  std::vector<FlatUnit> units;  // how several ranks would share it, without its tensors
   MemoryPlan memory, memory_recomputed;  // as the recipe says; with all blocks recomputing
 };
 

@@ -120,7 +120,8 @@ PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage) {
 }
 
 MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageConfig& stage,
-                       const StagePlan& numbers, int64_t program, int64_t num_recomputed, int num_ranks) {
+                       const StagePlan& numbers, bool on_gpu, int64_t program, int64_t num_recomputed,
+                       int num_ranks) {
   const int64_t e = stage.dtype == "float32" ? 4 : 2;
   const std::string& strategy = recipe.distributed.strategy;
   const int64_t sharers = strategy == "ddp" ? 1 : num_ranks;
@@ -144,7 +145,7 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   const bool has_masters = e == 2 && stage.optimizer.master_weights == "float32";
   fixed.masters = has_masters ? 4 * p.num_trainable / sharers : 0;
   fixed.states = p.state_bytes / sharers;
-  if (stage.memory.offload_optimizer && recipe.device == "cuda") fixed.masters = fixed.states = 0;
+  if (stage.memory.offload_optimizer && on_gpu) fixed.masters = fixed.states = 0;
 
   // Between micro-batches and ranks gradients are summed in float32; autograd adds float32 ones in place.
   const bool accumulates = numbers.micro_batches_per_step > 1 || num_ranks > 1;
@@ -181,11 +182,13 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
     at.workspace = workspace;
     if (at.total() > most.total()) most = at;
   };
-  // The whole model is read as float32 beside the decoder's file, then rounded.
-  most.moment = "loading the weights";
-  most.program = program;
-  most.weights = 4 * p.num_parameters;
-  most.workspace = p.file_bytes;
+  // The whole model is read as float32 beside the decoder's file, then rounded; a GPU sees it after that.
+  if (!on_gpu) {
+    most.moment = "loading the weights";
+    most.program = program;
+    most.weights = 4 * p.num_parameters;
+    most.workspace = p.file_bytes;
+  }
 
   int64_t all_kept = before_blocks;
   for (int64_t layer = 0; layer < p.L; ++layer) all_kept += kept_by(layer);

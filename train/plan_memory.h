@@ -22,9 +22,11 @@ struct PlannedModel {
 };
 PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage);
 
-// At the worst moment, where the first `num_recomputed` blocks recompute. `program`: bytes that this process
-// takes in any case. `num_ranks`: ranks that share what the strategy shares.
+// At the worst moment, where the first `num_recomputed` blocks recompute; of the GPU's memory with `on_gpu`, else
+// of the process's, which takes `program` bytes in any case. `num_ranks`: ranks that share what the strategy
+// shares.
 MemoryPlan plan_memory(const PlannedModel& model, const Recipe& recipe, const StageConfig& stage,
-                       const StagePlan& numbers, int64_t program, int64_t num_recomputed, int num_ranks);
+                       const StagePlan& numbers, bool on_gpu, int64_t program, int64_t num_recomputed,
+                       int num_ranks);
 
 }  // namespace caldera

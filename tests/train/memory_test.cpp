@@ -41,8 +41,8 @@ class MemoryTest : public testing::Test {
   // The total with so many blocks recomputing, apart from the program.
   int64_t bytes_with(const Recipe& recipe, int64_t num_recomputed, int num_ranks = 1) const {
     const StageConfig& stage = recipe.stages[0];
-    return plan_memory(plan_model(recipe, stage), recipe, stage, plan_stage(recipe, stage), 0, num_recomputed,
-                       num_ranks)
+    return plan_memory(plan_model(recipe, stage), recipe, stage, plan_stage(recipe, stage), false, 0,
+                       num_recomputed, num_ranks)
         .total();
   }
 

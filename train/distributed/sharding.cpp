@@ -6,32 +6,13 @@
 #include <algorithm>
 #include <array>
 #include <limits>
-#include <map>
 #include <unordered_map>
-#include <unordered_set>
 #include <utility>
 
 #include "base/error.h"
 
 namespace caldera {
 namespace {
-
-// Tensors and parts begin at blocks of 8-bit states (kQuantizedBlock), which ranks do not share; so kernels see
-// them aligned, too.
-constexpr int64_t kAlignment = 256;
-int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
-
-// "language_model.model.layers.7.self_attn.q_proj.weight" -> {"language_model.model.layers.", 7}; -1 outside
-// of blocks.
-std::pair<std::string, int64_t> block_of(const std::string& name) {
-  const size_t layers = name.find("layers.");
-  if (layers == std::string::npos) return {name.substr(0, name.find('.')), -1};
-  const size_t begin = layers + 7, end = name.find('.', begin);
-  const std::string number = name.substr(begin, end - begin);
-  if (number.empty() || number.size() > 9 || number.find_first_not_of("0123456789") != std::string::npos)
-    return {name.substr(0, name.find('.')), -1};
-  return {name.substr(0, begin), std::stoll(number)};
-}
 
 // Gives a dense tensor's storage memory, uninitialised, or takes it away. Views of it share the storage.
 void set_storage(const at::Tensor& tensor, bool is_there) {
@@ -44,20 +25,13 @@ void set_storage(const at::Tensor& tensor, bool is_there) {
 
 }  // namespace
 
-struct Sharding::Leaf {
-  at::Tensor* owner;
-  int64_t offset, numel;
-  at::Tensor
-      hooked;  // the tensor whose hook is ours; its owner may be gone before us (adapters that were merged)
-};
-
 // A block's tensors in one flat buffer of `length` elements, of which each rank that shares it owns `part`.
-struct Sharding::Unit {
-  std::vector<Leaf> leaves;
-  int64_t layer = -1;  // of the decoder's block; -1: none
-  bool trains = true, is_freed = false;
+struct Sharding::Unit : FlatUnit {
+  explicit Unit(FlatUnit unit) : FlatUnit(std::move(unit)) {}
+  bool is_freed = false;
   int num_holders = 0;
-  int64_t length = 0, part = 0;
+  int64_t part = 0;
+  std::vector<at::Tensor> hooked;     // what our hooks hang on; the owners may go before us (merged adapters)
   at::Tensor weights, own_weights;    // zero: in the weights' dtype
   at::Tensor gradient, own_gradient;  // float32
   at::Tensor sent, received;          // of the reduction under way; `received` while it is a reduce-scatter
@@ -77,13 +51,14 @@ struct Sharding::Unit {
 };
 
 struct Sharding::Hook : torch::autograd::PostAccumulateGradHook {
-  Hook(Sharding& sharding, Unit& unit, Leaf& leaf) : sharding_(sharding), unit_(unit), leaf_(leaf) {}
+  Hook(Sharding& sharding, Unit& unit, const FlatUnit::Leaf& leaf)
+      : sharding_(sharding), unit_(unit), leaf_(leaf) {}
   void operator()(const at::Tensor&) override { sharding_.on_gradient(unit_, leaf_); }
 
  private:
   Sharding& sharding_;
   Unit& unit_;
-  Leaf& leaf_;
+  const FlatUnit::Leaf& leaf_;
 };
 
 Sharding::Sharding(World& world, const DistributedConfig& config, const std::vector<ParameterGroup>& groups,
@@ -113,67 +88,31 @@ Sharding::Sharding(World& world, const DistributedConfig& config, const std::vec
     num_shards_ = world.size();
     shard_ = world.rank();
   }
-  // The backward pass meets the decoder's blocks first, the last one ahead; then what is left of the decoder
-  // (its embedding comes late), the projector, the tower.
-  std::map<std::tuple<int, int64_t, std::string>, std::vector<at::Tensor*>> by_place;
-  std::unordered_set<at::Tensor*> seen;
-  for (const ParameterGroup& group : groups) {
-    for (const NamedTensor& tensor : group.tensors) {
-      if (!seen.insert(tensor.owner).second) continue;
-      const auto [block, layer] = block_of(tensor.name);
-      const bool is_decoder = group.name == "language_model", is_tower = group.name == "vision_tower";
-      const int place = is_decoder ? (layer >= 0 ? 0 : 1) : is_tower ? (layer >= 0 ? 3 : 4) : 2;
-      by_place[{place, -layer, block}].push_back(tensor.owner);
+  for (FlatUnit& flat : lay_out_units(groups, decoder, frees_blocks())) {
+    auto unit = std::make_unique<Unit>(std::move(flat));
+    if (frees_blocks() && unit->layer >= 0) {
+      unit->is_freed = true;
+      const auto layer = static_cast<size_t>(unit->layer);
+      if (blocks_.size() <= layer) blocks_.resize(layer + 1);
+      blocks_[layer].push_back(unit.get());
     }
-  }
-  const auto unit_of = [](const std::vector<at::Tensor*>& owners, int64_t layer) {
-    auto unit = std::make_unique<Unit>();
-    unit->layer = layer;
-    for (at::Tensor* owner : owners) {
-      unit->leaves.push_back({owner, unit->length, owner->numel(), {}});
-      unit->length += round_up(owner->numel(), kAlignment);
-    }
-    return unit;
-  };
-  for (const auto& [place, owners] : by_place)
-    units_.push_back(unit_of(owners, std::get<0>(place) == 0 ? -std::get<1>(place) : -1));
-  if (frees_blocks()) {
-    std::map<int64_t, std::vector<at::Tensor*>> rest;
-    int64_t num_layers = 0;
-    for (const NamedTensor& tensor : decoder) {
-      const int64_t layer = block_of(tensor.name).second;
-      num_layers = std::max(num_layers, layer + 1);
-      if (layer >= 0 && seen.insert(tensor.owner).second) rest[layer].push_back(tensor.owner);
-    }
-    for (const auto& [layer, owners] : rest) {
-      frozen_.push_back(unit_of(owners, layer));
-      frozen_.back()->trains = false;
-    }
-    blocks_.resize(static_cast<size_t>(num_layers));
-  }
-  for (const auto* list : {&units_, &frozen_}) {
-    for (const auto& unit : *list) {
-      if (frees_blocks() && unit->layer >= 0) {
-        unit->is_freed = true;
-        blocks_[static_cast<size_t>(unit->layer)].push_back(unit.get());
-      }
-      lay_out(*unit);
-    }
+    lay_out(*unit);
+    (unit->trains ? units_ : frozen_).push_back(std::move(unit));
   }
 }
 
 // Puts a unit's tensors into its flat buffer, finds this rank's part of each, and listens for their
 // gradients.
 void Sharding::lay_out(Unit& unit) {
-  unit.length = round_up(unit.length, kAlignment * world_.size());
+  unit.length = padded_length(unit, world_.size());
   unit.part = unit.length / num_shards_;
   const int64_t own_begin = shard_ * unit.part;
   if (strategy_ != Strategy::kDdp) {
     unit.weights = at::zeros({unit.length}, unit.leaves.front().owner->options().requires_grad(false));
-    for (const Leaf& leaf : unit.leaves) unit.of(unit.weights, leaf).copy_(*leaf.owner);
+    for (const FlatUnit::Leaf& leaf : unit.leaves) unit.of(unit.weights, leaf).copy_(*leaf.owner);
     unit.own_weights = unit.weights.narrow(0, own_begin, unit.part);
     if (unit.is_freed) unit.own_weights = unit.own_weights.clone();
-    for (const Leaf& leaf : unit.leaves) {
+    for (const FlatUnit::Leaf& leaf : unit.leaves) {
       if (unit.trains) {
         const auto [begin, count] = unit.owned_range(leaf, shard_);
         const int64_t place = count > 0 ? leaf.offset + begin - own_begin : 0;
@@ -189,17 +128,17 @@ void Sharding::lay_out(Unit& unit) {
       set_storage(unit.weights, false);
     }
   }
-  for (Leaf& leaf : unit.leaves) {
+  for (const FlatUnit::Leaf& leaf : unit.leaves) {
     if (!unit.trains) continue;
-    leaf.hooked = *leaf.owner;
-    torch::autograd::impl::set_post_acc_grad_hooks(leaf.hooked, std::make_unique<Hook>(*this, unit, leaf));
+    unit.hooked.push_back(*leaf.owner);
+    torch::autograd::impl::set_post_acc_grad_hooks(*leaf.owner, std::make_unique<Hook>(*this, unit, leaf));
   }
 }
 
 Sharding::~Sharding() {
   for (const auto& unit : units_)
-    for (const Leaf& leaf : unit->leaves)
-      torch::autograd::impl::set_post_acc_grad_hooks(leaf.hooked, nullptr);
+    for (const at::Tensor& hooked : unit->hooked)
+      torch::autograd::impl::set_post_acc_grad_hooks(hooked, nullptr);
 }
 
 std::string Sharding::describe() const {
@@ -223,7 +162,7 @@ void Sharding::begin_round(bool is_last) {
   begins_step_ = false;
 }
 
-void Sharding::on_gradient(Unit& unit, Leaf& leaf) {
+void Sharding::on_gradient(Unit& unit, const FlatUnit::Leaf& leaf) {
   const at::NoGradGuard no_grad;
   if (!unit.gradient.defined())
     unit.gradient = at::zeros({unit.length}, leaf.owner->options().dtype(at::kFloat).requires_grad(false));
@@ -351,7 +290,7 @@ double Sharding::hand_gradients_to(AdamW& optimizer) {
     // Those that hold the same part share the work.
     const int64_t share = unit->part / num_replicas_;
     norms.push_back(at::linalg_vector_norm(unit->own_gradient.narrow(0, replica_ * share, share), 2));
-    for (const Leaf& leaf : unit->leaves) {
+    for (const FlatUnit::Leaf& leaf : unit->leaves) {
       if (is_replicated()) {
         optimizer.set_gradient(leaf.owner, unit->of(unit->gradient, leaf));
         continue;
@@ -381,7 +320,7 @@ TensorList Sharding::gather_masters(const AdamW& optimizer) {
   for (const auto& unit : units_) {
     const at::Tensor own =
         at::zeros({unit->part}, unit->leaves.front().owner->options().dtype(at::kFloat).requires_grad(false));
-    for (const Leaf& leaf : unit->leaves) {
+    for (const FlatUnit::Leaf& leaf : unit->leaves) {
       const auto [begin, count] = unit->owned_range(leaf, shard_);
       if (count > 0)
         own.narrow(0, leaf.offset + begin - shard_ * unit->part, count).copy_(optimizer.master(leaf.owner));
@@ -390,7 +329,7 @@ TensorList Sharding::gather_masters(const AdamW& optimizer) {
     world_.all_gather(all, own, sharers_)();
     if (!world_.is_first()) continue;
     const at::Tensor host = all.cpu();
-    for (const Leaf& leaf : unit->leaves) whole[leaf.owner] = unit->of(host, leaf);
+    for (const FlatUnit::Leaf& leaf : unit->leaves) whole[leaf.owner] = unit->of(host, leaf);
   }
   TensorList list;
   for (const ParameterGroup& group : optimizer.groups()) {

@@ -29,6 +29,7 @@
 #include <vector>
 
 #include "model/weights/safetensors.h"
+#include "train/distributed/layout.h"
 #include "train/distributed/world.h"
 #include "train/optimizer.h"
 #include "train/recipe.h"
@@ -81,10 +82,9 @@ class Sharding {
 
  private:
   enum class Strategy { kDdp, kZero1, kZero2, kZero3 };
-  struct Leaf;
   struct Unit;
   struct Hook;
-  void on_gradient(Unit& unit, Leaf& leaf);
+  void on_gradient(Unit& unit, const FlatUnit::Leaf& leaf);
   void lay_out(Unit& unit);
   void begin_gather(size_t layer);
   void start_next();

@@ -1,0 +1,32 @@
+// Which tensors lie together in one flat buffer when several ranks share them, and in which order their
+// gradients come. Known before anything runs: sharding works by it, and so does the model of what it costs.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "model/module.h"
+#include "train/optimizer.h"
+
+namespace caldera {
+
+struct FlatUnit {
+  struct Leaf {
+    at::Tensor* owner;
+    int64_t offset, numel;  // in the flat buffer, in elements
+  };
+  std::vector<Leaf> leaves;
+  int64_t layer = -1;  // of the decoder's block; -1: none
+  bool trains = true;
+  int64_t length = 0;  // elements, the gaps of alignment included
+};
+
+// The units that train, in the order in which the backward pass meets them: the decoder's blocks, the last
+// one ahead, what is left of the decoder (its embedding comes late), the projector, the tower. With
+// `with_frozen_blocks`, then what does not train of the decoder's blocks, by layer. `decoder`: all tensors of
+// the language model.
+std::vector<FlatUnit> lay_out_units(const std::vector<ParameterGroup>& groups, const NamedTensors& decoder,
+                                    bool with_frozen_blocks);
+// Elements of a unit's buffer that `num_ranks` can share in equal, aligned parts.
+int64_t padded_length(const FlatUnit& unit, int64_t num_ranks);
+
+}  // namespace caldera
