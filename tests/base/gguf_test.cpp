@@ -4,13 +4,13 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <cstring>
 #include <functional>
 
 #include "base/error.h"
 #include "base/files.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
@@ -51,7 +51,6 @@ struct Bytes {
 
 class GgufTest : public testing::Test {
  protected:
-  void TearDown() override { fs::remove(file_); }
   GgufFile open(const Bytes& bytes) {
     write_file_atomic(file_, bytes.text);
     return GgufFile(file_);
@@ -65,7 +64,8 @@ class GgufTest : public testing::Test {
     }
     return "accepted";
   }
-  fs::path file_ = fs::temp_directory_path() / fmt::format("caldera-gguf-{}.gguf", ::getpid());
+  TemporaryFolder folder_;
+  const fs::path file_ = folder_.path() / "x.gguf";
 };
 
 TEST_F(GgufTest, ReadsEveryValueType) {

@@ -3,12 +3,12 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <cstring>
 
 #include "base/error.h"
 #include "base/gguf.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
@@ -18,7 +18,6 @@ using testing::HasSubstr;
 
 class GgufWriterTest : public testing::Test {
  protected:
-  void TearDown() override { fs::remove(file_); }
   static GgufTensorToWrite tensor(const std::string& name, std::vector<int64_t> shape, GgmlType type,
                                   size_t num_bytes) {
     return {name, std::move(shape), type, [num_bytes] {
@@ -36,7 +35,8 @@ class GgufWriterTest : public testing::Test {
     }
     return "accepted";
   }
-  fs::path file_ = fs::temp_directory_path() / fmt::format("caldera-gguf-writer-{}.gguf", ::getpid());
+  TemporaryFolder folder_;
+  const fs::path file_ = folder_.path() / "x.gguf";
 };
 
 TEST_F(GgufWriterTest, ReadsBack) {

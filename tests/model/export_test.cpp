@@ -2,7 +2,6 @@
 #include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <cstdlib>
 
@@ -31,7 +30,6 @@ class ExportTest : public testing::Test {
                                                 {"patch_size", 7}});
     write_llama({});
   }
-  void TearDown() override { fs::remove_all(root_); }
 
   void write_llama(const Json& change) const {
     Json config = {{"model_type", "llama"},    {"hidden_size", 48},
@@ -84,7 +82,8 @@ class ExportTest : public testing::Test {
     if (finished) write_json(folder / "manifest.json", Json::object());
   }
 
-  fs::path root_ = fs::temp_directory_path() / fmt::format("caldera-export-{}", ::getpid());
+  TemporaryFolder temporary_;
+  const fs::path root_ = temporary_.path();
 };
 
 TEST_F(ExportTest, SavedModelLoadsTheSame) {

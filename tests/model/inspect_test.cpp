@@ -3,12 +3,12 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include "base/error.h"
 #include "model/weights/gguf_export.h"
 #include "model/weights/llava_export.h"
 #include "model/weights/load.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
@@ -38,7 +38,6 @@ class InspectTest : public testing::Test {
                                                  {"max_position_embeddings", 256}});
     model_ = build_llava(spec());
   }
-  void TearDown() override { fs::remove_all(root_); }
   BuildSpec spec() const {
     BuildSpec spec;
     spec.vision_tower = (root_ / "clip").string();
@@ -70,7 +69,8 @@ class InspectTest : public testing::Test {
     return names;
   }
   fs::path out() const { return root_ / "out"; }
-  fs::path root_ = fs::temp_directory_path() / fmt::format("caldera-inspect-{}", ::getpid());
+  TemporaryFolder temporary_;
+  const fs::path root_ = temporary_.path();
   std::unique_ptr<LlavaModel> model_;
 };
 

@@ -4,7 +4,6 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include "base/error.h"
 #include "model/weights/torch_pickle.h"
@@ -19,7 +18,6 @@ using testing::HasSubstr;
 class LlavaExportTest : public testing::Test {
  protected:
   void SetUp() override { fs::create_directories(folder_ / "tower"); }
-  void TearDown() override { fs::remove_all(folder_); }
 
   static std::unique_ptr<LlavaModel> llava(const std::string& projector, const std::string& decoder = "llama",
                                            const std::string& tower = "clip_vision_model") {
@@ -52,7 +50,8 @@ class LlavaExportTest : public testing::Test {
   LlavaExportOptions options(at::ScalarType dtype = at::kFloat) const {
     return {.dtype = dtype, .mm_vision_tower = (folder_ / "tower").string(), .model_max_length = 64};
   }
-  fs::path folder_ = fs::temp_directory_path() / fmt::format("caldera-llava-export-{}", ::getpid());
+  TemporaryFolder temporary_;
+  const fs::path folder_ = temporary_.path();
 };
 
 TEST_F(LlavaExportTest, WholeModelsComeBackBitForBit) {

@@ -2,13 +2,13 @@
 // they compute is compared with transformers by tests/parity/folders.py.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <cstdlib>
 
 #include "base/error.h"
 #include "model/weights/llava_config.h"
 #include "model/weights/load.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
@@ -41,7 +41,6 @@ class LlavaFoldersTest : public testing::Test {
     model_ = build_llava(spec);
     write_weights_folder(folder_ / "tower", list("vision_tower.", "vision_tower.", ""));
   }
-  void TearDown() override { fs::remove_all(folder_); }
 
   // The model's tensors whose classic names begin with `part`, with `from` at their beginning replaced.
   TensorList list(const std::string& part, const std::string& from, const std::string& to) {
@@ -99,7 +98,8 @@ class LlavaFoldersTest : public testing::Test {
     return "accepted";
   }
 
-  fs::path folder_ = fs::temp_directory_path() / fmt::format("caldera-llava-folders-{}", ::getpid());
+  TemporaryFolder temporary_;
+  const fs::path folder_ = temporary_.path();
   std::unique_ptr<LlavaModel> model_;
 };
 

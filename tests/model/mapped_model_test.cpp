@@ -3,7 +3,6 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include "base/error.h"
 #include "model/weights/gguf_export.h"
@@ -41,7 +40,6 @@ class MappedModelTest : public testing::Test {
     save_hf_llava(*build_llava(spec), {"v1", "pad", 0, {}}, {.dtype = at::kBFloat16, .image_token_id = 100},
                   saved());
   }
-  void TearDown() override { fs::remove_all(root_); }
 
   std::string refusal_after(const std::function<void(TensorList&)>& edit) const {
     TensorList tensors;
@@ -57,7 +55,8 @@ class MappedModelTest : public testing::Test {
     return message;
   }
   fs::path saved() const { return root_ / "saved"; }
-  fs::path root_ = fs::temp_directory_path() / fmt::format("caldera-mapped-{}", ::getpid());
+  TemporaryFolder temporary_;
+  const fs::path root_ = temporary_.path();
 };
 
 TEST_F(MappedModelTest, GivesTheValuesThatLoadingGives) {

@@ -2,9 +2,9 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include "base/error.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
@@ -13,8 +13,6 @@ using testing::HasSubstr;
 
 class SafetensorsTest : public testing::Test {
  protected:
-  void SetUp() override { fs::create_directories(folder_); }
-  void TearDown() override { fs::remove_all(folder_); }
 
   // 8 bytes of length, the header, `body` zero bytes.
   static std::string file_bytes(const std::string& header, size_t body) {
@@ -38,7 +36,8 @@ class SafetensorsTest : public testing::Test {
       return error.what();
     }
   }
-  fs::path folder_ = fs::temp_directory_path() / fmt::format("caldera-safetensors-{}", ::getpid());
+  TemporaryFolder temporary_;
+  const fs::path folder_ = temporary_.path();
 };
 
 // One tensor "a" of two float32.

@@ -3,12 +3,12 @@
 #include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include "base/error.h"
 #include "model/vision/tower.h"
 #include "model/weights/load.h"
 #include "tests/model/vision_golden.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
@@ -148,8 +148,8 @@ TEST(ImageSize, OnlySizesOfAPatchAndMore) {
 }
 
 TEST(ImageSize, LoadedFoldersTakeIt) {
-  const fs::path folder = fs::temp_directory_path() / fmt::format("caldera-image-size-{}", ::getpid());
-  fs::create_directories(folder);
+  const TemporaryFolder temporary;
+  const fs::path& folder = temporary.path();
   write_json(folder / "config.json", kSiglip);
   const auto fresh = load_vision_tower(folder, {}, 3, 49);
   EXPECT_EQ(fresh->image_spec().num_image_tokens, 49);
@@ -161,7 +161,6 @@ TEST(ImageSize, LoadedFoldersTakeIt) {
   write_json(folder / "config.json", fresh->config());
   const at::Tensor pixels = at::arange(3 * 49 * 49).remainder(256).to(at::kByte).view({1, 3, 49, 49});
   EXPECT_TRUE(at::equal(load_vision_tower(folder, {})->forward(pixels), fresh->forward(pixels)));
-  fs::remove_all(folder);
 }
 
 TEST(ImageSpec, KindOfResizingComesFromThePreprocessor) {

@@ -3,11 +3,11 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <fstream>
 
 #include "base/error.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
@@ -85,8 +85,6 @@ const std::string kValid = dictionary(tensor({2, 3}, {3, 1}));
 
 class TorchPickleTest : public testing::Test {
  protected:
-  void SetUp() override { fs::create_directories(folder_); }
-  void TearDown() override { fs::remove_all(folder_); }
 
   std::unique_ptr<TensorSource> open(const std::string& bytes) {
     std::ofstream(folder_ / "w.bin", std::ios::binary) << bytes;
@@ -106,7 +104,8 @@ class TorchPickleTest : public testing::Test {
   }
   std::string pickle_refusal(const std::string& pickle) { return refusal(zip(members(pickle))); }
 
-  fs::path folder_ = fs::temp_directory_path() / fmt::format("caldera-pickle-{}", ::getpid());
+  TemporaryFolder temporary_;
+  const fs::path folder_ = temporary_.path();
 };
 
 TEST_F(TorchPickleTest, HoldsWhatTorchSaved) {

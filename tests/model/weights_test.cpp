@@ -2,7 +2,6 @@
 #include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <cstdlib>
 
@@ -20,9 +19,8 @@ const fs::path kGolden = fs::path(CALDERA_SOURCE_DIR) / "tests" / "golden";
 
 class WeightsTest : public testing::Test {
  protected:
-  void SetUp() override { fs::create_directories(folder_); }
-  void TearDown() override { fs::remove_all(folder_); }
-  fs::path folder_ = fs::temp_directory_path() / fmt::format("caldera-weights-{}", ::getpid());
+  TemporaryFolder temporary_;
+  const fs::path folder_ = temporary_.path();
 
   const Json clip_config_ = {{"model_type", "clip_vision_model"},
                              {"hidden_size", 24},
