@@ -158,7 +158,7 @@ std::vector<std::string> ways_to_take_less(const StageConfig& stage, const Stage
   if (plan.largest_micro_batch > plan.longest)
     ways.push_back(fmt::format("max_tokens_per_micro_batch: {}   the longest sample; same numbers; now {}",
                                plan.longest, plan.largest_micro_batch));
-  if (stage.dtype == "float32") ways.push_back("dtype: bfloat16   halves weights, activations and gradients");
+  if (stage.dtype == "float32") ways.emplace_back("dtype: bfloat16   halves weights, activations and gradients");
   if (stage.optimizer.optim != "adamw_8bit" && memory.states > 0)
     ways.push_back(fmt::format("optimizer.optim: adamw_8bit   a quarter of the optimizer's {}",
                                gigabytes(memory.states)));
@@ -166,7 +166,7 @@ std::vector<std::string> ways_to_take_less(const StageConfig& stage, const Stage
     ways.push_back(
         fmt::format("optimizer.master_weights: none   drops the masters' {}", gigabytes(memory.masters)));
   if (!stage.uses_lora() && memory.states + memory.masters + memory.gradients > memory.total() / 2)
-    ways.push_back("lora: {}   gradients and states of the adapters alone");
+    ways.emplace_back("lora: {}   gradients and states of the adapters alone");
   return ways;
 }
 
