@@ -143,6 +143,8 @@ template <class Work>
 std::vector<std::invoke_result_t<Work, World&>> as_ranks(int size, int local_size, const Work& work) {
   ::setenv("GLOO_SOCKET_IFNAME", "lo", 1);
   ::setenv("RES_OPTIONS", "timeout:1 attempts:1", 1);  // c10d asks for each connection's name, for its log
+  // c10d's record of collectives is one a process, and not made for groups of several threads.
+  ::setenv("TORCH_FR_BUFFER_SIZE", "0", 1);
   StoreHost store(0);
   std::vector<std::invoke_result_t<Work, World&>> results(static_cast<size_t>(size));
   std::vector<std::exception_ptr> errors(static_cast<size_t>(size));
