@@ -8,11 +8,19 @@
 #include "model/weights/adapters.h"
 
 namespace caldera {
+namespace {
+
+#ifdef CALDERA_CUDA
+constexpr const char* kNoGpu = "no GPU is visible";
+#else
+constexpr const char* kNoGpu = "this build has no CUDA";
+#endif
+
+}  // namespace
 
 at::Device choose_device(const std::string& device, int local_rank) {
   const bool has_gpu = at::hasCUDA() && at::detail::getCUDAHooks().deviceCount() > 0;
-  CALDERA_CHECK(device != "cuda" || has_gpu, ConfigError, "device: cuda asked for, but {}",
-                at::hasCUDA() ? "no GPU is visible" : "this build has no CUDA");
+  CALDERA_CHECK(device != "cuda" || has_gpu, ConfigError, "device: cuda asked for, but {}", kNoGpu);
   if (!has_gpu || device == "cpu") return at::kCPU;
   const auto num_gpus = static_cast<int>(at::detail::getCUDAHooks().deviceCount());
   CALDERA_CHECK(local_rank < num_gpus, DistributedError,
