@@ -87,8 +87,8 @@ void print_scaling_json(const Recipe& recipe, const StageConfig& stage, const Pl
                                   {"efficiency", p.efficiency},
                                   {"memory_bytes", p.memory_bytes},
                                   {"sent_bytes", p.sent_bytes},
-                                  {"num_collectives", p.traffic.num_collectives},
-                                  {"num_bytes", p.traffic.num_bytes}}));
+                                  {"num_collectives", p.num_collectives},
+                                  {"num_bytes", p.num_bytes}}));
   }
 }
 

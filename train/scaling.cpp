@@ -12,18 +12,18 @@
 namespace caldera {
 namespace {
 
-constexpr Gpu kGpus[] = {{"a100", 312e12, 80e9, 2.04e12, 300e9, 25e9},
-                         {"h100", 989e12, 80e9, 3.35e12, 450e9, 50e9},
-                         {"h200", 989e12, 141e9, 4.8e12, 450e9, 50e9},
-                         {"b200", 2250e12, 180e9, 8e12, 900e9, 100e9}};
+constexpr Gpu kGpus[] = {{"a100", 312e12, 2.04e12, 300e9, 25e9},
+                         {"h100", 989e12, 3.35e12, 450e9, 50e9},
+                         {"h200", 989e12, 4.8e12, 450e9, 50e9},
+                         {"b200", 2250e12, 8e12, 900e9, 100e9}};
 
 // Bytes that AdamW moves for an element: gradient, master and both moments read, the last three and the
 // weight written.
 constexpr double kUpdateBytes = 4 * 4 + 3 * 4 + 2;
 
 enum class Kind { kSum, kReduceScatter, kAllGather };
-// When a collective runs, and so what may hide it.
-enum class When { kForward, kBackward, kAfterwards };
+// When a collective runs: beside the passes, which may hide it, or after the update.
+enum class When { kMeanwhile, kAfterwards };
 
 struct Collective {
   Kind kind;
@@ -34,22 +34,11 @@ struct Collective {
   int64_t num_repeats = 1;
 };
 
-// Who shares, and how many hold the same part: see train/distributed/sharding.h.
-struct Split {
-  int64_t num_shards = 1, num_replicas = 1;
-
-  Split(const DistributedConfig& config, int64_t num_ranks, int64_t ranks_per_node) {
-    const bool within_node = config.shard_within == "node" && ranks_per_node < num_ranks;
-    num_shards = config.strategy == "ddp" ? 1 : within_node ? ranks_per_node : num_ranks;
-    num_replicas = num_ranks / num_shards;
-  }
-};
-
 // What a step does, as train/distributed/sharding does it.
 std::vector<Collective> collectives_of_step(const StagePlan& plan, const StageConfig& stage,
                                             const DistributedConfig& config, int64_t num_ranks,
                                             int64_t ranks_per_node, int64_t num_rounds) {
-  const auto [num_shards, num_replicas] = Split(config, num_ranks, ranks_per_node);
+  const auto [num_shards, num_replicas] = split_ranks(config, num_ranks, ranks_per_node);
   const int64_t gradient_bytes = config.reduce_dtype == "bfloat16" ? 2 : 4;
   const int64_t weight_bytes = stage.dtype == "float32" ? 4 : 2;
   const bool frees = config.strategy == "zero3";
@@ -63,14 +52,13 @@ std::vector<Collective> collectives_of_step(const StagePlan& plan, const StageCo
       if (num_shards > 1) result.push_back({kind, when, shards_cross, num_shards, length * bytes, repeats});
     };
     if (unit.trains) {
-      among_sharers(Kind::kReduceScatter, When::kBackward, gradient_bytes, reductions);
+      among_sharers(Kind::kReduceScatter, When::kMeanwhile, gradient_bytes, reductions);
       if (num_replicas > 1)
-        result.push_back(
-            {Kind::kSum, When::kBackward, several_nodes, num_replicas, length / num_shards * gradient_bytes});
+        result.push_back({Kind::kSum, When::kMeanwhile, several_nodes, num_replicas,
+                          length / num_shards * gradient_bytes});
     }
     if (is_freed) {
-      among_sharers(Kind::kAllGather, When::kForward, weight_bytes, num_rounds);
-      among_sharers(Kind::kAllGather, When::kBackward, weight_bytes, num_rounds);
+      among_sharers(Kind::kAllGather, When::kMeanwhile, weight_bytes, 2 * num_rounds);  // in both passes
     } else if (unit.trains) {
       among_sharers(Kind::kAllGather, When::kAfterwards, weight_bytes, 1);
     }
@@ -115,8 +103,6 @@ Load deal(const StagePlan& plan, const StageConfig& stage, int64_t num_ranks) {
 
 }  // namespace
 
-std::span<const Gpu> known_gpus() { return kGpus; }
-
 const Gpu& find_gpu(const std::string& name) {
   std::vector<std::string> names;
   for (const Gpu& gpu : kGpus) {
@@ -126,27 +112,13 @@ const Gpu& find_gpu(const std::string& name) {
   throw ConfigError(fmt::format("--gpu {}: expected one of {}", name, join(names, ", ")));
 }
 
-StepTraffic traffic_of_step(const StagePlan& plan, const StageConfig& stage, const DistributedConfig& config,
-                            int64_t num_ranks, int64_t ranks_per_node, int64_t num_rounds) {
-  StepTraffic traffic;
-  if (num_ranks == 1) return traffic;
-  for (const Collective& collective :
-       collectives_of_step(plan, stage, config, num_ranks, ranks_per_node, num_rounds)) {
-    traffic.num_collectives += collective.num_repeats;
-    traffic.num_bytes += collective.num_bytes * collective.num_repeats;
-  }
-  ++traffic.num_collectives;  // the step's loss, norm, signals and times (step_report.h)
-  traffic.num_bytes += 8 * (2 + 3 * num_ranks);
-  return traffic;
-}
-
 ScalingPoint scale(Recipe recipe, const StageConfig& stage, const Cluster& cluster, int64_t max_samples) {
   recipe.device = "cuda";
   const DistributedConfig& config = recipe.distributed;
   ScalingPoint point;
   point.num_ranks = cluster.num_nodes * cluster.gpus_per_node;
   const auto ranks = static_cast<double>(point.num_ranks);
-  const int64_t num_sharing = Split(config, point.num_ranks, cluster.gpus_per_node).num_shards;
+  const int64_t num_sharing = split_ranks(config, point.num_ranks, cluster.gpus_per_node).num_shards;
   const StagePlan plan = plan_stage(recipe, stage, max_samples, static_cast<int>(num_sharing));
   const Load load = deal(plan, stage, point.num_ranks);
   double samples = 0, tokens = 0;
@@ -166,7 +138,9 @@ ScalingPoint scale(Recipe recipe, const StageConfig& stage, const Cluster& clust
 
   if (point.num_ranks > 1) {
     const auto rounds = static_cast<int64_t>(std::lround(load.num_rounds));
-    point.traffic = traffic_of_step(plan, stage, config, point.num_ranks, cluster.gpus_per_node, rounds);
+    // The step's loss, norm, signals and times (step_report.h), and then the rest.
+    point.num_collectives = 1;
+    point.num_bytes = 8 * (2 + 3 * point.num_ranks);
     double hidden_s = 0, afterwards_s = 0;
     for (const Collective& collective :
          collectives_of_step(plan, stage, config, point.num_ranks, cluster.gpus_per_node, rounds)) {
@@ -174,6 +148,8 @@ ScalingPoint scale(Recipe recipe, const StageConfig& stage, const Cluster& clust
       const auto repeats = static_cast<double>(collective.num_repeats);
       (collective.when == When::kAfterwards ? afterwards_s : hidden_s) += repeats * one.seconds;
       point.sent_bytes += repeats * one.sent_bytes;
+      point.num_collectives += collective.num_repeats;
+      point.num_bytes += collective.num_bytes * collective.num_repeats;
     }
     // Reductions run beside the backward pass of the micro-batch they belong to, gathers of blocks beside
     // both passes; a backward pass is two thirds of the work. What belongs to the last unit has nothing left

@@ -3,7 +3,6 @@
 // and Cluster.
 #pragma once
 #include <cstdint>
-#include <span>
 #include <string>
 #include <vector>
 
@@ -16,13 +15,11 @@ namespace caldera {
 struct Gpu {
   const char* name;
   double peak_flops;           // bfloat16 matrix products, dense, FLOP/s
-  double memory_bytes;         // of its own memory
   double memory_bytes_per_s;   // to it
   double node_bytes_per_s;     // to the GPUs of its machine, one direction
   double network_bytes_per_s;  // to other machines, its share of the machine's network, one direction
 };
-std::span<const Gpu> known_gpus();
-// Throws ConfigError naming those known.
+// Throws ConfigError naming the known ones.
 const Gpu& find_gpu(const std::string& name);
 
 struct Cluster {
@@ -33,23 +30,18 @@ struct Cluster {
   double hop_s = 3e-6;       // of each of a ring's hops
 };
 
-// What a rank hands to collectives in a step, as World counts them (without evaluation and checkpoints).
-struct StepTraffic {
-  int64_t num_collectives = 0, num_bytes = 0;
-};
-StepTraffic traffic_of_step(const StagePlan& plan, const StageConfig& stage, const DistributedConfig& config,
-                            int64_t num_ranks, int64_t ranks_per_node, int64_t num_rounds);
-
 struct ScalingPoint {
   int64_t num_ranks = 1;
   double samples_per_rank = 0;
-  double imbalance = 1;     // tokens of the rank that has the most, over the mean
-  double num_rounds = 1;    // micro-batches of that rank
-  double compute_s = 0;     // of the rank that has the most
-  double update_s = 0;      // AdamW
-  double exposed_s = 0;     // of the communication, what nothing hides
-  double sent_bytes = 0;    // by a rank, through its links
-  StepTraffic traffic;      // of the step with the mean number of micro-batches, rounded
+  double imbalance = 1;   // tokens of the rank that has the most, over the mean
+  double num_rounds = 1;  // micro-batches of that rank
+  double compute_s = 0;   // of the rank that has the most
+  double update_s = 0;    // AdamW
+  double exposed_s = 0;   // of the communication, what nothing hides
+  double sent_bytes = 0;  // by a rank, through its links
+  // What it hands to collectives, as World counts it (without evaluation and checkpoints), in a step with the
+  // mean number of micro-batches, rounded.
+  int64_t num_collectives = 0, num_bytes = 0;
   double memory_bytes = 0;  // of a rank: weights, masters, states, gradients, activations, workspace
   double step_s = 0, tokens_per_second = 0;
   double efficiency = 0;  // time of the products, shared evenly, over the step's

@@ -93,17 +93,16 @@ class Mmproj {
   bool has_class_token_ = false;
 };
 
-// llama.cpp has no use for it, LLaVA neither; files are complete with it.
-void load_post_norm(VisionTower& tower, const TensorSource& source, NamedTensors& wanted) {
-  for (const NamedTensor& named : tower.tensors()) {
-    const bool is_post_norm = named.name.find(".post_layernorm.") != std::string::npos;
-    if (!is_post_norm || source.has(named.name)) {
-      wanted.push_back(named);
-      continue;
-    }
-    at::Tensor value = named.value();
-    value.fill_(named.name.ends_with("weight") ? 1.0 : 0.0);
-  }
+// The tower's tensors that the file is to give. Its last norm, for which neither llama.cpp nor LLaVA has a
+// use, becomes the identity where the file lacks it.
+NamedTensors tensors_to_load(VisionTower& tower, const TensorSource& source) {
+  NamedTensors wanted = tower.tensors();
+  std::erase_if(wanted, [&source](const NamedTensor& named) {
+    if (named.name.find(".post_layernorm.") == std::string::npos || source.has(named.name)) return false;
+    named.value().fill_(named.name.ends_with("weight") ? 1.0 : 0.0);
+    return true;
+  });
+  return wanted;
 }
 
 }  // namespace
@@ -138,10 +137,8 @@ std::unique_ptr<LlavaModel> load_gguf_llava(const GgufLlavaFiles& files) {
   model->projector =
       make_projector(model->mm_projector_type, model->vision->hidden_size(), model->language->hidden_size());
   const std::unique_ptr<TensorSource> source = mmproj.tensors();
-  NamedTensors tower;
   const at::NoGradGuard no_grad;
-  load_post_norm(*model->vision, *source, tower);
-  const std::vector<std::string> rest = load_tensors(tower, *source);
+  const std::vector<std::string> rest = load_tensors(tensors_to_load(*model->vision, *source), *source);
   load_tensors(model->projector->tensors(), *source,
                [](const std::string& name) { return kProjectorPrefix + name; });
   refuse_leftovers(rest, *source, [](const std::string& name) { return name.starts_with(kProjectorPrefix); });

@@ -23,20 +23,12 @@ class MemoryTest : public testing::Test {
   }
   void TearDown() override { set_log_sink(previous_); }
 
-  Recipe recipe(const std::string& output) const {
-    Recipe recipe = tiny_recipe(folder_.path(), output);
-    recipe.stages[0].optimizer.learning_rate = 1e-2;
-    recipe.stages[0].max_steps = 6;
-    return recipe;
-  }
+  Recipe recipe(const std::string& output) const { return six_step_recipe(folder_.path(), output); }
   std::vector<double> train(
       const Recipe& recipe, const std::function<bool()>& stop = [] { return false; }) {
     Recorder recorder;
     run_recipe(recipe, {.resume = "auto"}, recorder, stop);
     return recorder.losses;
-  }
-  std::string final_weights(const Recipe& recipe) const {
-    return read_file(fs::path(recipe.output) / "finetune" / "final" / "model.safetensors");
   }
   // The total with so many blocks recomputing, apart from the program.
   int64_t bytes_with(const Recipe& recipe, int64_t num_recomputed, int num_ranks = 1) const {

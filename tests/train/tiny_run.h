@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "base/files.h"
 #include "tests/eval/tiny_model.h"
 #include "train/run.h"
 
@@ -37,6 +38,19 @@ inline Recipe tiny_recipe(const fs::path& folder, const std::string& output) {
   stage.global_batch_size = 4;
   recipe.stages = {stage};
   return recipe;
+}
+
+// The same for six steps, large enough that each of them shows.
+inline Recipe six_step_recipe(const fs::path& folder, const std::string& output) {
+  Recipe recipe = tiny_recipe(folder, output);
+  recipe.stages[0].optimizer.learning_rate = 1e-2;
+  recipe.stages[0].max_steps = 6;
+  return recipe;
+}
+
+// The bytes of what the last stage left.
+inline std::string final_weights(const Recipe& recipe) {
+  return read_file(fs::path(recipe.output) / recipe.stages.back().name / "final" / "model.safetensors");
 }
 
 }  // namespace caldera

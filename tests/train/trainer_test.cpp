@@ -18,12 +18,7 @@ class TrainerTest : public testing::Test {
  protected:
   void SetUp() override { write_tiny_run(folder_.path()); }
 
-  Recipe recipe(const std::string& output) const {
-    Recipe recipe = tiny_recipe(folder_.path(), output);
-    recipe.stages[0].optimizer.learning_rate = 1e-2;
-    recipe.stages[0].max_steps = 6;
-    return recipe;
-  }
+  Recipe recipe(const std::string& output) const { return six_step_recipe(folder_.path(), output); }
 
   std::vector<double> train(
       const Recipe& recipe, const std::string& resume = "auto",
@@ -31,9 +26,6 @@ class TrainerTest : public testing::Test {
     Recorder recorder;
     outcome_ = run_recipe(recipe, {.resume = resume}, recorder, stop);
     return recorder.losses;
-  }
-  std::string final_weights(const Recipe& recipe) const {
-    return read_file(fs::path(recipe.output) / recipe.stages.back().name / "final" / "model.safetensors");
   }
 
   TemporaryFolder folder_;

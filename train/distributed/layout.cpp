@@ -6,12 +6,14 @@
 #include <unordered_set>
 #include <utility>
 
+#include "model/ops/dynamic_map.h"
+
 namespace caldera {
 namespace {
 
-// Tensors and parts begin at blocks of 8-bit states (kQuantizedBlock), which ranks do not share; so kernels
-// see them aligned, too.
-constexpr int64_t kAlignment = 256;
+// Tensors and parts begin at blocks of 8-bit states, which ranks do not share; so kernels see them aligned,
+// too.
+constexpr int64_t kAlignment = kQuantizedBlock;
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
 // "language_model.model.layers.7.self_attn.q_proj.weight" -> {"language_model.model.layers.", 7}; -1 outside
@@ -61,6 +63,12 @@ std::vector<FlatUnit> lay_out_units(const std::vector<ParameterGroup>& groups, c
   }
   for (const auto& [layer, owners] : rest) units.push_back(unit_of(owners, layer, false));
   return units;
+}
+
+RankSplit split_ranks(const DistributedConfig& config, int64_t num_ranks, int64_t ranks_per_node) {
+  const bool within_node = config.shard_within == "node" && ranks_per_node < num_ranks;
+  const int64_t num_shards = config.strategy == "ddp" ? 1 : within_node ? ranks_per_node : num_ranks;
+  return {num_shards, num_ranks / num_shards};
 }
 
 int64_t padded_length(const FlatUnit& unit, int64_t num_ranks) {

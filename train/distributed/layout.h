@@ -6,6 +6,7 @@
 
 #include "model/module.h"
 #include "train/optimizer.h"
+#include "train/recipe.h"
 
 namespace caldera {
 
@@ -26,6 +27,12 @@ struct FlatUnit {
 // the language model.
 std::vector<FlatUnit> lay_out_units(const std::vector<ParameterGroup>& groups, const NamedTensors& decoder,
                                     bool with_frozen_blocks);
+// S ranks that share x R that hold the same part (see sharding.h): rank r holds part r % S, and is the r /
+// S-th that does.
+struct RankSplit {
+  int64_t num_shards = 1, num_replicas = 1;
+};
+RankSplit split_ranks(const DistributedConfig& config, int64_t num_ranks, int64_t ranks_per_node);
 // Elements of a unit's buffer that `num_ranks` can share in equal, aligned parts.
 int64_t padded_length(const FlatUnit& unit, int64_t num_ranks);
 

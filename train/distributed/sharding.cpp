@@ -70,23 +70,16 @@ Sharding::Sharding(World& world, const DistributedConfig& config, const std::vec
                                              : Strategy::kZero3),
       reduce_dtype_(config.reduce_dtype == "bfloat16" ? at::kBFloat16 : at::kFloat) {
   const at::NoGradGuard no_grad;
-  const int local_size = world.spec().local_size;
-  const bool within_node = config.shard_within == "node" && local_size < world.size();
-  if (within_node && local_size == 1) strategy_ = Strategy::kDdp;  // nobody to share with
-  if (strategy_ == Strategy::kDdp) {
-    num_replicas_ = world.size();
-    replica_ = world.rank();
-  } else if (within_node) {
+  const RankSplit split = split_ranks(config, world.size(), world.spec().local_size);
+  num_shards_ = static_cast<int>(split.num_shards);
+  num_replicas_ = static_cast<int>(split.num_replicas);
+  shard_ = world.rank() % num_shards_;
+  replica_ = world.rank() / num_shards_;
+  if (num_shards_ == 1) strategy_ = Strategy::kDdp;  // nobody to share with
+  if (num_shards_ > 1 && num_shards_ < world.size()) {
     world.split_by_machine();
     sharers_ = Among::kMachine;
     replicas_ = Among::kPeers;
-    num_shards_ = local_size;
-    shard_ = world.spec().local_rank;
-    num_replicas_ = world.size() / local_size;
-    replica_ = world.rank() / local_size;
-  } else {
-    num_shards_ = world.size();
-    shard_ = world.rank();
   }
   for (FlatUnit& flat : lay_out_units(groups, decoder, frees_blocks())) {
     auto unit = std::make_unique<Unit>(std::move(flat));
