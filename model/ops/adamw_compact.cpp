@@ -118,18 +118,6 @@ void set_pointers(const Moment& moment, float*& values, uint8_t*& codes, float*&
   }
 }
 
-// Both dynamic maps [2, 256] on the GPU, the signed one first. Every tensor asks for them: copied once.
-at::Tensor maps_on(at::Device device) {
-  thread_local at::Tensor last;
-  if (!last.defined() || last.device() != device) {
-    std::array<float, 512> both;
-    std::copy(dynamic_map(false).begin(), dynamic_map(false).end(),
-              std::copy(dynamic_map(true).begin(), dynamic_map(true).end(), both.begin()));
-    last = at::tensor(at::ArrayRef<float>(both)).to(device);
-  }
-  return last;
-}
-
 void update_on_cuda(const at::Tensor& master, const Moment& exp_avg, const Moment& exp_avg_sq,
                     const at::Tensor& gradient, const at::Tensor& weight, const AdamWFactors& f,
                     const RoundingNoise& noise) {
@@ -140,7 +128,7 @@ void update_on_cuda(const at::Tensor& master, const Moment& exp_avg, const Momen
   if (weight.scalar_type() == at::kBFloat16) state.weight = cuda::out<cuda::Bf16>(weight);
   const NoiseWords words(noise.key);
   cuda::with_type(gradient.defined() ? gradient : weight, [&]<class T>(T*, cuda::Stream stream) {
-    cuda::adamw_compact(state, cuda::in<T>(gradient), cuda::in<float>(maps_on(weight.device())),
+    cuda::adamw_compact(state, cuda::in<T>(gradient), cuda::in<float>(dynamic_maps_on(weight.device())),
                         weight.numel(),
                         {f.decay, f.one_minus_beta1, f.beta2, f.one_minus_beta2, f.step_size,
                          f.inverse_correction2, f.epsilon, f.grad_scale},

@@ -50,6 +50,17 @@ const std::array<float, 256>& dynamic_map(bool is_signed) {
   return is_signed ? with_sign : without;
 }
 
+at::Tensor dynamic_maps_on(at::Device device) {
+  thread_local at::Tensor last;
+  if (!last.defined() || last.device() != device) {
+    std::array<float, 512> both;
+    std::copy(dynamic_map(false).begin(), dynamic_map(false).end(),
+              std::copy(dynamic_map(true).begin(), dynamic_map(true).end(), both.begin()));
+    last = at::tensor(at::ArrayRef<float>(both)).to(device);
+  }
+  return last;
+}
+
 Quantized quantize_dynamic(const at::Tensor& values, bool is_signed) {
   const at::NoGradGuard no_grad;
   const int64_t count = values.numel(), blocks = (count + kQuantizedBlock - 1) / kQuantizedBlock;

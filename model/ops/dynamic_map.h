@@ -14,6 +14,8 @@ inline constexpr int64_t kQuantizedBlock = 256;  // elements that share a scale
 // 256 ascending values, dense near zero: seven powers of ten with ever more steps, zero and one. Signed: in
 // [-0.993, 1]; unsigned: in [0, 1].
 const std::array<float, 256>& dynamic_map(bool is_signed);
+// Both [2, 256] on a GPU, the signed one first. Every tensor asks for them: a thread copies them once.
+at::Tensor dynamic_maps_on(at::Device device);
 
 // Values as codes into a dynamic map times the largest magnitude of their block; blocks are ranges of the
 // flattened tensor.

@@ -84,6 +84,18 @@ template <class T>
 void adamw_compact(const CompactState& state, const T* gradient, const float* maps, int64_t count,
                    const AdamWFactors& factors, const CompactNoise& noise, Stream stream);
 
+// model/ops/nf4.h. Two elements a byte of `codes`, indices into `values` (in the host's memory), times a scale for each
+// 64 elements: `scale`, or where that is null map[codes[block]] * group_scale[block / 256] + offset.
+struct Nf4Scales {
+  const float* scale = nullptr;
+  const uint8_t* codes = nullptr;
+  const float *map = nullptr, *group_scale = nullptr;
+  float offset = 0;
+};
+template <class T>
+void dequantize_nf4(const uint8_t* codes, const Nf4Scales& scales, const std::array<float, 16>& values, T* out,
+                    int64_t count, Stream stream);
+
 // pixels [num_images, 3, size, size] -> patches [num_images, grid * grid, 3 * patch * patch] of
 // pixel * scale[channel] + shift[channel], both in the host's memory; grid = size / patch, what is left over
 // at the edges is not read.
