@@ -23,7 +23,7 @@ class Runs:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def train(self, output, strategy="ddp", *more, timeout_s=60, **stage):
-        """The words after `caldera` for a run to the folder `output`; `stage` are settings of both stages."""
+        """The words after `caldera` for a run to the folder `output`; `stage` are settings of both stages (None: the recipe's own)."""
         settings = dict(dtype="float32", global_batch_size=6, max_steps=6, save_steps=2, save_total_limit=2, max_tokens_per_micro_batch=300) | stage
         strategy, _, within = strategy.partition(" within ")
         if strategy == "zero3":
@@ -34,7 +34,7 @@ class Runs:
         for name in STAGES:
             overrides += [f"stages.{name}.data.data_path={self.work}/data/{name}.json", f"stages.{name}.data.image_folder={self.work}/data/images",
                           f"stages.{name}.data.dataloader_num_workers=1"]
-            overrides += [f"stages.{name}.{key}={value}" for key, value in settings.items()]
+            overrides += [f"stages.{name}.{key}={value}" for key, value in settings.items() if value is not None]
         overrides += [f"stages.pretrain.data.eval_data_path={self.work}/data/captions_test.json",
                       f"evaluation.data_path={self.work}/data/test.json", f"evaluation.captions_path={self.work}/data/captions_test.json",
                       f"evaluation.image_folder={self.work}/data/images", "evaluation.max_questions=1"]
