@@ -30,6 +30,8 @@ namespace cuda {
 
 // The stream on which ATen works on that device at the moment.
 Stream current_stream(at::Device device);
+// Ten times the major number and the minor one: 90 for Hopper.
+int compute_capability(at::Device device);
 
 // Calls f(null pointer of x's element type, float or Bf16; stream) with x's device as the current one.
 template <class Function>
