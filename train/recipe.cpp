@@ -58,6 +58,10 @@ void check_stage(const ReadState& state, const std::string& path, const StageCon
   if (stage.optimizer.master_weights == "none" && stage.dtype == "float32")
     state.fault(path + ".optimizer.master_weights",
                 "conflicts with dtype: float32, where the weights are their own masters");
+  if (stage.float8 && stage.dtype == "float32")
+    state.fault(path + ".float8", "conflicts with dtype: float32: the products are rounded to bfloat16");
+  if (stage.float8 && stage.uses_4bit())
+    state.fault(path + ".float8", "conflicts with lora.load_in_4bit, whose weights are restored in bfloat16");
   if (stage.eval_steps > 0 && stage.data.eval_data_path.empty())
     state.fault(path + ".eval_steps", "needs data.eval_data_path, the samples to evaluate on");
   if (stage.save_best &&

@@ -56,6 +56,8 @@ struct MemoryConfig {
 struct LoraOptions : LoraConfig {
   bool lora_enable = true;
   std::string lora_bias = "none";
+  bool load_in_4bit = false;  // QLoRA: the frozen weights as NF4
+  bool double_quant = true;   // of its scales
 };
 
 struct StageConfig {
@@ -71,6 +73,7 @@ struct StageConfig {
   int64_t max_steps = 0;            // > 0: overrides num_train_epochs
   std::string loss = "token_mean";  // or "micro_batch_mean", LLaVA's
   std::string dtype = "float32";    // of compute: float32 or bfloat16
+  bool float8 = false;              // products of the decoder's linear layers
   bool gradient_checkpointing = false;
   int64_t save_steps = 500, save_total_limit = 1;
   bool save_best = false;
@@ -79,6 +82,7 @@ struct StageConfig {
   int64_t logging_steps = 1;
 
   bool uses_lora() const { return lora && lora->lora_enable; }
+  bool uses_4bit() const { return uses_lora() && lora->load_in_4bit; }
 };
 
 // What a recipe measures at its end on held-out data (written to OUTPUT/results.json).

@@ -74,8 +74,9 @@ class Trainer {
   void save_checkpoint();
   void announce_saved(const std::optional<std::filesystem::path>& folder);
   void save_final();
-  void keep_adapter(
-      const std::filesystem::path& folder);  // writes it as PEFT's folder, then merges it into the weights
+  // Writes the adapter as PEFT's folder, then merges it into the weights. Weights in 4 bits take none in: then returns
+  // the model as it was read, in full precision, with the adapter merged.
+  std::unique_ptr<LlavaModel> keep_adapter(const std::filesystem::path& folder);
   Json describe() const;                     // caldera.json of checkpoints
 
   Recipe recipe_;

@@ -44,12 +44,20 @@ void Trainer::save_checkpoint() {
   if (!stage_.async_save) announce_saved(checkpoints_->finish());
 }
 
-void Trainer::keep_adapter(const fs::path& folder) {
+std::unique_ptr<LlavaModel> Trainer::keep_adapter(const fs::path& folder) {
   fs::create_directories(folder);
-  write_peft_adapter(adapter_of(*model_, build_, stage_.trainable), /*for_decoder=*/false,
-                     parse_dtype(stage_.dtype), folder);
+  const Adapter adapter = adapter_of(*model_, build_, stage_.trainable);
+  write_peft_adapter(adapter, /*for_decoder=*/false, parse_dtype(stage_.dtype), folder);
   write_json(folder / "caldera.json", describe());
-  for (Linear* linear : model_->language->linears()) linear->merge();
+  if (!stage_.uses_4bit()) {
+    for (Linear* linear : model_->language->linears()) linear->merge();
+    return nullptr;
+  }
+  BuildSpec base = build_;
+  base.lora.reset();
+  std::unique_ptr<LlavaModel> whole = build_llava(base);
+  merge_adapter(*whole, adapter);
+  return whole;
 }
 
 void Trainer::save_final() {
@@ -59,8 +67,8 @@ void Trainer::save_final() {
   const Tokenizer& tokenizer = *data_.format.tokenizer;
   write_folder_atomic(folder_ / "final", [&](const fs::path& folder) {
     const int64_t image_token_id = tokenizer.save(folder, data_.format.conversation->jinja);
-    if (build_.lora) keep_adapter(folder / "adapter");
-    save_hf_llava(*model_, model_card_from_json(describe().at("card"), "caldera.json"),
+    const std::unique_ptr<LlavaModel> whole = build_.lora ? keep_adapter(folder / "adapter") : nullptr;
+    save_hf_llava(whole ? *whole : *model_, model_card_from_json(describe().at("card"), "caldera.json"),
                   {.dtype = parse_dtype(stage_.dtype),
                    .image_token_id = image_token_id,
                    .bos_token_id = tokenizer.bos_id(),
