@@ -4,7 +4,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
+#include <unistd.h>
 
+#include <array>
+#include <cerrno>
+#include <csignal>
 #include <thread>
 
 #include "base/error.h"
@@ -268,6 +272,19 @@ TEST(Sharding, TheNextBlockIsOnItsWayWhileOneIsHeld) {
       for (size_t layer = 0; layer < kLayers; ++layer) EXPECT_FALSE(is_there(layer));
     }
     sharding.end_round();
+    return 0;
+  });
+}
+
+TEST(World, ABrokenConnectionIsAnErrorAndNoSignal) {
+  std::signal(SIGPIPE, SIG_DFL);
+  as_ranks(2, 2, [](World& world) {
+    std::array<int, 2> ends{};
+    EXPECT_EQ(::pipe(ends.data()), 0);
+    ::close(ends[0]);
+    EXPECT_EQ(::write(ends[1], "x", 1), -1) << "rank " << world.rank();  // the signal would end the test here
+    EXPECT_EQ(errno, EPIPE);
+    ::close(ends[1]);
     return 0;
   });
 }

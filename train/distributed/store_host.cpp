@@ -2,6 +2,8 @@
 
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
+#include <csignal>
+
 #include "base/error.h"
 #include "base/json.h"
 
@@ -17,7 +19,10 @@ struct StoreHost::Store {
   }
 };
 
+void survive_broken_connections() { std::signal(SIGPIPE, SIG_IGN); }
+
 StoreHost::StoreHost(int port) : store_(std::make_unique<Store>()) {
+  survive_broken_connections();
   c10d::TCPStoreOptions options;
   options.port = static_cast<uint16_t>(port);
   options.isServer = true;

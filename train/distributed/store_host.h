@@ -6,6 +6,11 @@
 
 namespace caldera {
 
+// A connection whose other end has died gives an error when it is written to, as it does in Python; the
+// signal that else comes with it would end this process too, before it has said who died. c10d and Gloo write
+// without care.
+void survive_broken_connections();
+
 class StoreHost {
  public:
   // Listens on the port, or on any free one (0). Throws DistributedError where it is taken.

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <map>
@@ -20,6 +21,7 @@
 #include <utility>
 
 #include "base/fault.h"
+#include "train/distributed/store_host.h"
 #include "train/distributed/watch.h"
 
 namespace caldera {
@@ -111,7 +113,7 @@ struct World::Group {
   std::map<std::string, int64_t> num_exchanges;  // by channel
   std::exception_ptr own_error;                  // what this rank told the others
   bool has_failed = false;                       // and the others were told
-  bool is_broken = false;                        // a collective failed: there will be no farewell
+  std::atomic<bool> is_broken = false;           // a collective or exchange failed: no farewell
 
   std::string await(const std::string& key, std::optional<Clock::time_point> deadline);
   void connect(Among among, const std::string& name, int rank, int size, bool is_local) {
@@ -150,6 +152,7 @@ World::World(const WorldSpec& spec, at::Device device, double timeout_s,
     : spec_(spec), timeout_s_(timeout_s) {
   set_fault_rank(spec.rank, spec.attempt);
   if (spec.size == 1) return;
+  survive_broken_connections();
   const auto timeout = std::chrono::milliseconds(static_cast<int64_t>(timeout_s * 1000));
   group_ = std::make_unique<Group>();
   group_->backend_name = device.is_cuda() ? "nccl" : "gloo";
