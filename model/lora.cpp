@@ -69,7 +69,7 @@ Linear::Linear(int64_t num_inputs, std::vector<Module> modules, bool has_bias)
 
 at::Tensor Linear::forward(const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed) const {
   if (int8_) return affine_int8(x_TI, *int8_, bias_O_);
-  at::Tensor y_TO = affine(x_TI, weight_OI_, bias_O_);
+  at::Tensor y_TO = nf4_ ? affine_nf4(x_TI, *nf4_, bias_O_) : affine(x_TI, weight_OI_, bias_O_);
   if (adapters_.empty()) return y_TO;
   std::vector<at::Tensor> updates;
   for (size_t i = 0; i < modules_.size(); ++i) updates.push_back(update(i, x_TI, dropout_seed));
@@ -80,7 +80,7 @@ at::Tensor Linear::forward(const at::Tensor& x_TI, std::optional<uint64_t> dropo
 at::Tensor Linear::forward_of(const std::function<at::Tensor(const at::Tensor&)>& make,
                               const at::Tensor& source, const std::vector<at::Tensor>& parameters,
                               std::optional<uint64_t> dropout_seed) const {
-  if (int8_ || !adapters_.empty()) return forward(make(source), dropout_seed);
+  if (int8_ || nf4_ || !adapters_.empty()) return forward(make(source), dropout_seed);
   return affine_of(make, source, parameters, weight_OI_, bias_O_);
 }
 
@@ -114,7 +114,7 @@ void Linear::append_tensors(NamedTensors& list) {
 }
 
 void Linear::append_leaves(std::vector<at::Tensor>& list) const {
-  list.push_back(weight_OI_);
+  if (weight_OI_.defined()) list.push_back(weight_OI_);
   if (bias_O_.defined()) list.push_back(bias_O_);
   for (const Adapter& adapter : adapters_)
     if (adapter.a_RI.defined()) list.insert(list.end(), {adapter.a_RI, adapter.b_OR});
@@ -147,7 +147,20 @@ void Linear::quantize_int8() {
   weight_OI_ = at::Tensor();
 }
 
+void Linear::quantize_nf4(bool double_quant, at::Device device) {
+  Nf4Weight weight;
+  int64_t begin = 0;
+  for (const Module& module : modules_) {
+    weight.parts.push_back(
+        caldera::quantize_nf4(weight_OI_.narrow(0, begin, module.num_rows), double_quant, device));
+    begin += module.num_rows;
+  }
+  nf4_ = std::move(weight);
+  weight_OI_ = at::Tensor();
+}
+
 void Linear::merge() {
+  CALDERA_ASSERT(!nf4_);
   const at::NoGradGuard no_grad;
   int64_t begin = 0;
   for (size_t i = 0; i < adapters_.size(); begin += modules_[i++].num_rows) {

@@ -13,6 +13,7 @@
 #include "base/json.h"
 #include "model/module.h"
 #include "model/ops/matmul.h"
+#include "model/ops/nf4.h"
 
 namespace caldera {
 
@@ -64,6 +65,10 @@ class Linear {
   // The weight in 8 bits from now on, for generation alone: it is no longer among the tensors. Adapters must
   // be merged before.
   void quantize_int8();
+  // The weight in 4 bits on `device` from now on, each module's by itself: it is no longer among the tensors, learns
+  // through adapters alone, and takes none of them in (merge()). On the meta device: to count bytes.
+  void quantize_nf4(bool double_quant, at::Device device);
+  const std::optional<Nf4Weight>& nf4() const { return nf4_; }
 
  private:
   struct Adapter {
@@ -77,6 +82,7 @@ class Linear {
   double scaling_ = 0, dropout_ = 0;
   at::Tensor weight_OI_, bias_O_;
   std::optional<Int8Weight> int8_;
+  std::optional<Nf4Weight> nf4_;
 };
 
 // Whether a tensor of this name belongs to an adapter.

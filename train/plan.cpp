@@ -167,6 +167,9 @@ std::vector<std::string> ways_to_take_less(const StageConfig& stage, const Stage
         fmt::format("optimizer.master_weights: none   drops the masters' {}", gigabytes(memory.masters)));
   if (!stage.uses_lora() && memory.states + memory.masters + memory.gradients > memory.total() / 2)
     ways.emplace_back("lora: {}   gradients and states of the adapters alone");
+  if (stage.uses_lora() && !stage.uses_4bit() && memory.weights > memory.total() / 4)
+    ways.push_back(fmt::format("lora.load_in_4bit: true   the decoder's part of {} in 4 bits a weight",
+                               gigabytes(memory.weights)));
   return ways;
 }
 

@@ -84,6 +84,15 @@ PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage) {
       text.contains("head_dim") && text["head_dim"].is_number() ? text["head_dim"].get<int64_t>() : p.D / p.H;
   p.is_tied = text.value("tie_word_embeddings", false);
   p.num_parameters = count_parameters(model.tensors());
+  if (stage.uses_4bit()) {
+    for (Linear* linear : model.language->linears()) {
+      linear->quantize_nf4(stage.lora->double_quant, at::kMeta);
+      const Nf4Weight& weight = *linear->nf4();
+      p.nf4_bytes += weight.num_bytes();
+      p.nf4_matrix = std::max(p.nf4_matrix, weight.num_outputs() * weight.num_inputs());
+    }
+    p.nf4_parameters = p.num_parameters - count_parameters(model.tensors());
+  }
   p.file_bytes = weight_file_bytes(recipe.model.language_model);
   p.tower_width = model.vision->hidden_size();
   const Json vision = model.vision->config();
@@ -139,9 +148,10 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   MemoryPlan fixed;
   fixed.program = program;
   const int64_t block_weights = p.L * p.block_parameters;
-  fixed.weights = e * (strategy == "zero3" ? p.num_parameters - block_weights + block_weights / sharers +
-                                                 2 * p.block_parameters
-                                           : p.num_parameters);
+  const int64_t held_whole = p.num_parameters - p.nf4_parameters;
+  fixed.weights = p.nf4_bytes + e * (strategy == "zero3" ? held_whole - block_weights + block_weights / sharers +
+                                                               2 * p.block_parameters
+                                                         : held_whole);
   const bool has_masters = e == 2 && stage.optimizer.master_weights == "float32";
   fixed.masters = has_masters ? 4 * p.num_trainable / sharers : 0;
   fixed.states = p.state_bytes / sharers;
@@ -206,10 +216,11 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
     const std::string moment = fmt::format("backward of block {} of {}", layer + 1, p.L);
     // Its MLP: the gated product again, its gradient and that of gate and up; then its attention and the
     // fused projection.
-    consider(moment, gradients, held + again, (wide * 4 * p.F + 2 * T * p.D) * e);
+    const int64_t restored = p.nf4_matrix * e;  // a weight out of its 4 bits
+    consider(moment, gradients, held + again, (wide * 4 * p.F + 2 * T * p.D) * e + restored);
     const int64_t inner = again > 0 ? again : kept_by(layer);
     consider(moment, gradients + block_gradient, held + again - std::min(inner, wide * 2 * p.F * e),
-             T * (2 * (p.H + 2 * p.G) * p.K + 2 * p.D) * e + attention);
+             T * (2 * (p.H + 2 * p.G) * p.K + 2 * p.D) * e + attention + restored);
     held -= kept_by(layer);
   }
   // The embedding's gradient comes last; where it is the head's too, one is added to the other.

@@ -13,7 +13,9 @@ struct PlannedModel {
   LlavaModel model;
   int64_t D = 0, F = 0, H = 0, G = 0, K = 0, V = 0, L = 0;
   int64_t num_parameters = 0, num_trainable = 0;
-  int64_t block_parameters = 0, block_trainable = 0;  // of one block
+  int64_t block_parameters = 0, block_trainable = 0;  // of one block; the former without weights in 4 bits
+  int64_t nf4_parameters = 0, nf4_bytes = 0;          // of weights in 4 bits
+  int64_t nf4_matrix = 0;                             // elements of the largest of them
   int64_t state_bytes = 0;                            // of both moments
   int64_t file_bytes = 0;                             // of the decoder's weights
   int64_t tower_width = 0, tower_kept = 0;  // elements that a trained tower keeps for backward, a patch

@@ -87,6 +87,10 @@ void fields(V& v, LoraOptions& c) {
   v("lora_dropout", c.lora_dropout, "share of the adapters' inputs that is zeroed in training", range_below(0, 1));
   v("lora_bias", c.lora_bias, "biases stay as they are", one_of({"none"}));
   v("use_rslora", c.use_rslora, "scale by `lora_alpha` over the square root of `lora_r`");
+  v("load_in_4bit", c.load_in_4bit,
+    "QLoRA: the weights of the decoder's linear layers are held as 4-bit NormalFloat, as bitsandbytes does (see "
+    "docs/lora.md)");
+  v("double_quant", c.double_quant, "with `load_in_4bit`: the scales of the blocks are held in 8 bits");
   v("target_modules", c.target_modules, "the linear layers that get adapters; empty: all seven",
     one_of({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}));
 }

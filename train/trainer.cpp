@@ -68,6 +68,9 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
 #endif
   const int64_t num_recomputed = blocks_to_recompute(recipe, stage_index, world_);
   model_ = build_llava(build_);
+  const int64_t num_parameters = count_parameters(model_->tensors());
+  if (stage_.uses_4bit())
+    for (Linear* linear : model_->language->linears()) linear->quantize_nf4(stage_.lora->double_quant, device);
   model_->to(device, parse_dtype(stage_.dtype));
   model_->language->set_num_recomputed(num_recomputed);
   data_.format.image_spec = model_->image_spec();
@@ -124,7 +127,7 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
                       .num_steps = num_steps_,
                       .first_step = steps_done_,
                       .num_samples = static_cast<int64_t>(data_.records->size()),
-                      .num_parameters = count_parameters(model_->tensors()),
+                      .num_parameters = num_parameters,
                       .num_trainable = num_trainable});
 }
 

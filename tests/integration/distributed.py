@@ -60,10 +60,12 @@ def test_plans_tell_what_ranks_send():
 
 
 def test_adapters_too():
-    no_dropout = LORA + ["stages.finetune.lora.lora_dropout=0"]
-    straight("lora_one", 1, "ddp", *no_dropout)
-    runs.run(runs.start(2) + runs.train("lora_two", "zero3", *no_dropout))
-    runs.same_curve("lora_one", "lora_two")
+    """Also on weights in 4 bits, which lie whole on every rank."""
+    for name, more in (("lora", []), ("qlora", ["stages.finetune.lora.load_in_4bit=true"])):
+        arguments = LORA + ["stages.finetune.lora.lora_dropout=0"] + more
+        straight(f"{name}_one", 1, "ddp", *arguments)
+        runs.run(runs.start(2) + runs.train(f"{name}_two", "zero3", *arguments))
+        runs.same_curve(f"{name}_one", f"{name}_two")
 
 
 def test_parts_within_a_machine():
