@@ -12,12 +12,11 @@
 #include "base/files.h"
 #include "data/gif.h"
 #include "data/image_format.h"
+#include "data/image_jpeg.h"
 #include "data/resize.h"
 
 namespace caldera {
 namespace {
-
-constexpr int64_t kChannels = 3;
 
 // Once a process. Pictures are decoded side by side in the loader's threads, with which OpenCV's own would
 // compete; and what is wrong with a picture is said by the error thrown, not on a stream.
@@ -30,34 +29,11 @@ void quieten_opencv() {
 }
 
 // expand2square of LLaVA's mm_utils.py.
-Image pad_to_square(const Image& image, const std::array<float, 3>& mean) {
+Frame square_around(const Image& image, const std::array<float, 3>& mean) {
   const int64_t side = std::max(image.height, image.width);
-  const int64_t top = (side - image.height) / 2, left = (side - image.width) / 2;
-  Image square{side, side, {}};
-  square.pixels.resize(static_cast<size_t>(side * side * kChannels));
-  const auto row = static_cast<size_t>(side * kChannels);
-  for (size_t i = 0; i < row; ++i) {
-    square.pixels[i] = static_cast<uint8_t>(static_cast<double>(mean[i % 3]) * 255);
-  }
-  for (size_t filled = row; filled < square.pixels.size(); filled += row) {
-    std::copy_n(square.pixels.begin(), row, square.pixels.begin() + static_cast<std::ptrdiff_t>(filled));
-  }
-  for (int64_t y = 0; y < image.height; ++y) {
-    std::copy_n(image.pixels.begin() + y * image.width * kChannels, image.width * kChannels,
-                square.pixels.begin() + ((top + y) * side + left) * kChannels);
-  }
-  return square;
-}
-
-// CLIPImageProcessor: the shorter edge becomes `size`, the longer one int(size * long / short); then the
-// centre. SiglipImageProcessor: both edges become `size`.
-Image resize_to_square(const Image& image, int64_t size, bool keeps_aspect) {
-  if (!keeps_aspect) return resize_bicubic(image, size, size);
-  const int64_t shorter = std::min(image.height, image.width), longer = std::max(image.height, image.width);
-  const auto scaled = static_cast<int64_t>(static_cast<double>(size * longer) / static_cast<double>(shorter));
-  const int64_t height = image.height <= image.width ? size : scaled;
-  const int64_t width = image.height <= image.width ? scaled : size;
-  return resize_bicubic_window(image, height, width, {(height - size) / 2, (width - size) / 2, size, size});
+  Frame frame{side, side, (side - image.height) / 2, (side - image.width) / 2};
+  for (size_t c = 0; c < 3; ++c) frame.colour[c] = static_cast<uint8_t>(static_cast<double>(mean[c]) * 255);
+  return frame;
 }
 
 }  // namespace
@@ -65,6 +41,7 @@ Image resize_to_square(const Image& image, int64_t size, bool keeps_aspect) {
 Image decode_image(std::string_view bytes, const std::string& where) {
   quieten_opencv();
   const ImageHeader header = probe_image(bytes, where);
+  if (header.format == ImageFormat::kJpeg) return decode_jpeg(bytes, header, where);
   if (header.format == ImageFormat::kGif) return decode_gif(bytes, where);
   CALDERA_CHECK(bytes.size() <= INT_MAX, DataError, "{}: a picture file of {} bytes", where, bytes.size());
   // PIL clips 16-bit grey at 255 where OpenCV would take the high byte. And it drops the alpha of a TIFF, by
@@ -90,7 +67,7 @@ Image decode_image(std::string_view bytes, const std::string& where) {
     CALDERA_CHECK(cv::countNonZero(alpha == 255) == static_cast<int>(decoded.total()), DataError,
                   "{}: a TIFF with transparent parts; convert it to PNG", where);
   }
-  Image image{header.height, header.width, std::vector<uint8_t>(decoded.total() * 3)};
+  Image image{header.height, header.width, Pixels(decoded.total() * 3)};
   cv::Mat rgb(decoded.rows, decoded.cols, CV_8UC3, image.pixels.data());
   if (is_gray16) {
     cv::Mat clipped;
@@ -117,16 +94,17 @@ at::Tensor preprocess_image(const Image& image, const ImageSpec& spec,
   CALDERA_CHECK(image_aspect_ratio == kAspectPad || image_aspect_ratio == kAspectSquare, ConfigError,
                 "image_aspect_ratio: expected \"{}\" or \"{}\", got \"{}\"", kAspectSquare, kAspectPad,
                 image_aspect_ratio);
-  const bool pad = image_aspect_ratio == kAspectPad && image.height != image.width;
-  const Image square = resize_to_square(pad ? pad_to_square(image, spec.image_mean) : image, spec.image_size,
-                                        spec.keeps_aspect);
-  at::Tensor pixels_CYX = at::empty({kChannels, spec.image_size, spec.image_size}, at::kByte);
-  auto* planes = pixels_CYX.data_ptr<uint8_t>();
-  const auto plane_size = static_cast<size_t>(spec.image_size * spec.image_size);
-  for (size_t i = 0; i < plane_size; ++i) {
-    for (size_t c = 0; c < 3; ++c) planes[c * plane_size + i] = square.pixels[i * 3 + c];
-  }
-  return pixels_CYX;
+  const int64_t size = spec.image_size;
+  const Frame frame = image_aspect_ratio == kAspectPad ? square_around(image, spec.image_mean)
+                                                       : Frame{image.height, image.width};
+  // SiglipImageProcessor: both edges become `size`. CLIPImageProcessor: the shorter edge does, the longer one
+  // int(size * long / short); then the centre.
+  if (!spec.keeps_aspect) return resize_bicubic(image, frame, size, size, {0, 0, size, size});
+  const int64_t shorter = std::min(frame.height, frame.width), longer = std::max(frame.height, frame.width);
+  const auto scaled = static_cast<int64_t>(static_cast<double>(size * longer) / static_cast<double>(shorter));
+  const int64_t height = frame.height <= frame.width ? size : scaled;
+  const int64_t width = frame.height <= frame.width ? scaled : size;
+  return resize_bicubic(image, frame, height, width, {(height - size) / 2, (width - size) / 2, size, size});
 }
 
 }  // namespace caldera

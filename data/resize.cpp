@@ -3,11 +3,18 @@
 // Equal bit for bit.
 #include "data/resize.h"
 
+#include <ATen/ATen.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <vector>
 
 #include "base/error.h"
+
+// Vectors are returned by always-inlined functions only, so there is no ABI to change.
+#pragma GCC diagnostic ignored "-Wpsabi"
 
 // Sanitizers instrument the resolvers that choose a clone, which run before the sanitizer itself is set up.
 #if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
@@ -15,21 +22,33 @@
 #else
 #define CALDERA_CLONES
 #endif
+#define CALDERA_INLINE [[gnu::always_inline]] inline
 
 namespace caldera {
 namespace {
 
 constexpr int kPrecisionBits = 32 - 8 - 2;
-constexpr int64_t kChannels = 3;
-constexpr int64_t kBlock =
-    32;  // rows (first pass) or values (second pass) handled at once, to fill vector registers
+constexpr int32_t kHalf = 1 << (kPrecisionBits - 1);
+constexpr int64_t kChannels = 3, kLanes = 16;
 
-// Where one pass takes its input from: output i sums `num_taps` inputs from first[i] on, weighted by taps[i *
-// stride...].
+using Bytes = uint8_t __attribute__((vector_size(16)));
+using Ints = int32_t __attribute__((vector_size(64)));
+using Buffer = std::unique_ptr<uint8_t[]>;
+
+Buffer make_buffer(int64_t num_bytes) {
+  return std::make_unique_for_overwrite<uint8_t[]>(static_cast<size_t>(num_bytes));
+}
+
+// Where one pass takes its input from: output i sums num_taps[i] inputs from first[i] on, weighted by
+// weights[i * stride ...]. Inputs beside the picture all have the frame's colour; outside[i] is their weight.
 struct Taps {
   std::vector<int64_t> first, num_taps;
-  std::vector<int32_t> weights;
+  std::vector<int32_t> weights, outside;
   int64_t stride = 0;
+
+  int64_t size() const { return static_cast<int64_t>(first.size()); }
+  int64_t begin() const { return first.front(); }
+  int64_t end() const { return first.back() + num_taps.back(); }
 };
 
 double cubic(double x) {
@@ -40,8 +59,10 @@ double cubic(double x) {
   return 0.0;
 }
 
-// Weights of the outputs [begin, begin + count) of a pass from in_size to out_size.
-Taps make_taps(int64_t in_size, int64_t out_size, int64_t begin, int64_t count) {
+// Weights of the outputs [begin, begin + count) of a pass from in_size to out_size, where the picture makes
+// up [offset, offset + size) of the input.
+Taps make_taps(int64_t in_size, int64_t out_size, int64_t begin, int64_t count, int64_t offset,
+               int64_t size) {
   const double scale = static_cast<double>(in_size) / static_cast<double>(out_size);
   const double filter_scale = std::max(scale, 1.0), support = 2.0 * filter_scale;
   Taps taps;
@@ -58,57 +79,100 @@ Taps make_taps(int64_t in_size, int64_t out_size, int64_t begin, int64_t count) 
       weights[static_cast<size_t>(k)] = weight;
       sum += weight;
     }
+    const int64_t first_inside = std::clamp(first - offset, int64_t{0}, size);
+    const int64_t last_inside = std::clamp(last - offset, int64_t{0}, size);
+    int32_t outside = 0;
     for (int64_t k = 0; k < last - first; ++k) {
       double weight = weights[static_cast<size_t>(k)];
       if (sum != 0.0) weight /= sum;
       weight *= 1 << kPrecisionBits;
-      taps.weights[static_cast<size_t>(i * taps.stride + k)] =
-          static_cast<int32_t>(weight < 0 ? -0.5 + weight : 0.5 + weight);
+      const auto fixed = static_cast<int32_t>(weight < 0 ? -0.5 + weight : 0.5 + weight);
+      const int64_t place = k + first - offset;
+      if (place >= first_inside && place < last_inside)
+        taps.weights[static_cast<size_t>(i * taps.stride + place - first_inside)] = fixed;
+      else
+        outside += fixed;
     }
-    taps.first.push_back(first);
-    taps.num_taps.push_back(last - first);
+    taps.first.push_back(first_inside);
+    taps.num_taps.push_back(last_inside - first_inside);
+    taps.outside.push_back(outside);
   }
   return taps;
 }
 
-inline uint8_t clip8(int32_t sum) { return static_cast<uint8_t>(std::clamp(sum >> kPrecisionBits, 0, 255)); }
+// One by one, which the compiler makes one instruction of.
+CALDERA_INLINE Ints widen(const uint8_t* values) {
+  Ints wide = {};
+  for (int64_t i = 0; i < kLanes; ++i) wide[i] = values[i];
+  return wide;
+}
 
-// One block of kBlock rows, transposed to [X * 3][kBlock] so that neighbouring lanes are neighbouring rows.
-CALDERA_CLONES void sum_columns(const uint8_t* __restrict in, const int32_t* __restrict weights,
-                                int64_t num_taps, uint8_t* __restrict out) {
-  for (int64_t c = 0; c < kChannels; ++c) {
-    int32_t sums[kBlock];
-    for (int64_t r = 0; r < kBlock; ++r) sums[r] = 1 << (kPrecisionBits - 1);
-    for (int64_t k = 0; k < num_taps; ++k) {
-      const uint8_t* values = in + (k * kChannels + c) * kBlock;
-      const int32_t weight = weights[k];
-      for (int64_t r = 0; r < kBlock; ++r) sums[r] += values[r] * weight;
+CALDERA_INLINE void store_clipped(uint8_t* values, const Ints& sums) {
+  const Ints rounded = sums >> kPrecisionBits;
+  const Ints positive = rounded > 0 ? rounded : Ints{};
+  const Ints clipped = positive > 255 ? Ints{} + 255 : positive;
+  const Bytes bytes = __builtin_convertvector(clipped, Bytes);
+  std::memcpy(values, &bytes, sizeof bytes);
+}
+
+// [X * 3][lanes] -> [3][X'][lanes]: the lanes are rows of the picture.
+CALDERA_CLONES void sum_columns(const uint8_t* __restrict block, const Taps& taps,
+                                const std::array<uint8_t, 3>& colour, uint8_t* __restrict result) {
+  const int64_t out_width = taps.size();
+  for (int64_t x = 0; x < out_width; ++x) {
+    const auto tap = static_cast<size_t>(x);
+    const uint8_t* in = block + (taps.first[tap] - taps.begin()) * kChannels * kLanes;
+    const int32_t* weights = &taps.weights[tap * static_cast<size_t>(taps.stride)];
+    const int64_t num_taps = taps.num_taps[tap];
+    Ints red = Ints{} + (kHalf + taps.outside[tap] * colour[0]);
+    Ints green = Ints{} + (kHalf + taps.outside[tap] * colour[1]);
+    Ints blue = Ints{} + (kHalf + taps.outside[tap] * colour[2]);
+    for (int64_t k = 0; k < num_taps; ++k, in += kChannels * kLanes) {
+      red += widen(in) * weights[k];
+      green += widen(in + kLanes) * weights[k];
+      blue += widen(in + 2 * kLanes) * weights[k];
     }
-    for (int64_t r = 0; r < kBlock; ++r) out[c * kBlock + r] = clip8(sums[r]);
+    store_clipped(result + x * kLanes, red);
+    store_clipped(result + (out_width + x) * kLanes, green);
+    store_clipped(result + (2 * out_width + x) * kLanes, blue);
   }
 }
 
-// kBlock neighbouring values of one output row.
+// `count` values of one output row, each a sum over rows of `in`, from `start` on.
 CALDERA_CLONES void sum_rows(const uint8_t* __restrict in, int64_t row_stride,
-                             const int32_t* __restrict weights, int64_t num_taps, uint8_t* __restrict out) {
-  int32_t sums[kBlock];
-  for (int64_t i = 0; i < kBlock; ++i) sums[i] = 1 << (kPrecisionBits - 1);
-  for (int64_t k = 0; k < num_taps; ++k) {
-    const uint8_t* values = in + k * row_stride;
-    const int32_t weight = weights[k];
-    for (int64_t i = 0; i < kBlock; ++i) sums[i] += values[i] * weight;
+                             const int32_t* __restrict weights, int64_t num_taps, int32_t start,
+                             int64_t count, uint8_t* __restrict out) {
+  constexpr int64_t kBlock = 4 * kLanes;
+  if (count < kBlock) {
+    for (int64_t i = 0; i < count; ++i) {
+      int32_t sum = start;
+      for (int64_t k = 0; k < num_taps; ++k) sum += in[k * row_stride + i] * weights[k];
+      out[i] = static_cast<uint8_t>(std::clamp(sum >> kPrecisionBits, 0, 255));
+    }
+    return;
   }
-  for (int64_t i = 0; i < kBlock; ++i) out[i] = clip8(sums[i]);
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t i = std::min(begin, count - kBlock);  // the last block begins within the one before
+    Ints a = Ints{} + start, b = a, c = a, d = a;
+    for (int64_t k = 0; k < num_taps; ++k) {
+      const uint8_t* values = in + k * row_stride + i;
+      a += widen(values) * weights[k];
+      b += widen(values + kLanes) * weights[k];
+      c += widen(values + 2 * kLanes) * weights[k];
+      d += widen(values + 3 * kLanes) * weights[k];
+    }
+    store_clipped(out + i, a);
+    store_clipped(out + i + kLanes, b);
+    store_clipped(out + i + 2 * kLanes, c);
+    store_clipped(out + i + 3 * kLanes, d);
+  }
 }
-
-using Bytes16 = uint8_t __attribute__((vector_size(16)));
 
 // 16 rows of 16 bytes become columns: interleaving the two halves of the rows, four times over.
-CALDERA_CLONES void transpose_16(const uint8_t* const* in, uint8_t* const* out) {
-  constexpr Bytes16 low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  constexpr Bytes16 high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  Bytes16 rows[16], turned[16];
-  for (int64_t r = 0; r < 16; ++r) std::memcpy(&rows[r], in[r], 16);
+CALDERA_INLINE void transpose_16(Bytes (&rows)[kLanes]) {
+  constexpr Bytes low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  constexpr Bytes high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  Bytes turned[kLanes];
   for (int64_t round = 0; round < 4; ++round) {
     for (int64_t i = 0; i < 8; ++i) {
       turned[2 * i] = __builtin_shuffle(rows[i], rows[i + 8], low);
@@ -116,104 +180,110 @@ CALDERA_CLONES void transpose_16(const uint8_t* const* in, uint8_t* const* out) 
     }
     std::memcpy(rows, turned, sizeof rows);
   }
-  for (int64_t r = 0; r < 16; ++r) std::memcpy(out[r], &rows[r], 16);
 }
 
-// out[c * out_stride + r] = in[r * in_stride + c] for all rows r and columns c.
-void transpose(const uint8_t* in, int64_t in_stride, int64_t rows, int64_t columns, uint8_t* out,
-               int64_t out_stride) {
-  for (int64_t r = 0; r < rows; r += 16) {
-    for (int64_t c = 0; c < columns; c += 16) {
-      if (r + 16 <= rows && c + 16 <= columns) {
-        const uint8_t* from[16];
-        uint8_t* to[16];
-        for (int64_t i = 0; i < 16; ++i) {
-          from[i] = in + (r + i) * in_stride + c;
-          to[i] = out + (c + i) * out_stride + r;
-        }
-        transpose_16(from, to);
-        continue;
-      }
-      for (int64_t i = r; i < std::min(r + 16, rows); ++i)
-        for (int64_t j = c; j < std::min(c + 16, columns); ++j)
-          out[j * out_stride + i] = in[i * in_stride + j];
+// lanes[i][r] = rows[r][i], for `count` values of each row.
+CALDERA_CLONES void rows_to_lanes(const uint8_t* const* rows, int64_t count, uint8_t* lanes) {
+  if (count < kLanes) {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t r = 0; r < kLanes; ++r) lanes[i * kLanes + r] = rows[r][i];
+    return;
+  }
+  for (int64_t begin = 0; begin < count; begin += kLanes) {
+    const int64_t i = std::min(begin, count - kLanes);
+    Bytes tile[kLanes];
+    for (int64_t r = 0; r < kLanes; ++r) std::memcpy(&tile[r], rows[r] + i, kLanes);
+    transpose_16(tile);
+    std::memcpy(lanes + i * kLanes, tile, sizeof tile);
+  }
+}
+
+// rows[r][i] = lanes[i][r].
+CALDERA_CLONES void lanes_to_rows(const uint8_t* lanes, int64_t count, uint8_t* const* rows) {
+  if (count < kLanes) {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t r = 0; r < kLanes; ++r) rows[r][i] = lanes[i * kLanes + r];
+    return;
+  }
+  for (int64_t begin = 0; begin < count; begin += kLanes) {
+    const int64_t i = std::min(begin, count - kLanes);
+    Bytes tile[kLanes];
+    std::memcpy(tile, lanes + i * kLanes, sizeof tile);
+    transpose_16(tile);
+    for (int64_t r = 0; r < kLanes; ++r) std::memcpy(rows[r] + i, &tile[r], kLanes);
+  }
+}
+
+// num_rows rows of RGB from `in` on, in_stride apart, become rows of three planes: channel_stride from one
+// channel to the next, row_stride from one row to the next. A last block of fewer rows than lanes repeats its
+// last row, and writes it as often.
+void resize_columns(const uint8_t* in, int64_t in_stride, int64_t num_rows, const Taps& taps,
+                    const std::array<uint8_t, 3>& colour, uint8_t* out, int64_t channel_stride,
+                    int64_t row_stride) {
+  const int64_t begin = taps.begin() * kChannels, count = taps.end() * kChannels - begin;
+  const Buffer block = make_buffer(count * kLanes), result = make_buffer(taps.size() * kChannels * kLanes);
+  for (int64_t row = 0; row < num_rows; row += kLanes) {
+    const uint8_t* from[kLanes];
+    for (int64_t r = 0; r < kLanes; ++r) from[r] = in + std::min(row + r, num_rows - 1) * in_stride + begin;
+    rows_to_lanes(from, count, block.get());
+    sum_columns(block.get(), taps, colour, result.get());
+    for (int64_t c = 0; c < kChannels; ++c) {
+      uint8_t* to[kLanes];
+      for (int64_t r = 0; r < kLanes; ++r)
+        to[r] = out + c * channel_stride + std::min(row + r, num_rows - 1) * row_stride;
+      lanes_to_rows(result.get() + c * taps.size() * kLanes, taps.size(), to);
     }
   }
 }
 
-// Rows [top, top + num_rows) of the picture, resized to taps.first.size() columns; rows of the result are
-// out_stride apart.
-void resize_columns(const Image& image, int64_t top, int64_t num_rows, const Taps& taps, uint8_t* out,
-                    int64_t out_stride) {
-  const int64_t in_stride = image.width * kChannels, out_width = static_cast<int64_t>(taps.first.size());
-  const int64_t begin = taps.first.front() * kChannels;
-  const int64_t end = (taps.first.back() + taps.num_taps.back()) * kChannels;
-  std::vector<uint8_t> block(static_cast<size_t>((end - begin) * kBlock));
-  std::vector<uint8_t> result(static_cast<size_t>(out_width * kChannels * kBlock));
-  for (int64_t row = 0; row < num_rows; row += kBlock) {
-    const int64_t rows = std::min(kBlock, num_rows - row);
-    transpose(image.pixels.data() + (top + row) * in_stride + begin, in_stride, rows, end - begin,
-              block.data(), kBlock);
-    for (int64_t x = 0; x < out_width; ++x) {
-      const auto tap = static_cast<size_t>(x);
-      sum_columns(block.data() + (taps.first[tap] * kChannels - begin) * kBlock,
-                  &taps.weights[tap * static_cast<size_t>(taps.stride)], taps.num_taps[tap],
-                  result.data() + x * kChannels * kBlock);
-    }
-    transpose(result.data(), kBlock, out_width * kChannels, rows, out + row * out_stride, out_stride);
+// Rows of `count` values, in_stride apart from row taps.begin() on, become rows out_stride apart.
+void resize_rows(const uint8_t* in, int64_t in_stride, const Taps& taps, uint8_t colour, int64_t count,
+                 uint8_t* out, int64_t out_stride) {
+  for (int64_t y = 0; y < taps.size(); ++y) {
+    const auto tap = static_cast<size_t>(y);
+    sum_rows(in + (taps.first[tap] - taps.begin()) * in_stride, in_stride,
+             &taps.weights[tap * static_cast<size_t>(taps.stride)], taps.num_taps[tap],
+             kHalf + taps.outside[tap] * colour, count, out + y * out_stride);
   }
-}
-
-// Rows of the result are sums over rows of `in`, which are row_stride apart, as are those of `out`. Both
-// buffers end in room for one more block, so that the last block of a row may run over; the next row
-// overwrites what it left.
-void resize_rows(const uint8_t* in, int64_t first_row, int64_t row_stride, const Taps& taps, uint8_t* out) {
-  for (size_t y = 0; y < taps.first.size(); ++y)
-    for (int64_t i = 0; i < row_stride; i += kBlock)
-      sum_rows(in + (taps.first[y] - first_row) * row_stride + i, row_stride,
-               &taps.weights[y * static_cast<size_t>(taps.stride)], taps.num_taps[y],
-               out + static_cast<int64_t>(y) * row_stride + i);
 }
 
 // Pillow 13 begins with the pass that leaves less to do: the vertical one where it takes away more than twice
 // as much as the horizontal one. (Rounding to 8 bits in between makes the order visible. Releases before
 // always began with rows.)
-bool is_vertical_first(const Image& image, int64_t height, int64_t width) {
-  return image.height > height && image.height - height > 2 * (image.width - width);
+bool is_vertical_first(const Frame& frame, int64_t height, int64_t width) {
+  return frame.height > height && frame.height - height > 2 * (frame.width - width);
 }
 
 }  // namespace
 
-Image resize_bicubic_window(const Image& image, int64_t height, int64_t width, const Window& window) {
+at::Tensor resize_bicubic(const Image& image, const Frame& frame, int64_t height, int64_t width,
+                          const Window& window) {
   CALDERA_ASSERT(image.height > 0 && image.width > 0 && height > 0 && width > 0);
+  CALDERA_ASSERT(frame.top >= 0 && frame.left >= 0 && frame.top + image.height <= frame.height &&
+                 frame.left + image.width <= frame.width);
   CALDERA_ASSERT(window.top >= 0 && window.left >= 0 && window.height > 0 && window.width > 0);
   CALDERA_ASSERT(window.top + window.height <= height && window.left + window.width <= width);
-  const Taps rows = make_taps(image.height, height, window.top, window.height);
-  const Taps columns = make_taps(image.width, width, window.left, window.width);
-  const int64_t in_stride = image.width * kChannels, out_stride = window.width * kChannels;
-  const auto buffer = [](int64_t num_rows, int64_t stride) {
-    return std::vector<uint8_t>(static_cast<size_t>(num_rows * stride + kBlock));
-  };
-  Image out{window.height, window.width, buffer(window.height, out_stride)};
-  if (is_vertical_first(image, height, width)) {
-    std::vector<uint8_t> padded = image.pixels;
-    padded.resize(padded.size() + kBlock);
-    Image lowered{window.height, image.width, buffer(window.height, in_stride)};
-    resize_rows(padded.data(), 0, in_stride, rows, lowered.pixels.data());
-    resize_columns(lowered, 0, window.height, columns, out.pixels.data(), out_stride);
+  const Taps rows = make_taps(frame.height, height, window.top, window.height, frame.top, image.height);
+  const Taps columns = make_taps(frame.width, width, window.left, window.width, frame.left, image.width);
+  const int64_t num_rows = rows.end() - rows.begin(), in_stride = image.width * kChannels;
+  const uint8_t* in = image.pixels.data() + rows.begin() * in_stride;
+  at::Tensor out_CYX = at::empty({kChannels, window.height, window.width}, at::kByte);
+  auto* out = out_CYX.data_ptr<uint8_t>();
+  const int64_t plane = window.height * window.width;
+  if (is_vertical_first(frame, height, width)) {
+    CALDERA_ASSERT(frame.height == image.height);  // rows of RGB have no one value beside the picture
+    const Buffer lowered = make_buffer(window.height * in_stride);
+    resize_rows(in, in_stride, rows, 0, in_stride, lowered.get(), in_stride);
+    resize_columns(lowered.get(), in_stride, window.height, columns, frame.colour, out, plane, window.width);
   } else {
-    const int64_t first_row = rows.first.front(),
-                  num_rows = rows.first.back() + rows.num_taps.back() - first_row;
-    std::vector<uint8_t> narrowed = buffer(num_rows, out_stride);
-    resize_columns(image, first_row, num_rows, columns, narrowed.data(), out_stride);
-    resize_rows(narrowed.data(), first_row, out_stride, rows, out.pixels.data());
+    const int64_t out_stride = window.width * kChannels;
+    const Buffer narrowed = make_buffer(num_rows * out_stride);
+    resize_columns(in, in_stride, num_rows, columns, frame.colour, narrowed.get(), window.width, out_stride);
+    for (int64_t c = 0; c < kChannels; ++c)
+      resize_rows(narrowed.get() + c * window.width, out_stride, rows, frame.colour[static_cast<size_t>(c)],
+                  window.width, out + c * plane, window.width);
   }
-  out.pixels.resize(static_cast<size_t>(window.height * out_stride));
-  return out;
-}
-
-Image resize_bicubic(const Image& image, int64_t height, int64_t width) {
-  return resize_bicubic_window(image, height, width, {0, 0, height, width});
+  return out_CYX;
 }
 
 }  // namespace caldera

@@ -34,7 +34,7 @@ quietly() {
 }
 
 # --- Debian packages
-packages=(cmake ninja-build g++ pkg-config ccache mold libopencv-dev libyaml-cpp-dev libsentencepiece-dev nlohmann-json3-dev
+packages=(cmake ninja-build g++ pkg-config ccache mold libopencv-dev libjpeg-dev libyaml-cpp-dev libsentencepiece-dev nlohmann-json3-dev
   libsimdjson-dev libcli11-dev libfmt-dev libpcre2-dev libxxhash-dev libgloo-dev libgtest-dev libgmock-dev)
 python3 -c 'import venv, ensurepip' 2> /dev/null || packages+=(python3 python3-venv)
 if command -v dpkg-query > /dev/null; then

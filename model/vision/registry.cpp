@@ -1,10 +1,22 @@
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
 #include "base/error.h"
 #include "base/log.h"
 #include "base/strings.h"
+#include "model/ops/simd.h"
 #include "model/vision/towers.h"
 #include "model/weights/json_fields.h"
 
 namespace caldera {
+namespace {
+
+CALDERA_SIMD void scale_plane(const uint8_t* __restrict in, float* __restrict out, int64_t count, float scale,
+                              float shift) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(in[i]) * scale + shift;
+}
+
+}  // namespace
 
 std::span<const VisionTowerSpec> vision_towers() {
   static const std::vector<VisionTowerSpec> towers = {clip_spec(), siglip_spec(), efficientnet_lite_spec()};
@@ -85,6 +97,20 @@ PixelScale pixel_scale(const ImageSpec& spec) {
 
 at::Tensor normalize_pixels(const at::Tensor& pixels_ICYX, const ImageSpec& spec, at::ScalarType dtype) {
   const PixelScale by = pixel_scale(spec);
+  if (pixels_ICYX.is_cpu()) {
+    const at::Tensor in_ICYX = pixels_ICYX.contiguous();
+    at::Tensor out_ICYX = at::empty(in_ICYX.sizes(), at::kFloat);
+    const int64_t plane = in_ICYX.size(2) * in_ICYX.size(3);
+    const auto* in = in_ICYX.const_data_ptr<uint8_t>();
+    auto* out = out_ICYX.data_ptr<float>();
+    at::parallel_for(0, in_ICYX.size(0) * 3, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const auto c = static_cast<size_t>(i % 3);
+        scale_plane(in + i * plane, out + i * plane, plane, by.scale[c], by.shift[c]);
+      }
+    });
+    return out_ICYX.to(dtype);
+  }
   const auto per_channel = [&](const std::array<float, 3>& values) {
     return at::tensor(at::ArrayRef<float>(values), at::kFloat).view({1, 3, 1, 1}).to(pixels_ICYX.device());
   };
