@@ -41,7 +41,8 @@ void print_json(const std::vector<StagePlan>& plans) {
                     {"num_trainable", p.num_trainable},
                     {"flops_per_step", p.flops_per_step},
                     {"num_blocks", p.num_blocks},
-                    {"num_recomputed", p.num_recomputed},
+                    {"num_recomputed_mlps", p.num_recomputed_mlps()},
+                    {"num_recomputed_blocks", p.num_recomputed_blocks()},
                     {"memory", to_json(p.memory)},
                     {"memory_recomputed", to_json(p.memory_recomputed)}});
   fmt::print("{}\n", json_line(list));
@@ -55,10 +56,10 @@ void print_advice(const StageConfig& stage, const StagePlan& plan, double budget
     return;
   }
   fmt::print("  does NOT fit in {:.1f} GB. What helps:\n", budget_gb);
-  if (plan.num_recomputed < plan.num_blocks)
+  if (plan.num_recomputed_blocks() < plan.num_blocks)
     fmt::print("    memory.budget_gb: {}   {}\n", budget_gb,
                fits(plan.memory_recomputed)
-                   ? "recomputes as many blocks as it takes; same numbers, up to a third more time"
+                   ? "recomputes as much as it takes; same numbers, up to a quarter more time"
                    : fmt::format("not enough alone: {} with all blocks recomputing",
                                  bytes(plan.memory_recomputed.total())));
   for (const std::string& way : ways_to_take_less(stage, plan)) fmt::print("    {}\n", way);
@@ -141,7 +142,8 @@ void plan(const PlanCommand& command) {
         "  time     {:.0f} GFLOP of products a step: {:.2f} s at this CPU's full speed, so about {} in all\n",
         p.flops_per_step / 1e9, seconds, human_duration(1.6 * seconds * static_cast<double>(p.num_steps)));
     if (p.num_recomputed > 0)
-      fmt::print("  blocks   {} of {} recompute in the backward pass\n", p.num_recomputed, p.num_blocks);
+      fmt::print("  blocks   in the backward pass {} of {} recompute their MLP, {} of them the rest as well\n",
+                 p.num_recomputed_mlps(), p.num_blocks, p.num_recomputed_blocks());
     const MemoryPlan& m = p.memory;
     fmt::print("  memory   {} at the most, at {}\n", bytes(m.total()), m.moment);
     for (const auto& [name, value] : {std::pair{"program and pictures", m.program},

@@ -67,9 +67,11 @@ Linear::Linear(int64_t num_inputs, std::vector<Module> modules, bool has_bias)
   if (has_bias) bias_O_ = at::empty({num_rows}, at::kFloat);
 }
 
-at::Tensor Linear::forward(const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed) const {
+at::Tensor Linear::forward(const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed,
+                           bool needs_value) const {
   if (int8_) return affine_int8(x_TI, *int8_, bias_O_);
-  at::Tensor y_TO = nf4_ ? affine_nf4(x_TI, *nf4_, bias_O_) : affine(x_TI, weight_OI_, bias_O_);
+  at::Tensor y_TO = nf4_ ? affine_nf4(x_TI, *nf4_, bias_O_, needs_value)
+                         : affine(x_TI, weight_OI_, bias_O_, needs_value, in_float8_);
   if (adapters_.empty()) return y_TO;
   std::vector<at::Tensor> updates;
   for (size_t i = 0; i < modules_.size(); ++i) updates.push_back(update(i, x_TI, dropout_seed));
@@ -79,9 +81,9 @@ at::Tensor Linear::forward(const at::Tensor& x_TI, std::optional<uint64_t> dropo
 
 at::Tensor Linear::forward_of(const std::function<at::Tensor(const at::Tensor&)>& make,
                               const at::Tensor& source, const std::vector<at::Tensor>& parameters,
-                              std::optional<uint64_t> dropout_seed) const {
-  if (int8_ || nf4_ || !adapters_.empty()) return forward(make(source), dropout_seed);
-  return affine_of(make, source, parameters, weight_OI_, bias_O_);
+                              std::optional<uint64_t> dropout_seed, bool needs_value) const {
+  if (int8_ || nf4_ || !adapters_.empty()) return forward(make(source), dropout_seed, needs_value);
+  return affine_of(make, source, parameters, weight_OI_, bias_O_, needs_value, in_float8_);
 }
 
 at::Tensor Linear::update(size_t module, const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed) const {
@@ -157,6 +159,16 @@ void Linear::quantize_nf4(bool double_quant, at::Device device) {
   }
   nf4_ = std::move(weight);
   weight_OI_ = at::Tensor();
+}
+
+void Linear::use_float8() {
+  CALDERA_ASSERT(!nf4_ && !int8_);
+  const int64_t num_outputs = weight_OI_.size(0), num_inputs = weight_OI_.size(1);
+  CALDERA_CHECK(num_outputs % 16 == 0 && num_inputs % 16 == 0, ConfigError,
+                "float8: true: {} has {} inputs, and {} outputs with those that share its product; both must be "
+                "multiples of 16",
+                modules_[0].name, num_inputs, num_outputs);
+  in_float8_ = true;
 }
 
 void Linear::merge() {

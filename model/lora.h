@@ -46,12 +46,13 @@ class Linear {
 
   // x [T, I] -> [T, O]. With a seed, the adapters' inputs are dropped out; each module's mask is a function
   // of the seed, its name and x's shape alone, so running a block again drops the same.
-  at::Tensor forward(const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed) const;
+  // `needs_value` as affine's.
+  at::Tensor forward(const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed, bool needs_value = true) const;
   // forward(make(source)), of whose input nothing but `source` is kept for backward where no adapter needs it
   // (affine_of, model/ops/ops.h).
   at::Tensor forward_of(const std::function<at::Tensor(const at::Tensor&)>& make, const at::Tensor& source,
                         const std::vector<at::Tensor>& parameters,
-                        std::optional<uint64_t> dropout_seed) const;
+                        std::optional<uint64_t> dropout_seed, bool needs_value = true) const;
   // Appends weights, biases and adapters under HF's names.
   void append_tensors(NamedTensors& list);
   // Appends the leaves that forward() uses.
@@ -69,6 +70,9 @@ class Linear {
   // through adapters alone, and takes none of them in (merge()). On the meta device: to count bytes.
   void quantize_nf4(bool double_quant, at::Device device);
   const std::optional<Nf4Weight>& nf4() const { return nf4_; }
+  // From now on the weight's product and those of its gradients are computed in 8-bit floats (model/ops/float8.h), of
+  // bfloat16 values; those of adapters are not. Throws ConfigError for sizes that are no multiples of 16.
+  void use_float8();
 
  private:
   struct Adapter {
@@ -83,6 +87,7 @@ class Linear {
   at::Tensor weight_OI_, bias_O_;
   std::optional<Int8Weight> int8_;
   std::optional<Nf4Weight> nf4_;
+  bool in_float8_ = false;
 };
 
 // Whether a tensor of this name belongs to an adapter.

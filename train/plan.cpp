@@ -104,7 +104,11 @@ double flops_of_step(const PlannedModel& p, const StagePlan& plan) {
   const auto head = static_cast<double>(p.D * p.V);
   const double passes =
       2.0 + (p.language_trains && !p.lora ? 1.0 : 0.0);  // forward, to the inputs, to the weights
-  return 2 * tokens * block * (static_cast<double>(p.L) * passes + static_cast<double>(plan.num_recomputed)) +
+  // What is not run again is the last product of an MLP.
+  const auto mlp = static_cast<double>(2 * p.D * p.F), rest = block - 1.5 * mlp;
+  return 2 * tokens *
+             (static_cast<double>(p.L) * passes * block + static_cast<double>(plan.num_recomputed_mlps()) * mlp +
+              static_cast<double>(plan.num_recomputed_blocks()) * rest) +
          2 * supervised * head * (2.0 + (p.head_trains ? 1.0 : 0.0));
 }
 
@@ -135,12 +139,12 @@ StagePlan plan_stage(const Recipe& recipe, const StageConfig& stage, int64_t max
   const auto memory_with = [&](int64_t num_recomputed) {
     return plan_memory(model, recipe, stage, plan, on_gpu, program, num_recomputed, num_ranks);
   };
-  plan.memory_recomputed = memory_with(model.L);
-  // The fewest blocks that keep it below the budget; all of them where none do.
+  plan.memory_recomputed = memory_with(2 * model.L);
+  // The fewest halves that keep it below the budget; all of them where none do.
   const double budget = stage.memory.budget_gb * 1e9;
-  plan.num_recomputed = stage.gradient_checkpointing ? model.L : 0;
+  plan.num_recomputed = stage.gradient_checkpointing ? 2 * model.L : 0;
   plan.memory = memory_with(plan.num_recomputed);
-  while (budget > 0 && static_cast<double>(plan.memory.total()) > budget && plan.num_recomputed < model.L)
+  while (budget > 0 && static_cast<double>(plan.memory.total()) > budget && plan.num_recomputed < 2 * model.L)
     plan.memory = memory_with(++plan.num_recomputed);
   plan.flops_per_step = flops_of_step(model, plan);
   return plan;
@@ -173,9 +177,9 @@ std::vector<std::string> ways_to_take_less(const StageConfig& stage, const Stage
   return ways;
 }
 
-int64_t blocks_to_recompute(const Recipe& recipe, size_t stage_index, World& world) {
+int64_t halves_to_recompute(const Recipe& recipe, size_t stage_index, World& world) {
   const StageConfig& stage = recipe.stages[stage_index];
-  if (stage.memory.budget_gb == 0) return stage.gradient_checkpointing ? kAllBlocks : 0;
+  if (stage.memory.budget_gb == 0) return stage.gradient_checkpointing ? kAllHalves : 0;
   // The ranks' programs differ in size; the first one decides for all.
   const std::string chosen = world.from_first([&]() -> std::string {
     if (!world.is_first()) return "";
@@ -188,8 +192,10 @@ int64_t blocks_to_recompute(const Recipe& recipe, size_t stage_index, World& wor
                   "program and pictures). What helps:\n  {}",
                   stage.name, stage.memory.budget_gb, plan.num_blocks, gigabytes(total), plan.memory.moment,
                   gigabytes(plan.memory.program), fmt::join(ways_to_take_less(stage, plan), "\n  "));
-    log_info("stage {}: {} of {} blocks recompute, so that it takes {} of the {} GB of memory.budget_gb",
-             stage.name, plan.num_recomputed, plan.num_blocks, gigabytes(total), stage.memory.budget_gb);
+    log_info("stage {}: {} of {} blocks recompute their MLP, {} of them the rest as well, so that it takes {} of the {} "
+             "GB of memory.budget_gb",
+             stage.name, plan.num_recomputed_mlps(), plan.num_blocks, plan.num_recomputed_blocks(), gigabytes(total),
+             stage.memory.budget_gb);
     return std::to_string(plan.num_recomputed);
   }());
   return std::stoll(chosen);

@@ -1,6 +1,7 @@
 // What a run will take, told before anything starts: memory by category, tokens, steps, and what to change
 // where it does not fit. Counts from configurations and texts alone; no weight and no picture is read.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -37,7 +38,10 @@ struct StagePlan {
   int64_t largest_micro_batch = 0;  // tokens
   double fill = 0;                  // tokens of micro-batches over max_tokens_per_micro_batch
   double flops_per_step = 0;        // of the matrix products, forward and backward
-  int64_t num_blocks = 0, num_recomputed = 0;
+  int64_t num_blocks = 0, num_recomputed = 0;  // the latter in halves of blocks (recomputed_of)
+  // Of how many blocks at least the MLP recomputes, and of how many the rest as well.
+  int64_t num_recomputed_mlps() const { return std::min(num_recomputed, num_blocks); }
+  int64_t num_recomputed_blocks() const { return num_recomputed - num_recomputed_mlps(); }
   std::vector<std::vector<int64_t>> step_lengths;  // tokens of each sample, of the steps looked at
   std::vector<FlatUnit> units;  // how several ranks would share it, without its tensors
   MemoryPlan memory, memory_recomputed;  // as the recipe says; with all blocks recomputing
@@ -52,10 +56,10 @@ std::vector<StagePlan> plan_recipe(const Recipe& recipe, int64_t max_samples = 2
 // Settings that would lower a stage's memory, each with what it brings.
 std::vector<std::string> ways_to_take_less(const StageConfig& stage, const StagePlan& plan);
 
-inline constexpr int64_t kAllBlocks = std::numeric_limits<int64_t>::max();
-// How many blocks of the decoder recompute: all with gradient_checkpointing, else as many as memory.budget_gb
-// asks for; says so in the log. All ranks call it, and get the same. Throws ConfigError, naming what helps,
-// where all of them are too few.
-int64_t blocks_to_recompute(const Recipe& recipe, size_t stage_index, World& world);
+inline constexpr int64_t kAllHalves = std::numeric_limits<int64_t>::max();
+// How many halves of the decoder's blocks recompute (recomputed_of): all with gradient_checkpointing, else as many as
+// memory.budget_gb asks for; says so in the log. All ranks call it, and get the same. Throws ConfigError, naming what
+// helps, where all of them are too few.
+int64_t halves_to_recompute(const Recipe& recipe, size_t stage_index, World& world);
 
 }  // namespace caldera

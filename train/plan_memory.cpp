@@ -40,17 +40,17 @@ int64_t weight_file_bytes(const fs::path& path) {
   return bytes;
 }
 
-// Elements that a block keeps for backward, for each row before and after its attention. Norms and the gated
-// product are not kept where a plain product follows: backward makes them again.
+// Elements that a block keeps for backward, for each row before and after its attention, and of its MLP. Norms and
+// the gated product are not kept where a plain product follows: backward makes them again.
 struct Kept {
-  int64_t before, after;
+  int64_t before, after, mlp;
 };
 Kept kept_of(const PlannedModel& p) {
-  Kept kept{p.D + (p.H + 2 * p.G) * p.K, p.D + 2 * p.F};
+  Kept kept{p.D + (p.H + 2 * p.G) * p.K, p.D, 2 * p.F};
   if (p.language_trains) kept.after += p.H * p.K;  // the attention's output, for its projection's gradient
   if (p.lora) {
     kept.before += p.D;
-    kept.after += p.D + p.F;
+    kept.mlp += p.D + p.F;
   }
   return kept;
 }
@@ -169,10 +169,15 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
 
   const Kept kept = kept_of(p);
   const int64_t input = T * p.D * e;
-  const int64_t block = T * (kept.before + kept.after) * e;
-  const int64_t last_block = (T * kept.before + N * kept.after) * e;
+  const auto rows_of_mlp = [&](int64_t layer) { return layer + 1 == p.L ? N : T; };
+  const auto mlp_of = [&](int64_t layer) { return rows_of_mlp(layer) * kept.mlp * e; };
+  const auto block_of = [&](int64_t layer) {
+    return (T * kept.before + rows_of_mlp(layer) * kept.after) * e + mlp_of(layer);
+  };
+  const auto recomputed = [&](int64_t layer) { return recomputed_of(num_recomputed, layer, p.L); };
   const auto kept_by = [&](int64_t layer) {
-    return layer < num_recomputed ? input : layer + 1 == p.L ? last_block : block;
+    if (recomputed(layer) == Recomputed::kBlock) return input;
+    return block_of(layer) - (recomputed(layer) == Recomputed::kMlp ? mlp_of(layer) : 0);
   };
   int64_t before_blocks =
       input;  // the embedded row, what the projector keeps and, where it trains, the tower
@@ -210,17 +215,18 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   int64_t held = all_kept;
   for (int64_t layer = p.L; layer-- > 0;) {
     const int64_t gradients = sums + kept_head + (p.L - 1 - layer) * block_gradient;
-    const bool is_last = layer + 1 == p.L;
-    const int64_t again = layer < num_recomputed ? (is_last ? last_block : block) : 0;
-    const int64_t wide = is_last ? N : T;  // rows of the MLP
+    const Recomputed part = recomputed(layer);
+    const int64_t again = part == Recomputed::kBlock ? block_of(layer) : part == Recomputed::kMlp ? mlp_of(layer) : 0;
+    const int64_t wide = rows_of_mlp(layer);
     const std::string moment = fmt::format("backward of block {} of {}", layer + 1, p.L);
     // Its MLP: the gated product again, its gradient and that of gate and up; then its attention and the
     // fused projection.
-    const int64_t restored = p.nf4_matrix * e;  // a weight out of its 4 bits
-    consider(moment, gradients, held + again, (wide * 4 * p.F + 2 * T * p.D) * e + restored);
+    // What a product makes of its factors: a weight out of its 4 bits; both in 8-bit floats, by way of float32.
+    const int64_t factors = p.nf4_matrix * e + (stage.float8 ? 5 * 2 * p.F * (p.D + T) : 0);
+    consider(moment, gradients, held + again, (wide * 4 * p.F + 2 * T * p.D) * e + factors);
     const int64_t inner = again > 0 ? again : kept_by(layer);
     consider(moment, gradients + block_gradient, held + again - std::min(inner, wide * 2 * p.F * e),
-             T * (2 * (p.H + 2 * p.G) * p.K + 2 * p.D) * e + attention + restored);
+             T * (2 * (p.H + 2 * p.G) * p.K + 2 * p.D) * e + attention + factors);
     held -= kept_by(layer);
   }
   // The embedding's gradient comes last; where it is the head's too, one is added to the other.

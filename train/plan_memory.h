@@ -24,7 +24,7 @@ struct PlannedModel {
 };
 PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage);
 
-// At the worst moment, where the first `num_recomputed` blocks recompute; of the GPU's memory with `on_gpu`, else
+// At the worst moment, where `num_recomputed` halves of blocks recompute (recomputed_of); of the GPU's memory with `on_gpu`, else
 // of the process's, which takes `program` bytes in any case. `num_ranks`: ranks that share what the strategy
 // shares.
 MemoryPlan plan_memory(const PlannedModel& model, const Recipe& recipe, const StageConfig& stage,

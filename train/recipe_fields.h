@@ -72,8 +72,8 @@ void fields(V& v, OptimizerConfig& c) {
 template <class V>
 void fields(V& v, MemoryConfig& c) {
   v("budget_gb", c.budget_gb,
-    "peak memory that the stage may take on each rank, in 10^9 bytes: as many blocks recompute as `caldera plan` "
-    "says it takes; same numbers. 0: no budget",
+    "peak memory that the stage may take on each rank, in 10^9 bytes: as many MLPs, then whole blocks recompute "
+    "as `caldera plan` says it takes; same numbers. 0: no budget",
     at_least(0));
   v("offload_optimizer", c.offload_optimizer,
     "on a GPU: masters and moments stay in host memory, and the update runs there");
@@ -121,6 +121,9 @@ void fields(V& v, StageConfig& c) {
   v("dtype", c.dtype,
     "of weights and activations in the computation; beside `bfloat16` ones see `optimizer.master_weights`",
     one_of({"float32", "bfloat16"}));
+  v("float8", c.float8,
+    "with `dtype: bfloat16`: the products of the decoder's linear layers, forward and backward, in 8-bit floats, as "
+    "torchao's rowwise recipe (see docs/performance.md)");
   v("gradient_checkpointing", c.gradient_checkpointing,
     "recompute all blocks in the backward pass: less memory, same numbers");
   v("save_steps", c.save_steps, "steps between checkpoints; 0: only at the end", at_least(0));

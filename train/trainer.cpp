@@ -13,6 +13,7 @@
 #include "base/fault.h"
 #include "base/log.h"
 #include "base/rng.h"
+#include "model/ops/float8.h"
 #include "train/checkpoint.h"
 #include "train/plan.h"
 #include "train/schedule.h"
@@ -66,12 +67,16 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
 #ifdef CALDERA_CUDA
   if (device.is_cuda()) c10::cuda::set_device(device.index());
 #endif
-  const int64_t num_recomputed = blocks_to_recompute(recipe, stage_index, world_);
+  const int64_t num_recomputed = halves_to_recompute(recipe, stage_index, world_);
   model_ = build_llava(build_);
   const int64_t num_parameters = count_parameters(model_->tensors());
   if (stage_.uses_4bit())
     for (Linear* linear : model_->language->linears()) linear->quantize_nf4(stage_.lora->double_quant, device);
   model_->to(device, parse_dtype(stage_.dtype));
+  if (stage_.float8) {
+    check_float8(device);
+    for (Linear* linear : model_->language->linears()) linear->use_float8();
+  }
   model_->language->set_num_recomputed(num_recomputed);
   data_.format.image_spec = model_->image_spec();
 

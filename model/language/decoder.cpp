@@ -60,21 +60,23 @@ class Decoder : public LanguageModel {
     CALDERA_ASSERT(caches.empty() || caches.size() + 1 == cu_seqlens.size());
     CALDERA_ASSERT(caches.empty() || !at::GradMode::is_enabled());
     const auto row = std::make_shared<Row>();
-    row->rotary = rotary_tables(config_.rope.inv_freq.to(x_TD.device()), positions_T,
-                                config_.rope.attention_scaling, at::kFloat);
+    Rope& rope = config_.rope;
+    // Held where the rows are: a copy from the host would make each step wait.
+    if (rope.inv_freq.device() != x_TD.device()) rope.inv_freq = rope.inv_freq.to(x_TD.device());
+    row->rotary = rotary_tables(rope.inv_freq, positions_T, rope.attention_scaling, at::kFloat);
     row->cu_seqlens = cu_seqlens;
     row->caches = caches;
     row->dropout_seed = dropout_seed_;
     at::Tensor x = x_TD;
     for (size_t layer = 0; layer < blocks_.size(); ++layer) {
       const at::Tensor rows = layer + 1 == blocks_.size() ? rows_N : at::Tensor();
-      const auto run = [this, layer, row, rows](const at::Tensor& input) {
-        return run_block(layer, input, *row, rows);
+      const auto run = [this, layer, row, rows](const at::Tensor& input, bool needs_value) {
+        return run_block(layer, input, *row, rows, needs_value);
       };
       std::function<std::shared_ptr<void>()> hold;
       if (block_hold_) hold = [this, layer] { return block_hold_(layer); };
-      const bool recomputes = static_cast<int64_t>(layer) < num_recomputed_;
-      x = recomputes ? recompute(run, x, leaves(blocks_[layer]), hold) : run(x);
+      x = recomputed(layer) == Recomputed::kBlock ? recompute(run, x, leaves(blocks_[layer]), hold)
+                                                  : run(x, /*needs_value=*/true);
       tap("language_model.layers", layer, x);
     }
     for (size_t s = 0; s < caches.size(); ++s) caches[s]->length += cu_seqlens[s + 1] - cu_seqlens[s];
@@ -137,7 +139,7 @@ class Decoder : public LanguageModel {
   Json config() const override { return config_.json; }
   const char* id() const override { return config_.id; }
   int64_t num_blocks() const override { return std::ssize(blocks_); }
-  void set_num_recomputed(int64_t num_blocks) override { num_recomputed_ = num_blocks; }
+  void set_num_recomputed(int64_t num_halves) override { num_recomputed_ = num_halves; }
   void set_block_hold(std::function<std::shared_ptr<void>(size_t)> hold) override { block_hold_ = std::move(hold); }
   void set_dropout_seed(std::optional<uint64_t> seed) override { dropout_seed_ = seed; }
   double initializer_range() const { return config_.initializer_range; }
@@ -145,20 +147,33 @@ class Decoder : public LanguageModel {
  private:
   static std::string prefix(size_t layer) { return fmt::format("model.layers.{}.", layer); }
 
-  static std::vector<at::Tensor> leaves(const Block& b) {
-    std::vector<at::Tensor> list = {b.input_norm, b.post_norm};
-    if (b.q_norm.defined()) list.insert(list.end(), {b.q_norm, b.k_norm});
-    for (const Linear* linear : {&b.qkv, &b.o, &b.gate_up, &b.down}) linear->append_leaves(list);
+  Recomputed recomputed(size_t layer) const {
+    return recomputed_of(num_recomputed_, static_cast<int64_t>(layer), num_blocks());
+  }
+
+  static std::vector<at::Tensor> mlp_leaves(const Block& b) {
+    std::vector<at::Tensor> list = {b.post_norm};
+    for (const Linear* linear : {&b.gate_up, &b.down}) linear->append_leaves(list);
     return list;
   }
 
+  static std::vector<at::Tensor> leaves(const Block& b) {
+    std::vector<at::Tensor> list = mlp_leaves(b);
+    list.push_back(b.input_norm);
+    if (b.q_norm.defined()) list.insert(list.end(), {b.q_norm, b.k_norm});
+    for (const Linear* linear : {&b.qkv, &b.o}) linear->append_leaves(list);
+    return list;
+  }
+
+  auto normed(const at::Tensor& weight) const {
+    return [eps = config_.rms_norm_eps, weight](const at::Tensor& x) { return rms_norm(x, weight, eps); };
+  }
+
   // x [T, D] -> [T, D], or [N, D] where only the rows `rows_N` are wanted: keys and values come from all
-  // rows, what follows the attention runs on those alone.
-  at::Tensor run_block(size_t layer, const at::Tensor& x_TD, const Row& row, const at::Tensor& rows_N) const {
+  // rows, what follows the attention runs on those alone. Without `needs_value` as in recompute().
+  at::Tensor run_block(size_t layer, const at::Tensor& x_TD, const Row& row, const at::Tensor& rows_N,
+                       bool needs_value) const {
     const Block& block = blocks_[layer];
-    const auto normed = [eps = config_.rms_norm_eps](const at::Tensor& weight) {
-      return [eps, weight](const at::Tensor& source) { return rms_norm(source, weight, eps); };
-    };
     const at::Tensor qkv =
         block.qkv.forward_of(normed(block.input_norm), x_TD, {block.input_norm}, row.dropout_seed);
     at::Tensor attended = attention(layer, qkv, row);
@@ -168,9 +183,18 @@ class Decoder : public LanguageModel {
       x = x.index_select(0, rows_N);
     }
     x = x + block.o.forward(attended, row.dropout_seed);
+    if (recomputed(layer) != Recomputed::kMlp) return run_mlp(block, x, row.dropout_seed, needs_value);
+    const auto run = [this, &block, seed = row.dropout_seed](const at::Tensor& input, bool needs) {
+      return run_mlp(block, input, seed, needs);
+    };
+    return recompute(run, x, mlp_leaves(block));
+  }
+
+  at::Tensor run_mlp(const Block& block, const at::Tensor& x, std::optional<uint64_t> dropout_seed,
+                     bool needs_value) const {
     const at::Tensor gate_up =
-        block.gate_up.forward_of(normed(block.post_norm), x, {block.post_norm}, row.dropout_seed);
-    return x + block.down.forward_of(swiglu, gate_up, {}, row.dropout_seed);
+        block.gate_up.forward_of(normed(block.post_norm), x, {block.post_norm}, dropout_seed);
+    return x + block.down.forward_of(swiglu, gate_up, {}, dropout_seed, needs_value);
   }
 
   // qkv [T, (H + 2G) K] -> [T, H K].

@@ -23,6 +23,16 @@ struct KvCache {
   int64_t length = 0;
 };
 
+// What of a block keeps nothing but its input between forward and backward, and runs again there.
+enum class Recomputed { kNothing, kMlp, kBlock };
+// Where `num_halves` halves of blocks recompute. First the MLPs of all blocks, then the blocks with their attention:
+// an MLP gives up more for its time, one product at full speed. The first blocks first, because by their turn in
+// backward the later ones have let go of what they kept. At 2 * num_blocks each block keeps its input alone.
+inline Recomputed recomputed_of(int64_t num_halves, int64_t layer, int64_t num_blocks) {
+  if (num_halves - num_blocks > layer) return Recomputed::kBlock;
+  return num_halves > layer ? Recomputed::kMlp : Recomputed::kNothing;
+}
+
 class LanguageModel {
  public:
   virtual ~LanguageModel() = default;
@@ -54,9 +64,8 @@ class LanguageModel {
   virtual const char* id() const = 0;
 
   virtual int64_t num_blocks() const = 0;
-  // So many blocks, the first ones, keep nothing but their input between forward and backward, and run again in
-  // backward. The first ones, because by their turn there the later ones have let go of what they kept.
-  virtual void set_num_recomputed(int64_t num_blocks) = 0;
+  // See recomputed_of().
+  virtual void set_num_recomputed(int64_t num_halves) = 0;
   // Weights of blocks that are there only while the block runs: `hold(layer)` brings them, and what it returns lives as long as they
   // are needed. Takes effect where blocks recompute, and without gradients.
   virtual void set_block_hold(std::function<std::shared_ptr<void>(size_t layer)> hold) = 0;

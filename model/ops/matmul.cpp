@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "model/ops/autograd.h"
+#include "model/ops/float8.h"
 
 namespace at::native {
 // LibTorch exports it but ships no header: result = beta * result + alpha * a b, by oneDNN.
@@ -35,10 +36,16 @@ bool takes_onednn(const at::Tensor& a, const at::Tensor& b, const at::Tensor& ou
          b.numel() > 0;
 }
 
-at::Tensor affine_forward(const at::Tensor& x_in, const at::Tensor& weight, const at::Tensor& bias) {
+at::Tensor affine_forward(const at::Tensor& x_in, const at::Tensor& weight, const at::Tensor& bias,
+                          bool needs_value, bool in_float8) {
   const at::Tensor x = x_in.reshape({-1, weight.size(1)});
   std::vector<int64_t> shape = x_in.sizes().vec();
   shape.back() = weight.size(0);
+  if (!needs_value) return at::empty(shape, x.options().requires_grad(false));
+  if (in_float8) {
+    const at::Tensor y = float8_product(x, weight.t());
+    return at::_unsafe_view(bias.defined() ? y.add_(bias) : y, shape);  // autograd refuses views of it
+  }
   // The bias goes into the sum before it is rounded.
   const at::Tensor y =
       bias.defined() ? bias.expand(shape).contiguous() : at::empty(shape, x.options().requires_grad(false));
@@ -48,23 +55,25 @@ at::Tensor affine_forward(const at::Tensor& x_in, const at::Tensor& weight, cons
 
 struct AffineFunction : torch::autograd::Function<AffineFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias) {
+                            const std::optional<at::Tensor>& bias, bool needs_value, bool in_float8) {
+    ctx->saved_data["in_float8"] = in_float8;
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->save_for_backward({weight.requires_grad() ? x : at::Tensor(), weight});
-    return affine_forward(x, weight, bias.value_or(at::Tensor()));
+    return affine_forward(x, weight, bias.value_or(at::Tensor()), needs_value, in_float8);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor &x = saved[0], &weight = saved[1];
     const at::Tensor dy = grads[0].reshape({-1, weight.size(0)});
-    variable_list result(3);
+    const bool in_float8 = ctx->saved_data["in_float8"].toBool();
+    variable_list result(5);
     if (ctx->needs_input_grad(0)) {
       std::vector<int64_t> shape = grads[0].sizes().vec();
       shape.back() = weight.size(1);
-      result[0] = matrix_product(dy, weight).view(shape);
+      result[0] = matrix_product(dy, weight, in_float8).view(shape);
     }
-    if (ctx->needs_input_grad(1)) result[1] = matrix_product(dy.t(), x.reshape({-1, weight.size(1)}));
+    if (ctx->needs_input_grad(1)) result[1] = matrix_product(dy.t(), x.reshape({-1, weight.size(1)}), in_float8);
     if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) result[2] = dy.sum(0);
     return result;
   }
@@ -87,7 +96,8 @@ void matrix_product_into(const at::Tensor& a, const at::Tensor& b, const at::Ten
     accumulate ? result.baddbmm_(a, b) : at::bmm_out(result, a, b);
 }
 
-at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b) {
+at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b, bool in_float8) {
+  if (in_float8) return float8_product(a, b);
   std::vector<int64_t> shape = a.sizes().vec();
   shape.back() = b.size(-1);
   at::Tensor out = at::empty(shape, a.options().requires_grad(false));
@@ -95,13 +105,16 @@ at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b) {
   return out;
 }
 
-at::Tensor affine(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
-  if (!has_cpu_kernel(x) || weight.scalar_type() != x.scalar_type()) return at::linear(x, weight, bias);
+at::Tensor affine(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, bool needs_value,
+                  bool in_float8) {
+  if (needs_value && !in_float8 && (!has_cpu_kernel(x) || weight.scalar_type() != x.scalar_type()))
+    return at::linear(x, weight, bias);
   if (FewRowsGuard::active() && x.dim() == 2 && x.size(0) <= 4 && weight.is_contiguous())
     return affine_few_rows(x, weight, bias);
   if (!wants_grad(x) && !wants_grad(weight) && !(bias.defined() && wants_grad(bias)))
-    return affine_forward(x.detach(), weight, bias.defined() ? bias.detach() : bias);
-  return AffineFunction::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt);
+    return affine_forward(x.detach(), weight, bias.defined() ? bias.detach() : bias, needs_value, in_float8);
+  return AffineFunction::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt, needs_value,
+                               in_float8);
 }
 
 }  // namespace caldera

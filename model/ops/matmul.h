@@ -8,15 +8,17 @@
 namespace caldera {
 
 // a [M, K] times b [K, N], or both with a batch dimension in front; float32 or bfloat16, b and a may be
-// transposed views. No gradients.
-at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b);
+// transposed views. No gradients. `in_float8`: float8_product (float8.h).
+at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b, bool in_float8 = false);
 // The same into `out`, dense; with `accumulate` added to it.
 void matrix_product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
                          bool accumulate = false);
 
 // x [..., I] times weight [O, I] transposed, plus bias [O] where it is defined: at::linear, differentiable.
-// For backward x is kept only if the weight wants a gradient.
-at::Tensor affine(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias = {});
+// For backward x is kept only if the weight wants a gradient. Without `needs_value` the product is not computed: the
+// result has its graph, and numbers of no meaning (see recompute() in ops.h). `in_float8`: this product and those of its gradients are float8_products.
+at::Tensor affine(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias = {},
+                  bool needs_value = true, bool in_float8 = false);
 
 // A weight [O, I] in 8 bits: values times one float32 scale a row, the largest magnitude of which is 127 (as
 // LLM.int8's row-wise absmax, arXiv 2208.07339, without its outliers). For generation alone.

@@ -51,19 +51,20 @@ at::Tensor linear_cross_entropy(const at::Tensor& hidden_ND, const at::Tensor& w
 // The same without gradients, per row: -> float32 [N].
 at::Tensor linear_nll(const at::Tensor& hidden_ND, const at::Tensor& weight_VD, const at::Tensor& targets_N);
 
-// block(x), of which nothing but x is kept for backward: there the block runs again (Chen et al., arXiv
-// 1604.06174). `parameters` are the leaves that the block uses. Gradients are bit for bit those of block(x)
-// on CPU. `hold`, where given, is called before the block runs, in either pass; what it returns lives as long
-// as the block's weights are needed there.
-at::Tensor recompute(std::function<at::Tensor(const at::Tensor&)> block, const at::Tensor& x,
+// block(x, true), of which nothing but x is kept for backward: there the block runs again (Chen et al., arXiv
+// 1604.06174) as block(x, false), for the graph of its result alone: a last product whose numbers nobody reads may
+// be left out. `parameters` are the leaves that the block uses. Gradients are bit for bit those of block(x, true) on
+// CPU. `hold`, where given, is called before the block runs, in either pass; what it returns lives as long as the
+// block's weights are needed there.
+at::Tensor recompute(std::function<at::Tensor(const at::Tensor& x, bool needs_value)> block, const at::Tensor& x,
                      const std::vector<at::Tensor>& parameters,
                      std::function<std::shared_ptr<void>()> hold = {});
 
 // affine(make(source), weight, bias) (matmul.h) of whose input nothing but `source` is kept for backward: there it
 // is made again. For what is cheap beside the product: norms, gates. `parameters` are the leaves that make() uses.
-// Bit for bit the plain composition.
+// Bit for bit the plain composition. `needs_value` and `in_float8` as affine's.
 at::Tensor affine_of(std::function<at::Tensor(const at::Tensor&)> make, const at::Tensor& source,
                      const std::vector<at::Tensor>& parameters, const at::Tensor& weight,
-                     const at::Tensor& bias = {});
+                     const at::Tensor& bias = {}, bool needs_value = true, bool in_float8 = false);
 
 }  // namespace caldera

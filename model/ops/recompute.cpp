@@ -8,15 +8,20 @@
 namespace caldera {
 namespace {
 
-using Block = std::function<at::Tensor(const at::Tensor&)>;
+using Make = std::function<at::Tensor(const at::Tensor&)>;
+using Block = std::function<at::Tensor(const at::Tensor&, bool)>;
 using Hold = std::function<std::shared_ptr<void>()>;
 std::shared_ptr<void> held(const Hold& hold) { return hold ? hold() : nullptr; }
 
-// Carries the block from forward to backward through the context.
+// Carries what runs again from forward to backward through the context.
 struct BlockHolder : torch::CustomClassHolder {
   BlockHolder(Block run, Hold weights) : block(std::move(run)), hold(std::move(weights)) {}
   Block block;
   Hold hold;
+};
+struct MakeHolder : torch::CustomClassHolder {
+  explicit MakeHolder(Make run) : make(std::move(run)) {}
+  Make make;
 };
 
 struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
@@ -27,7 +32,7 @@ struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["block"] = c10::IValue::make_capsule(c10::make_intrusive<BlockHolder>(block, hold));
     const std::shared_ptr<void> weights = held(hold);
-    return block(x);  // gradients are off in here: nothing inside is kept
+    return block(x, /*needs_value=*/true);  // gradients are off in here: nothing inside is kept
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -42,7 +47,7 @@ struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
       if (input.requires_grad()) inputs.push_back(input);
     }
     const variable_list gradients =
-        torch::autograd::grad({holder->block(x)}, inputs, grads, /*retain_graph=*/false,
+        torch::autograd::grad({holder->block(x, /*needs_value=*/false)}, inputs, grads, /*retain_graph=*/false,
                               /*create_graph=*/false, /*allow_unused=*/true);
     variable_list result = {at::Tensor(), at::Tensor()};  // the block itself, and its hold
     size_t next = 0;
@@ -53,21 +58,24 @@ struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
 };
 
 struct AffineOfFunction : torch::autograd::Function<AffineOfFunction> {
-  static at::Tensor forward(AutogradContext* ctx, const Block& make, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, const at::Tensor& source,
-                            at::TensorList parameters) {
+  static at::Tensor forward(AutogradContext* ctx, const Make& make, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias, bool needs_value, bool in_float8,
+                            const at::Tensor& source, at::TensorList parameters) {
     variable_list saved = {weight, source};
     saved.insert(saved.end(), parameters.begin(), parameters.end());
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["make"] = c10::IValue::make_capsule(c10::make_intrusive<BlockHolder>(make, Hold()));
+    ctx->saved_data["make"] = c10::IValue::make_capsule(c10::make_intrusive<MakeHolder>(make));
     ctx->saved_data["has_bias"] = bias.has_value();
-    return affine(make(source), weight, bias.value_or(at::Tensor()));
+    ctx->saved_data["in_float8"] = in_float8;
+    if (!needs_value) return at::empty({source.size(0), weight.size(0)}, source.options().requires_grad(false));
+    return affine(make(source), weight, bias.value_or(at::Tensor()), /*needs_value=*/true, in_float8);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const auto holder = c10::static_intrusive_pointer_cast<BlockHolder>(ctx->saved_data["make"].toCapsule());
+    const auto holder = c10::static_intrusive_pointer_cast<MakeHolder>(ctx->saved_data["make"].toCapsule());
     const at::Tensor &weight = saved[0], dy = grads[0].contiguous();
+    const bool in_float8 = ctx->saved_data["in_float8"].toBool();
     variable_list leaves(saved.begin() + 1, saved.end()), inputs;
     leaves[0] = leaves[0].detach().requires_grad_(leaves[0].requires_grad());
     for (const at::Tensor& leaf : leaves)
@@ -75,13 +83,14 @@ struct AffineOfFunction : torch::autograd::Function<AffineOfFunction> {
     at::Tensor x;
     {
       const at::AutoGradMode record(true);
-      x = holder->block(leaves[0]);
+      x = holder->make(leaves[0]);
     }
-    variable_list result = {at::Tensor(), matrix_product(dy.t(), x.detach()),
-                            ctx->saved_data["has_bias"].toBool() ? dy.sum(0) : at::Tensor()};
+    variable_list result = {at::Tensor(), matrix_product(dy.t(), x.detach(), in_float8),
+                            ctx->saved_data["has_bias"].toBool() ? dy.sum(0) : at::Tensor(),
+                            at::Tensor(), at::Tensor()};
     variable_list gradients;
     if (!inputs.empty())
-      gradients = torch::autograd::grad({x}, inputs, {matrix_product(dy, weight)}, /*retain_graph=*/false,
+      gradients = torch::autograd::grad({x}, inputs, {matrix_product(dy, weight, in_float8)}, /*retain_graph=*/false,
                                         /*create_graph=*/false, /*allow_unused=*/true);
     size_t next = 0;
     for (const at::Tensor& leaf : leaves)
@@ -92,12 +101,12 @@ struct AffineOfFunction : torch::autograd::Function<AffineOfFunction> {
 
 }  // namespace
 
-at::Tensor affine_of(Block make, const at::Tensor& source, const std::vector<at::Tensor>& parameters,
-                     const at::Tensor& weight, const at::Tensor& bias) {
+at::Tensor affine_of(Make make, const at::Tensor& source, const std::vector<at::Tensor>& parameters,
+                     const at::Tensor& weight, const at::Tensor& bias, bool needs_value, bool in_float8) {
   // Where the weight stays as it is, its input is not kept anyway.
-  if (!wants_grad(weight)) return affine(make(source), weight, bias);
-  return AffineOfFunction::apply(make, weight, bias.defined() ? std::optional(bias) : std::nullopt, source,
-                                 at::TensorList(parameters));
+  if (!wants_grad(weight)) return affine(make(source), weight, bias, needs_value, in_float8);
+  return AffineOfFunction::apply(make, weight, bias.defined() ? std::optional(bias) : std::nullopt, needs_value,
+                                 in_float8, source, at::TensorList(parameters));
 }
 
 at::Tensor recompute(Block block, const at::Tensor& x, const std::vector<at::Tensor>& parameters, Hold hold) {
@@ -105,7 +114,7 @@ at::Tensor recompute(Block block, const at::Tensor& x, const std::vector<at::Ten
   for (const at::Tensor& parameter : parameters) differentiable = differentiable || wants_grad(parameter);
   if (!differentiable) {
     const std::shared_ptr<void> weights = held(hold);
-    return block(x);
+    return block(x, /*needs_value=*/true);
   }
   return RecomputeFunction::apply(block, hold, x, at::TensorList(parameters));
 }

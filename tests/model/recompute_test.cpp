@@ -1,4 +1,5 @@
-// affine_of: what it keeps for backward, and that its gradients are the plain composition's.
+// affine_of and recompute: what they keep for backward, what they compute there, and that gradients are the plain
+// composition's.
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
@@ -50,6 +51,30 @@ TEST(AffineOf, KeepsTheSourceAlone) {
   const at::Tensor made_again = affine_of(swiglu, gate_up, {}, weight);
   const int64_t of_made_again = cpu_memory().live_bytes - before - of_plain;
   EXPECT_EQ(of_plain - of_made_again, kRows * kWidth * 4);
+}
+
+// In backward the graph alone is wanted: the gradients are the same where the last product is left out.
+TEST(Recompute, LeavesOutALastProductInBackward) {
+  at::manual_seed(0);
+  const at::Tensor x = at::randn({9, 16}).set_requires_grad(true), dy = at::randn({9, 16});
+  for (const bool weight_trains : {false, true}) {
+    const at::Tensor weight = at::randn({16, 16}).set_requires_grad(weight_trains), norm = at::ones({16});
+    std::vector<at::Tensor> inputs = {x};
+    if (weight_trains) inputs.push_back(weight);
+    const auto normed = [&](const at::Tensor& source) { return rms_norm(source, norm, 1e-5); };
+    std::vector<bool> needed;
+    const auto block = [&](const at::Tensor& source, bool needs_value) {
+      needed.push_back(needs_value);
+      const at::Tensor first = source + affine(source.sin(), weight, {}, needs_value);
+      return first + affine_of(normed, source, {}, weight, {}, needs_value);
+    };
+    const at::Tensor plain = block(x, true), made_again = recompute(block, x, {weight});
+    EXPECT_TRUE(at::equal(plain, made_again));
+    const auto expected = torch::autograd::grad({plain}, inputs, {dy});
+    const auto got = torch::autograd::grad({made_again}, inputs, {dy});
+    for (size_t i = 0; i < inputs.size(); ++i) EXPECT_TRUE(at::equal(got[i], expected[i])) << i;
+    EXPECT_EQ(needed, (std::vector<bool>{true, true, false}));
+  }
 }
 
 }  // namespace
