@@ -1,5 +1,9 @@
 // The binary: a table of subcommands, and the one place where errors become messages and exit codes.
 #include <c10/util/Exception.h>
+#ifdef CALDERA_CUDA
+#include <c10/cuda/CUDAFunctions.h>
+#include <dlfcn.h>
+#endif
 #include <omp.h>
 #include <unistd.h>
 
@@ -51,6 +55,16 @@ void restart_where_cores_are_busy(char** argv) {
   if (!error) ::execv(program.c_str(), argv);  // where that fails: as it was
 }
 
+// LibTorch's CUDA libraries register themselves as they load. Where there is no GPU they would only take memory, and time
+// at every start.
+void load_gpu_libraries() {
+#ifdef CALDERA_CUDA
+  if (c10::cuda::device_count() == 0) return;
+  CALDERA_CHECK(::dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_GLOBAL) != nullptr, Error,
+                "this machine has a GPU, but LibTorch's CUDA libraries do not load: {}", ::dlerror());
+#endif
+}
+
 int fail(const std::string& message, int exit_code) {
   fmt::print(stderr, "error: {}\n", message);
   return exit_code;
@@ -68,6 +82,7 @@ void check_command(int argc, char** argv) {
 }
 
 int run(int argc, char** argv) {
+  load_gpu_libraries();
   CLI::App app("Caldera trains and runs LLaVA-style vision-language models.", "caldera");
   app.set_version_flag("--version", kVersion);
   app.require_subcommand(1);

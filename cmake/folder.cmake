@@ -1,7 +1,9 @@
-# caldera_folder(NAME LINK libs...): a static library of every .cpp below NAME/ (headers alone while there is none).
+# caldera_folder(NAME LINK libs...): a static library of every .cpp below NAME/ (headers alone while there is none). What
+# ends in _module.cpp becomes a library of its own, opened while the program runs.
 function(caldera_folder name)
   cmake_parse_arguments(arg "" "" "LINK" ${ARGN})
   file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/${name}/*.cpp)
+  list(FILTER sources EXCLUDE REGEX "_module\\.cpp$")
   if(NOT sources)
     add_library(${name} INTERFACE)
     target_link_libraries(${name} INTERFACE ${arg_LINK})

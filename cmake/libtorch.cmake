@@ -1,6 +1,7 @@
 # LibTorch as imported targets, without its own CMake package (which demands a CUDA toolkit even for a CPU build):
 #   torch::cpu      headers, c10 and torch_cpu
-#   torch::runtime  what an executable links besides: the CUDA libraries, if any, which register themselves on load
+#   torch::runtime  the CUDA libraries, if any, which register themselves on load. Tests link them; the program opens them
+#                   where there is a GPU (cli/main.cpp).
 if(NOT LIBTORCH)
   file(GLOB wheel ${CMAKE_SOURCE_DIR}/.deps/venv/lib/python3*/site-packages/torch)
   if(NOT wheel)
@@ -42,13 +43,9 @@ if(use_cuda)
   target_compile_definitions(torch::cpu INTERFACE CALDERA_CUDA=1)
   target_compile_options(torch::cpu INTERFACE "SHELL:-idirafter ${CUDAToolkit_INCLUDE_DIRS}")
   target_link_libraries(torch::cpu INTERFACE ${LIBTORCH}/lib/libc10_cuda.so)
-  # Several ranks on GPUs: c10d's NCCL group, which LibTorch holds; of NCCL itself its header alone is needed, in one file.
+  # Several ranks on GPUs: c10d's NCCL group, which LibTorch holds; of NCCL itself its header alone is needed.
   get_filename_component(site_packages ${LIBTORCH} DIRECTORY)
   find_path(NCCL_INCLUDE nccl.h HINTS ${site_packages}/nvidia/nccl/include ${CUDAToolkit_INCLUDE_DIRS})
-  if(NCCL_INCLUDE)
-    set_source_files_properties(${CMAKE_SOURCE_DIR}/train/distributed/world.cpp PROPERTIES
-      COMPILE_DEFINITIONS CALDERA_NCCL=1 COMPILE_FLAGS "-idirafter ${NCCL_INCLUDE}")
-  endif()
   target_link_options(torch::runtime INTERFACE -Wl,--no-as-needed,${LIBTORCH}/lib/libtorch_cuda.so,--as-needed)
 endif()
 message(STATUS "LibTorch: ${LIBTORCH}, CUDA: ${use_cuda}")

@@ -1,13 +1,10 @@
 #include "train/distributed/world.h"
 
 #define USE_C10D_GLOO 1
+#include <dlfcn.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
-#ifdef CALDERA_NCCL
-#define USE_C10D_NCCL 1
-#include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
-#endif
 
 #include <algorithm>
 #include <array>
@@ -21,6 +18,8 @@
 #include <utility>
 
 #include "base/fault.h"
+#include "base/files.h"
+#include "train/distributed/nccl_module.h"
 #include "train/distributed/store_host.h"
 #include "train/distributed/watch.h"
 
@@ -77,17 +76,16 @@ c10::intrusive_ptr<c10d::Backend> make_backend(const c10::intrusive_ptr<c10d::St
                                                int size, bool is_local, at::Device device,
                                                std::chrono::milliseconds timeout) {
   if (device.is_cuda()) {
-#ifdef CALDERA_NCCL
-    auto options = c10d::ProcessGroupNCCL::Options::create();
-    options->timeout = timeout;
-    auto group = c10::make_intrusive<c10d::ProcessGroupNCCL>(store, rank, size, options);
-    group->setBoundDeviceId(device);
+    const std::string file = (fs::read_symlink("/proc/self/exe").parent_path() / "libcaldera_nccl.so").string();
+    void* const library = ::dlopen(file.c_str(), RTLD_NOW | RTLD_GLOBAL);
+    CALDERA_CHECK(library != nullptr, DistributedError,
+                  "several ranks on GPUs need NCCL, and its part of this program does not open: {}; it is built where "
+                  "NCCL's headers are, and belongs beside the program",
+                  ::dlerror());
+    c10::intrusive_ptr<c10d::Backend> group;
+    reinterpret_cast<decltype(&caldera_make_nccl_group)>(::dlsym(library, "caldera_make_nccl_group"))(
+        store, rank, size, device, timeout, group);
     return group;
-#else
-    throw DistributedError(
-        "this build has CUDA but not NCCL, which several ranks on GPUs need; install NCCL's headers and "
-        "build again");
-#endif
   }
   auto options = c10d::ProcessGroupGloo::Options::create(timeout);
   // The machine's own name may lead nowhere; where all ranks are on one machine the loop-back is right.
