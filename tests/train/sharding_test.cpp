@@ -64,12 +64,12 @@ struct TinyModel {
   at::Tensor loss(const at::Tensor& x_TD) const {
     at::Tensor x = at::linear(x_TD, projector);
     for (size_t i = 0; i < kLayers; ++i) {
-      const auto run = [this, i](const at::Tensor& in) {
+      const auto run = [this, i](const at::Tensor& in, bool) {
         return in + at::linear(in, matrices[i], biases[i]).tanh();
       };
       x = recomputes
               ? recompute(run, x, {matrices[i], biases[i]}, [this, i] { return hold ? hold(i) : nullptr; })
-              : run(x);
+              : run(x, true);
     }
     return x.square().sum();
   }
