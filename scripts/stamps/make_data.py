@@ -135,8 +135,10 @@ def training_records(train: list[Picture], out: pathlib.Path) -> tuple[list[dict
         kind, what = (WHICH_KIND, picture.kind), (WHAT, picture.answer_to_what)
         colour = [(WHICH_COLOUR, picture.colour)] if picture.colour else []
         abroad = [(f"Name it in {language}.", name) for language, name in sorted(picture.names_abroad.items())]
-        # What is asked first is answered from the picture alone; what follows may lean on the answers before.
-        finetune.append(record(f"{picture.id}", first, [kind, *colour, what, *abroad[:1]]))
+        # What is asked first is answered from the picture alone; what follows may lean on the answers before. So the caption
+        # comes first on one half of the pictures, the kind on the other.
+        opening = [kind, *colour, what] if index % 4 < 2 else [(BRIEF, picture.caption), *colour]
+        finetune.append(record(f"{picture.id}", first, [*opening, *abroad[:1]]))
         # Yes as often as no: after a no, a second question, yes every other time.
         asked = [yes_no(picture, index % 2 == 0, rng)]
         if index % 2 == 1:

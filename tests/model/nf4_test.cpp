@@ -187,7 +187,7 @@ TEST_F(Nf4, ALinearLayerInFourBitsLearnsThroughItsAdaptersAlone) {
 
   // Recomputed in the backward pass: the same bits.
   const at::Tensor again = x.detach().clone().set_requires_grad(true);
-  recompute([&](const at::Tensor& in) { return linear.forward(in, {}); }, again, leaves)
+  recompute([&](const at::Tensor& in, bool) { return linear.forward(in, {}); }, again, leaves)
       .sum()
       .backward();
   EXPECT_TRUE(at::equal(again.grad(), x.grad()));
