@@ -7,11 +7,15 @@
 #include <omp.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <fstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "base/error.h"
@@ -38,6 +42,21 @@ constexpr std::array kCommands = {
     Command{"bench", "a step of work for each line on stdin, to be timed beside others", setup_bench},
 };
 
+// Threads of other programs that want a core now: the median of a few looks. The load average still counts a
+// compilation that ended half a minute ago.
+int num_others_running() {
+  std::array<int, 5> counts{};
+  for (int& count : counts) {
+    double average = 0;
+    int num_running = 1;
+    std::ifstream("/proc/loadavg") >> average >> average >> average >> num_running;
+    count = num_running - 1;  // this one
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  std::sort(counts.begin(), counts.end());
+  return counts[counts.size() / 2];
+}
+
 // OpenMP's threads spin while they wait for each other. That is the fastest where cores are free, and where
 // they are not takes them from those waited for, many times over. How to wait is read from the environment
 // before main() begins: where other programs keep the cores busy, and nothing else was asked for, the program
@@ -47,7 +66,9 @@ void restart_where_cores_are_busy(char** argv) {
   const bool is_told = std::getenv("OMP_WAIT_POLICY") != nullptr || std::getenv("GOMP_SPINCOUNT") != nullptr;
   const auto num_cores = static_cast<double>(::sysconf(_SC_NPROCESSORS_ONLN));
   const int num_threads = ::omp_get_max_threads();
-  if (is_told || num_threads == 1 || ::getloadavg(&load, 1) != 1 || load + num_threads < num_cores + 0.5)
+  const auto is_too_much = [&](double others) { return others + num_threads >= num_cores + 0.5; };
+  if (is_told || num_threads == 1 || ::getloadavg(&load, 1) != 1 || !is_too_much(load) ||
+      !is_too_much(num_others_running()))
     return;
   ::setenv("OMP_WAIT_POLICY", "passive", 1);
   std::error_code error;
