@@ -6,22 +6,14 @@
 namespace caldera {
 namespace {
 
-class Float8StageTest : public testing::Test {
+class Float8StageTest : public TinyRunTest {
  protected:
-  void SetUp() override { write_tiny_run(folder_.path()); }
   Recipe recipe(const std::string& output, bool float8 = true) const {
     Recipe recipe = six_step_recipe(folder_.path(), output);
     recipe.stages[0].dtype = "bfloat16";
     recipe.stages[0].float8 = float8;
     return recipe;
   }
-  static std::vector<double> train(
-      const Recipe& recipe, const std::function<bool()>& stop = [] { return false; }) {
-    Recorder recorder;
-    run_recipe(recipe, {.resume = "auto"}, recorder, stop);
-    return recorder.losses;
-  }
-  TemporaryFolder folder_;
 };
 
 TEST_F(Float8StageTest, LearnsNearlyTheSame) {

@@ -9,10 +9,8 @@
 namespace caldera {
 namespace {
 
-class LoraStageTest : public testing::Test {
+class LoraStageTest : public TinyRunTest {
  protected:
-  void SetUp() override { write_tiny_run(folder_.path()); }
-
   Recipe recipe(const std::string& output, const std::string& dtype = "float32") const {
     Recipe recipe = tiny_recipe(folder_.path(), output);
     StageConfig& stage = recipe.stages[0];
@@ -29,23 +27,10 @@ class LoraStageTest : public testing::Test {
     return recipe;
   }
 
-  std::vector<double> train(
-      const Recipe& recipe, const std::function<bool()>& stop = [] { return false; }) {
-    Recorder recorder;
-    run_recipe(recipe, {.resume = "auto"}, recorder, stop);
-    num_trainable_ = recorder.num_trainable;
-    return recorder.losses;
-  }
-  static fs::path final_of(const Recipe& recipe) {
-    return fs::path(recipe.output) / recipe.stages.back().name / "final";
-  }
   static std::string final_bytes(const Recipe& recipe) {
     return read_file(final_of(recipe) / "model.safetensors") +
            read_file(final_of(recipe) / "adapter" / "adapter_model.safetensors");
   }
-
-  TemporaryFolder folder_;
-  int64_t num_trainable_ = 0;
 };
 
 TEST_F(LoraStageTest, TrainsAdapterAndProjectorAndMergesThem) {

@@ -15,21 +15,15 @@ namespace {
 using testing::HasSubstr;
 using testing::ThrowsMessage;
 
-class MemoryTest : public testing::Test {
+class MemoryTest : public TinyRunTest {
  protected:
   void SetUp() override {
-    write_tiny_run(folder_.path());
+    TinyRunTest::SetUp();
     previous_ = set_log_sink([this](LogLevel, const std::string& line) { log_ += line + "\n"; });
   }
   void TearDown() override { set_log_sink(previous_); }
 
   Recipe recipe(const std::string& output) const { return six_step_recipe(folder_.path(), output); }
-  std::vector<double> train(
-      const Recipe& recipe, const std::function<bool()>& stop = [] { return false; }) {
-    Recorder recorder;
-    run_recipe(recipe, {.resume = "auto"}, recorder, stop);
-    return recorder.losses;
-  }
   // The total with so many halves of blocks recomputing, apart from the program.
   int64_t bytes_with(const Recipe& recipe, int64_t num_recomputed, int num_ranks = 1) const {
     const StageConfig& stage = recipe.stages[0];
@@ -38,7 +32,6 @@ class MemoryTest : public testing::Test {
         .total();
   }
 
-  TemporaryFolder folder_;
   std::string log_;
   LogSink previous_;
 };

@@ -11,33 +11,18 @@
 namespace caldera {
 namespace {
 
-class QloraStageTest : public testing::Test {
+class QloraStageTest : public TinyRunTest {
  protected:
-  void SetUp() override { write_tiny_run(folder_.path()); }
-
   Recipe recipe(const std::string& output, const std::string& dtype = "float32", bool in_4bit = true) const {
-    Recipe recipe = tiny_recipe(folder_.path(), output);
+    Recipe recipe = six_step_recipe(folder_.path(), output);
     StageConfig& stage = recipe.stages[0];
     stage.lora.emplace();
     stage.lora->lora_r = 4;
     stage.lora->lora_alpha = 16;
     stage.lora->load_in_4bit = in_4bit;
-    stage.optimizer.learning_rate = 1e-2;
-    stage.max_steps = 6;
     stage.dtype = dtype;
     return recipe;
   }
-  std::vector<double> train(
-      const Recipe& recipe, const std::function<bool()>& stop = [] { return false; }) {
-    Recorder recorder;
-    run_recipe(recipe, {.resume = "auto"}, recorder, stop);
-    num_trainable_ = recorder.num_trainable;
-    return recorder.losses;
-  }
-  static fs::path final_of(const Recipe& recipe) { return fs::path(recipe.output) / "finetune" / "final"; }
-
-  TemporaryFolder folder_;
-  int64_t num_trainable_ = 0;
 };
 
 TEST_F(QloraStageTest, LearnsAsLoraDoes) {

@@ -1,5 +1,8 @@
 // A stage that trains the tiny model on the tiny data, and what it reports.
 #pragma once
+#include <gtest/gtest.h>
+
+#include <functional>
 #include <vector>
 
 #include "base/files.h"
@@ -52,5 +55,26 @@ inline Recipe six_step_recipe(const fs::path& folder, const std::string& output)
 inline std::string final_weights(const Recipe& recipe) {
   return read_file(fs::path(recipe.output) / recipe.stages.back().name / "final" / "model.safetensors");
 }
+
+// Tests that train such recipes in a folder of their own.
+class TinyRunTest : public testing::Test {
+ protected:
+  void SetUp() override { write_tiny_run(folder_.path()); }
+
+  // The losses of the steps from where the run stands, until `stop` or the end.
+  std::vector<double> train(
+      const Recipe& recipe, const std::function<bool()>& stop = [] { return false; }) {
+    Recorder recorder;
+    run_recipe(recipe, {.resume = "auto"}, recorder, stop);
+    num_trainable_ = recorder.num_trainable;
+    return recorder.losses;
+  }
+  static fs::path final_of(const Recipe& recipe) {
+    return fs::path(recipe.output) / recipe.stages.back().name / "final";
+  }
+
+  TemporaryFolder folder_;
+  int64_t num_trainable_ = 0;  // of the stage that trained last
+};
 
 }  // namespace caldera
