@@ -141,13 +141,14 @@ void plan(const PlanCommand& command) {
     fmt::print(
         "  time     {:.0f} GFLOP of products a step: {:.2f} s at this CPU's full speed, so about {} in all\n",
         p.flops_per_step / 1e9, seconds, human_duration(1.6 * seconds * static_cast<double>(p.num_steps)));
-    if (p.num_recomputed > 0)
+    if (p.choices.recomputed_halves > 0)
       fmt::print("  blocks   in the backward pass {} of {} recompute their MLP, {} of them the rest as well\n",
                  p.num_recomputed_mlps(), p.num_blocks, p.num_recomputed_blocks());
     const MemoryPlan& m = p.memory;
     fmt::print("  memory   {} at the most, at {}\n", bytes(m.total()), m.moment);
     for (const auto& [name, value] : {std::pair{"program and pictures", m.program},
                                       {"weights", m.weights},
+                                      {"weights, packed", m.packed},
                                       {"masters", m.masters},
                                       {"optimizer states", m.states},
                                       {"gradients", m.gradients},

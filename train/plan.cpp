@@ -5,12 +5,14 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <limits>
 #include <set>
 
 #include "base/cpu_allocator.h"
 #include "base/error.h"
 #include "base/log.h"
 #include "data/dataset.h"
+#include "model/ops/matmul.h"
 #include "train/plan_memory.h"
 #include "train/stage.h"
 
@@ -136,16 +138,26 @@ StagePlan plan_stage(const Recipe& recipe, const StageConfig& stage, int64_t max
       lay_out_units(parameter_groups(model.model, stage), model.model.component_tensors("language_model"),
                     recipe.distributed.strategy == "zero3");
   for (FlatUnit& unit : plan.units) unit.leaves.clear();
-  const auto memory_with = [&](int64_t num_recomputed) {
-    return plan_memory(model, recipe, stage, plan, on_gpu, program, num_recomputed, num_ranks);
+  const auto memory_with = [&](const MemoryChoices& choices) {
+    return plan_memory(model, recipe, stage, plan, on_gpu, program, choices, num_ranks);
   };
-  plan.memory_recomputed = memory_with(2 * model.L);
-  // The fewest halves that keep it below the budget; all of them where none do.
+  plan.memory_recomputed = memory_with({.recomputed_halves = 2 * model.L});
+  // The copies go first, then as few halves recompute as keep it below the budget; all of them where none do.
   const double budget = stage.memory.budget_gb * 1e9;
-  plan.num_recomputed = stage.gradient_checkpointing ? 2 * model.L : 0;
-  plan.memory = memory_with(plan.num_recomputed);
-  while (budget > 0 && static_cast<double>(plan.memory.total()) > budget && plan.num_recomputed < 2 * model.L)
-    plan.memory = memory_with(++plan.num_recomputed);
+  const int64_t copies = model.num_packed * (stage.dtype == "float32" ? 4 : 2);
+  plan.choices = {.packs_frozen = !on_gpu && recipe.distributed.strategy != "zero3" &&
+                                  has_onednn_products(parse_dtype(stage.dtype)) && copies_fit(copies, num_ranks),
+                  .recomputed_halves = stage.gradient_checkpointing ? 2 * model.L : 0};
+  plan.memory = memory_with(plan.choices);
+  const auto is_too_much = [&] { return budget > 0 && static_cast<double>(plan.memory.total()) > budget; };
+  if (is_too_much()) {
+    plan.choices.packs_frozen = false;
+    plan.memory = memory_with(plan.choices);
+  }
+  while (is_too_much() && plan.choices.recomputed_halves < 2 * model.L) {
+    ++plan.choices.recomputed_halves;
+    plan.memory = memory_with(plan.choices);
+  }
   plan.flops_per_step = flops_of_step(model, plan);
   return plan;
 }
@@ -177,9 +189,16 @@ std::vector<std::string> ways_to_take_less(const StageConfig& stage, const Stage
   return ways;
 }
 
-int64_t halves_to_recompute(const Recipe& recipe, size_t stage_index, World& world) {
+bool copies_fit(int64_t bytes, int num_ranks) {
+  const int64_t memory = int64_t{::sysconf(_SC_PHYS_PAGES)} * ::sysconf(_SC_PAGE_SIZE);
+  return bytes <= memory / (4 * int64_t{num_ranks});
+}
+
+MemoryChoices choose_memory(const Recipe& recipe, size_t stage_index, World& world) {
   const StageConfig& stage = recipe.stages[stage_index];
-  if (stage.memory.budget_gb == 0) return stage.gradient_checkpointing ? kAllHalves : 0;
+  if (stage.memory.budget_gb == 0)
+    return {.packs_frozen = true,
+            .recomputed_halves = stage.gradient_checkpointing ? std::numeric_limits<int64_t>::max() : 0};
   // The ranks' programs differ in size; the first one decides for all.
   const std::string chosen = world.from_first([&]() -> std::string {
     if (!world.is_first()) return "";
@@ -196,9 +215,12 @@ int64_t halves_to_recompute(const Recipe& recipe, size_t stage_index, World& wor
              "GB of memory.budget_gb",
              stage.name, plan.num_recomputed_mlps(), plan.num_blocks, plan.num_recomputed_blocks(), gigabytes(total),
              stage.memory.budget_gb);
-    return std::to_string(plan.num_recomputed);
+    return Json{{"packs_frozen", plan.choices.packs_frozen}, {"recomputed_halves", plan.choices.recomputed_halves}}
+        .dump();
   }());
-  return std::stoll(chosen);
+  const Json choices = Json::parse(chosen);
+  return {.packs_frozen = choices.at("packs_frozen").get<bool>(),
+          .recomputed_halves = choices.at("recomputed_halves").get<int64_t>()};
 }
 
 }  // namespace caldera

@@ -3,7 +3,6 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <string>
 #include <vector>
 
@@ -17,13 +16,20 @@ namespace caldera {
 struct MemoryPlan {
   int64_t program = 0;      // code, libraries, and the pictures that the loader keeps
   int64_t weights = 0;      // of all parts, in the dtype of compute
+  int64_t packed = 0;       // copies of those that do not train, in the products' order
   int64_t masters = 0;      // float32 copies of what trains, where it computes in another dtype
   int64_t states = 0;       // AdamW's two moments
   int64_t gradients = 0;    // those that exist at that moment, sums over micro-batches included
   int64_t activations = 0;  // kept from forward for backward
   int64_t workspace = 0;    // logits of one chunk and what an operation needs for itself
   std::string moment;       // "loading the weights", "the head", "block 3 backward", "the update"
-  int64_t total() const { return program + weights + masters + states + gradients + activations + workspace; }
+  int64_t total() const { return program + weights + packed + masters + states + gradients + activations + workspace; }
+};
+
+// What a stage does about its memory; its numbers are the same either way.
+struct MemoryChoices {
+  bool packs_frozen = false;      // keeps copies of weights that do not train in the products' order (FrozenWeights)
+  int64_t recomputed_halves = 0;  // of the decoder's blocks (recomputed_of)
 };
 
 struct StagePlan {
@@ -38,13 +44,14 @@ struct StagePlan {
   int64_t largest_micro_batch = 0;  // tokens
   double fill = 0;                  // tokens of micro-batches over max_tokens_per_micro_batch
   double flops_per_step = 0;        // of the matrix products, forward and backward
-  int64_t num_blocks = 0, num_recomputed = 0;  // the latter in halves of blocks (recomputed_of)
+  int64_t num_blocks = 0;
+  MemoryChoices choices;
   // Of how many blocks at least the MLP recomputes, and of how many the rest as well.
-  int64_t num_recomputed_mlps() const { return std::min(num_recomputed, num_blocks); }
-  int64_t num_recomputed_blocks() const { return num_recomputed - num_recomputed_mlps(); }
+  int64_t num_recomputed_mlps() const { return std::min(choices.recomputed_halves, num_blocks); }
+  int64_t num_recomputed_blocks() const { return choices.recomputed_halves - num_recomputed_mlps(); }
   std::vector<std::vector<int64_t>> step_lengths;  // tokens of each sample, of the steps looked at
   std::vector<FlatUnit> units;  // how several ranks would share it, without its tensors
-  MemoryPlan memory, memory_recomputed;  // as the recipe says; with all blocks recomputing
+  MemoryPlan memory, memory_recomputed;  // with these choices; with all blocks recomputing
 };
 
 // Throws what the data's and the models' readers throw. Looks at `max_samples` samples of a stage at most. Of
@@ -56,10 +63,12 @@ std::vector<StagePlan> plan_recipe(const Recipe& recipe, int64_t max_samples = 2
 // Settings that would lower a stage's memory, each with what it brings.
 std::vector<std::string> ways_to_take_less(const StageConfig& stage, const StagePlan& plan);
 
-inline constexpr int64_t kAllHalves = std::numeric_limits<int64_t>::max();
-// How many halves of the decoder's blocks recompute (recomputed_of): all with gradient_checkpointing, else as many as
-// memory.budget_gb asks for; says so in the log. All ranks call it, and get the same. Throws ConfigError, naming what
-// helps, where all of them are too few.
-int64_t halves_to_recompute(const Recipe& recipe, size_t stage_index, World& world);
+// Without memory.budget_gb: all blocks recompute with gradient_checkpointing, else none. With it, as little speed is given
+// up as it takes; says so in the log. All ranks call it, and get the same. Throws ConfigError, naming what helps, where a
+// budget cannot be kept.
+MemoryChoices choose_memory(const Recipe& recipe, size_t stage_index, World& world);
+
+// Whether copies of so many bytes on each of `num_ranks` ranks are few beside this machine's memory: a quarter at most.
+bool copies_fit(int64_t bytes, int num_ranks);
 
 }  // namespace caldera

@@ -125,11 +125,20 @@ PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage) {
     p.head_trains = p.embedding_trains = !p.lora;
     p.block_trainable = of_first_block(group.tensors);
   }
+  // Matrices that products read: the tower's forward, others for the gradients of their inputs as well.
+  std::unordered_set<const at::Tensor*> packed;
+  for (const NamedTensor& tensor : model.tensors()) {
+    const bool looked_up = tensor.name.ends_with("position_embedding.weight") ||
+                           (tensor.name.ends_with("embed_tokens.weight") && !p.is_tied);
+    if (tensor.owner->dim() != 2 || looked_up || seen.contains(tensor.owner)) continue;
+    if (packed.insert(tensor.owner).second)
+      p.num_packed += (tensor.name.starts_with("vision_tower") ? 1 : 2) * tensor.owner->numel();
+  }
   return p;
 }
 
 MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageConfig& stage,
-                       const StagePlan& numbers, bool on_gpu, int64_t program, int64_t num_recomputed,
+                       const StagePlan& numbers, bool on_gpu, int64_t program, const MemoryChoices& choices,
                        int num_ranks) {
   const int64_t e = stage.dtype == "float32" ? 4 : 2;
   const std::string& strategy = recipe.distributed.strategy;
@@ -152,6 +161,7 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   fixed.weights = p.nf4_bytes + e * (strategy == "zero3" ? held_whole - block_weights + block_weights / sharers +
                                                                2 * p.block_parameters
                                                          : held_whole);
+  if (choices.packs_frozen) fixed.packed = e * p.num_packed;
   const bool has_masters = e == 2 && stage.optimizer.master_weights == "float32";
   fixed.masters = has_masters ? 4 * p.num_trainable / sharers : 0;
   fixed.states = p.state_bytes / sharers;
@@ -174,7 +184,7 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   const auto block_of = [&](int64_t layer) {
     return (T * kept.before + rows_of_mlp(layer) * kept.after) * e + mlp_of(layer);
   };
-  const auto recomputed = [&](int64_t layer) { return recomputed_of(num_recomputed, layer, p.L); };
+  const auto recomputed = [&](int64_t layer) { return recomputed_of(choices.recomputed_halves, layer, p.L); };
   const auto kept_by = [&](int64_t layer) {
     if (recomputed(layer) == Recomputed::kBlock) return input;
     return block_of(layer) - (recomputed(layer) == Recomputed::kMlp ? mlp_of(layer) : 0);

@@ -17,6 +17,7 @@ struct PlannedModel {
   int64_t nf4_parameters = 0, nf4_bytes = 0;          // of weights in 4 bits
   int64_t nf4_matrix = 0;                             // elements of the largest of them
   int64_t state_bytes = 0;                            // of both moments
+  int64_t num_packed = 0;                             // elements of copies of what does not train (FrozenWeights)
   int64_t file_bytes = 0;                             // of the decoder's weights
   int64_t tower_width = 0, tower_kept = 0;  // elements that a trained tower keeps for backward, a patch
   bool head_trains = false, language_trains = false, tower_trains = false, projector_trains = false,
@@ -24,11 +25,10 @@ struct PlannedModel {
 };
 PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage);
 
-// At the worst moment, where `num_recomputed` halves of blocks recompute (recomputed_of); of the GPU's memory with `on_gpu`, else
-// of the process's, which takes `program` bytes in any case. `num_ranks`: ranks that share what the strategy
+// At the worst moment; of the GPU's memory with `on_gpu`, else of the process's, which takes `program` bytes in any case. `num_ranks`: ranks that share what the strategy
 // shares.
 MemoryPlan plan_memory(const PlannedModel& model, const Recipe& recipe, const StageConfig& stage,
-                       const StagePlan& numbers, bool on_gpu, int64_t program, int64_t num_recomputed,
+                       const StagePlan& numbers, bool on_gpu, int64_t program, const MemoryChoices& choices,
                        int num_ranks);
 
 }  // namespace caldera

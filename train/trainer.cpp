@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cmath>
 #include <numeric>
+#include <unordered_set>
 
 #include "base/error.h"
 #include "base/fault.h"
@@ -67,7 +68,7 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
 #ifdef CALDERA_CUDA
   if (device.is_cuda()) c10::cuda::set_device(device.index());
 #endif
-  const int64_t num_recomputed = halves_to_recompute(recipe, stage_index, world_);
+  const MemoryChoices memory = choose_memory(recipe, stage_index, world_);
   model_ = build_llava(build_);
   const int64_t num_parameters = count_parameters(model_->tensors());
   if (stage_.uses_4bit())
@@ -77,7 +78,7 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
     check_float8(device);
     for (Linear* linear : model_->language->linears()) linear->use_float8();
   }
-  model_->language->set_num_recomputed(num_recomputed);
+  model_->language->set_recomputed_halves(memory.recomputed_halves);
   data_.format.image_spec = model_->image_spec();
 
   set_trainable(model_->tensors(), false);
@@ -102,6 +103,18 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
                                                     .is_offloaded = stage_.memory.offload_optimizer,
                                                     .seed = recipe.seed},
                                        sharding_ ? sharding_->owned() : OwnedParts());
+  if (memory.packs_frozen && device.is_cpu() && !(sharding_ && sharding_->frees_blocks())) {
+    std::unordered_set<const at::Tensor*> seen;
+    std::vector<at::Tensor> weights;
+    int64_t bytes = 0;
+    for (const NamedTensor& tensor : model_->tensors()) {
+      const at::Tensor& owner = *tensor.owner;
+      if (owner.requires_grad() || owner.dim() != 2 || !seen.insert(&owner).second) continue;
+      weights.push_back(owner);
+      bytes += 2 * static_cast<int64_t>(owner.nbytes());
+    }
+    if (copies_fit(bytes, world_.spec().local_size)) frozen_ = std::make_unique<FrozenWeights>(weights);
+  }
   if (checkpoint) {
     load_checkpoint(*checkpoint, *optimizer_);
     if (sharding_) sharding_->gather_weights();

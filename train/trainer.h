@@ -10,6 +10,7 @@
 
 #include "data/dataset.h"
 #include "data/loader.h"
+#include "model/ops/frozen_weights.h"
 #include "model/weights/load.h"
 #include "train/checkpoint.h"
 #include "train/distributed/sharding.h"
@@ -91,6 +92,7 @@ class Trainer {
   std::unique_ptr<LlavaModel> model_;
   std::unique_ptr<Sharding> sharding_;  // none for a single process
   std::unique_ptr<AdamW> optimizer_;
+  std::unique_ptr<FrozenWeights> frozen_;  // where a CPU computes with weights that do not train
   std::unique_ptr<Loader> loader_;
   std::unique_ptr<MetricsLog> metrics_;  // the first rank's
   std::unique_ptr<CheckpointWriter> checkpoints_;

@@ -139,7 +139,7 @@ class Decoder : public LanguageModel {
   Json config() const override { return config_.json; }
   const char* id() const override { return config_.id; }
   int64_t num_blocks() const override { return std::ssize(blocks_); }
-  void set_num_recomputed(int64_t num_halves) override { num_recomputed_ = num_halves; }
+  void set_recomputed_halves(int64_t num_halves) override { recomputed_halves_ = num_halves; }
   void set_block_hold(std::function<std::shared_ptr<void>(size_t)> hold) override { block_hold_ = std::move(hold); }
   void set_dropout_seed(std::optional<uint64_t> seed) override { dropout_seed_ = seed; }
   double initializer_range() const { return config_.initializer_range; }
@@ -148,7 +148,7 @@ class Decoder : public LanguageModel {
   static std::string prefix(size_t layer) { return fmt::format("model.layers.{}.", layer); }
 
   Recomputed recomputed(size_t layer) const {
-    return recomputed_of(num_recomputed_, static_cast<int64_t>(layer), num_blocks());
+    return recomputed_of(recomputed_halves_, static_cast<int64_t>(layer), num_blocks());
   }
 
   static std::vector<at::Tensor> mlp_leaves(const Block& b) {
@@ -239,7 +239,7 @@ class Decoder : public LanguageModel {
   }
 
   DecoderConfig config_;
-  int64_t num_recomputed_ = 0;
+  int64_t recomputed_halves_ = 0;
   std::function<std::shared_ptr<void>(size_t)> block_hold_;
   std::optional<uint64_t> dropout_seed_;
   at::Tensor embed_tokens_, norm_, lm_head_;

@@ -65,7 +65,7 @@ class LanguageModel {
 
   virtual int64_t num_blocks() const = 0;
   // See recomputed_of().
-  virtual void set_num_recomputed(int64_t num_halves) = 0;
+  virtual void set_recomputed_halves(int64_t num_halves) = 0;
   // Weights of blocks that are there only while the block runs: `hold(layer)` brings them, and what it returns lives as long as they
   // are needed. Takes effect where blocks recompute, and without gradients.
   virtual void set_block_hold(std::function<std::shared_ptr<void>(size_t layer)> hold) = 0;

@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "model/ops/autograd.h"
 #include "model/ops/float8.h"
+#include "model/ops/frozen_weights.h"
 
 namespace at::native {
 // LibTorch exports it but ships no header: result = beta * result + alpha * a b, by oneDNN.
@@ -30,8 +31,7 @@ bool onednn_is_fastest(at::ScalarType) { return false; }
 #endif
 
 bool takes_onednn(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
-  static const bool has_onednn = at::hasMKLDNN();
-  return has_onednn && a.device().is_cpu() && onednn_is_fastest(a.scalar_type()) &&
+  return a.device().is_cpu() && has_onednn_products(a.scalar_type()) &&
          b.scalar_type() == a.scalar_type() && out.scalar_type() == a.scalar_type() && a.numel() > 0 &&
          b.numel() > 0;
 }
@@ -46,6 +46,9 @@ at::Tensor affine_forward(const at::Tensor& x_in, const at::Tensor& weight, cons
     const at::Tensor y = float8_product(x, weight.t());
     return at::_unsafe_view(bias.defined() ? y.add_(bias) : y, shape);  // autograd refuses views of it
   }
+  if (const at::Tensor y = takes_onednn(x, weight, weight) ? product_with_frozen(x, weight.t(), bias) : at::Tensor();
+      y.defined())
+    return at::_unsafe_view(y, shape);
   // The bias goes into the sum before it is rounded.
   const at::Tensor y =
       bias.defined() ? bias.expand(shape).contiguous() : at::empty(shape, x.options().requires_grad(false));
@@ -81,11 +84,21 @@ struct AffineFunction : torch::autograd::Function<AffineFunction> {
 
 }  // namespace
 
+bool has_onednn_products(at::ScalarType dtype) {
+  static const bool has_onednn = at::hasMKLDNN();
+  return has_onednn && onednn_is_fastest(dtype);
+}
+
 void matrix_product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool accumulate) {
   CALDERA_ASSERT(a.dim() == b.dim() && (a.dim() == 2 || a.dim() == 3) && out.is_contiguous());
   CALDERA_PROFILED("matrix_product");
   const at::NoGradGuard no_grad;
   if (takes_onednn(a, b, out)) {
+    if (const at::Tensor y = accumulate ? at::Tensor() : product_with_frozen(a, b); y.defined()) {
+      at::Tensor result = out;
+      result.copy_(y);
+      return;
+    }
     at::native::mkldnn_matmul(a, b, out, accumulate ? 1.0f : 0.0f, 1.0f);
     return;
   }
@@ -98,6 +111,7 @@ void matrix_product_into(const at::Tensor& a, const at::Tensor& b, const at::Ten
 
 at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b, bool in_float8) {
   if (in_float8) return float8_product(a, b);
+  if (const at::Tensor y = takes_onednn(a, b, b) ? product_with_frozen(a, b) : at::Tensor(); y.defined()) return y;
   std::vector<int64_t> shape = a.sizes().vec();
   shape.back() = b.size(-1);
   at::Tensor out = at::empty(shape, a.options().requires_grad(false));

@@ -7,6 +7,9 @@
 
 namespace caldera {
 
+// Whether products of this type run by oneDNN on this machine's CPU.
+bool has_onednn_products(at::ScalarType dtype);
+
 // a [M, K] times b [K, N], or both with a batch dimension in front; float32 or bfloat16, b and a may be
 // transposed views. No gradients. `in_float8`: float8_product (float8.h).
 at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b, bool in_float8 = false);

@@ -78,7 +78,7 @@ TEST_P(DecoderGolden, RecomputingHalvesOfBlocksChangesNoBit) {
   for (int64_t halves = 0;; ++halves) {
     Golden golden(GetParam());
     if (halves > 2 * golden.model->num_blocks()) break;
-    golden.model->set_num_recomputed(halves);
+    golden.model->set_recomputed_halves(halves);
     const NamedTensors tensors = golden.model->tensors();
     set_trainable(tensors, true);
     golden.loss().backward();
@@ -122,7 +122,7 @@ TEST_P(DecoderGolden, CachedStepsGiveTheWholeSequence) {
 TEST_P(DecoderGolden, FrozenModelPassesGradientsOnToItsInput) {
   const Golden golden(GetParam());
   for (const bool recomputes : {false, true}) {
-    golden.model->set_num_recomputed(recomputes ? 2 * golden.model->num_blocks() : 0);
+    golden.model->set_recomputed_halves(recomputes ? 2 * golden.model->num_blocks() : 0);
     const at::Tensor x = golden.model->embed(golden.get("ids")).detach().set_requires_grad(true);
     const at::Tensor hidden =
         golden.model->forward(x, golden.positions, golden.cu_seqlens, golden.get("supervised"));
@@ -174,7 +174,7 @@ TEST(Llama, EachHalfThatRecomputesKeepsWhatItIsSaidTo) {
   const at::Tensor ids = at::zeros({kTokens}, at::kLong), positions = at::arange(kTokens);
   std::vector<int64_t> kept;
   for (int64_t halves = 0; halves <= 4; ++halves) {
-    model->set_num_recomputed(halves);
+    model->set_recomputed_halves(halves);
     const int64_t before = cpu_memory().live_bytes;
     const at::Tensor hidden = model->forward(model->embed(ids), positions, {0, kTokens}, {});
     kept.push_back(cpu_memory().live_bytes - before);

@@ -1,5 +1,6 @@
 // Products and linear layers against ATen in double precision: transposed views, batches, sums in place,
 // gradients.
+#include "model/ops/frozen_weights.h"
 #include "model/ops/matmul.h"
 
 #include <gtest/gtest.h>
@@ -72,6 +73,40 @@ TEST_P(Matmul, AFrozenWeightHasNoGradientAndItsLayerMayBeAddedToInPlace) {
   y.sum().backward();
   EXPECT_FALSE(weight.grad().defined());
   EXPECT_LT(error(x.grad(), weight.to(at::kDouble).sum(0).expand({5, 6})), tolerance());
+}
+
+TEST_P(Matmul, FrozenWeightsKeepTheirOrderAndChangeNoBit) {
+  at::manual_seed(2);
+  at::Tensor weight = random({96, 64}), bias = random({96});
+  const at::Tensor x = random({37, 64}).requires_grad_(), grad = random({37, 96});
+  const auto run = [&] {
+    const at::Tensor y = affine(x, weight), with_bias = affine(x, weight, bias);
+    at::Tensor into = at::empty({37, 64}, x.options().requires_grad(false));
+    matrix_product_into(grad, weight, into);
+    return std::vector<at::Tensor>{y.detach(), with_bias.detach(), torch::autograd::grad({y}, {x}, {grad})[0], into};
+  };
+  const auto expect_equal = [](const std::vector<at::Tensor>& got, const std::vector<at::Tensor>& expected) {
+    for (size_t i = 0; i < got.size(); ++i) EXPECT_TRUE(at::equal(got[i], expected[i])) << i;
+  };
+  const std::vector<at::Tensor> before = run();
+  {
+    const FrozenWeights frozen({weight, random({3, 3}).t(), bias.new_empty({0, 4})});
+    EXPECT_EQ(frozen.num_bytes(), 0);  // laid out when they are first used
+    expect_equal(run(), before);
+    const auto expected = static_cast<int64_t>(has_onednn_products(GetParam()) ? 2 * weight.nbytes() : 0);
+    EXPECT_EQ(frozen.num_bytes(), expected);
+    expect_equal(run(), before);
+    EXPECT_EQ(frozen.num_bytes(), expected);
+    // Other weights do not get these numbers, nor does this one once it has changed.
+    const at::Tensor other = random({96, 64});
+    EXPECT_LT(error(matrix_product(x.detach(), other.t()), x.to(at::kDouble).mm(other.to(at::kDouble).t()).detach()),
+              tolerance());
+    weight.mul_(2);
+    EXPECT_TRUE(at::equal(run()[0], before[0] * 2));
+    EXPECT_TRUE(at::equal(run()[2], before[2] * 2));
+    weight.mul_(0.5);
+  }
+  expect_equal(run(), before);
 }
 
 TEST_P(Matmul, FewRowsAreTheSameWithTheirWayOfTheirOwn) {

@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "base/log.h"
 #include "tests/train/tiny_run.h"
+#include "model/ops/matmul.h"
 #include "train/plan_memory.h"
 
 namespace caldera {
@@ -25,10 +26,13 @@ class MemoryTest : public TinyRunTest {
 
   Recipe recipe(const std::string& output) const { return six_step_recipe(folder_.path(), output); }
   // The total with so many halves of blocks recomputing, apart from the program.
-  int64_t bytes_with(const Recipe& recipe, int64_t num_recomputed, int num_ranks = 1) const {
+  int64_t bytes_with(const Recipe& recipe, int64_t recomputed_halves, int num_ranks = 1) const {
+    return bytes_with(recipe, MemoryChoices{.recomputed_halves = recomputed_halves}, num_ranks);
+  }
+  int64_t bytes_with(const Recipe& recipe, const MemoryChoices& choices, int num_ranks = 1) const {
     const StageConfig& stage = recipe.stages[0];
     return plan_memory(plan_model(recipe, stage), recipe, stage, plan_stage(recipe, stage), false, 0,
-                       num_recomputed, num_ranks)
+                       choices, num_ranks)
         .total();
   }
 
@@ -46,7 +50,8 @@ TEST_F(MemoryTest, ABudgetRecomputesAsManyBlocksAsItTakesAndChangesNoBit) {
     ASSERT_GT(bytes_with(plain, halves - 1), bytes_with(plain, halves)) << halves;
     const int64_t saved = bytes_with(plain, 0) - (bytes_with(plain, halves - 1) + bytes_with(plain, halves)) / 2;
     Recipe budget = recipe(fmt::format("budget_{}", halves));
-    const int64_t total = plan_stage(budget, budget.stages[0]).memory.total();  // by the program as it is now
+    const MemoryPlan planned = plan_stage(budget, budget.stages[0]).memory;  // by the program as it is now
+    const int64_t total = planned.total() - planned.packed;
     budget.stages[0].memory.budget_gb = static_cast<double>(total - saved) / 1e9;
     EXPECT_EQ(losses, train(budget));
     EXPECT_THAT(log_, HasSubstr(said));
@@ -56,6 +61,30 @@ TEST_F(MemoryTest, ABudgetRecomputesAsManyBlocksAsItTakesAndChangesNoBit) {
   roomy.stages[0].memory.budget_gb = 1000;
   EXPECT_EQ(losses, train(roomy));
   EXPECT_THAT(log_, HasSubstr("0 of 2 blocks recompute their MLP"));
+}
+
+// Copies of frozen weights are the first that a budget does without.
+TEST_F(MemoryTest, ABudgetDropsCopiesBeforeAnythingRecomputes) {
+  Recipe plain = recipe("plain");
+  plain.stages[0].trainable = {"projector"};
+  const std::vector<double> losses = train(plain);
+  Recipe budget = plain;
+  budget.output = recipe("budget").output;
+  StagePlan planned = plan_stage(budget, budget.stages[0]);
+  if (!has_onednn_products(at::kFloat)) {
+    EXPECT_FALSE(planned.choices.packs_frozen);
+    return;
+  }
+  ASSERT_TRUE(planned.choices.packs_frozen);
+  ASSERT_GT(planned.memory.packed, 0);
+  budget.stages[0].memory.budget_gb = static_cast<double>(planned.memory.total() - planned.memory.packed / 2) / 1e9;
+  EXPECT_EQ(losses, train(budget));
+  EXPECT_THAT(log_, HasSubstr("0 of 2 blocks recompute their MLP"));
+  EXPECT_EQ(final_weights(plain), final_weights(budget));
+  budget.stages[0].memory.budget_gb = static_cast<double>(planned.memory.total() - planned.memory.packed / 2) / 1e9;
+  planned = plan_stage(budget, budget.stages[0]);
+  EXPECT_FALSE(planned.choices.packs_frozen);
+  EXPECT_EQ(planned.memory.packed, 0);
 }
 
 TEST_F(MemoryTest, ABudgetThatNothingKeepsSaysWhatHelps) {
