@@ -1,263 +1,26 @@
-#include <algorithm>
-#include <atomic>
-#include <bit>
-#include <cmath>
-#include <limits>
-
 #include "base/error.h"
+#include "model/ops/attention_cpu.h"
 #include "model/ops/autograd.h"
-#include "model/ops/matmul.h"
 #include "model/ops/ops.h"
-#include "model/ops/simd.h"
+
+#include <algorithm>
 
 // Legend: H query heads, G key/value heads, R = H / G, K head width, N query rows and L key rows of one
 // sample.
 namespace caldera {
 namespace {
 
-using namespace simd;
-
-// Query rows whose scores exist at once: bounds memory, and lets causal attention skip the keys after the
-// block.
-constexpr int64_t kBlockRows = 256;
-// Rows of queries and keys are filled up with zeros to multiples of 32, or of an eighth of their number, so
-// that samples of many lengths share few shapes: the products' code is made for each shape anew.
-int64_t filled(int64_t rows) {
-  const auto eighth = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(rows)) / 8);
-  const int64_t unit = std::max<int64_t>(32, eighth);
-  return rows < unit ? rows : (rows + unit - 1) / unit * unit;
-}
-
-// In place: row r of scores [rows, L] belongs to query r % num_queries and becomes softmax(scale * row) over
-// its keys, the first `first_limit` + r % num_queries of the `num_real` ones if causal, else these; zero
-// beyond.
-template <class T>
-CALDERA_INLINE void softmax_each(T* scores, int64_t begin, int64_t end, int64_t num_queries, int64_t num_keys,
-                                 int64_t num_real, float scale, bool causal, int64_t first_limit) {
-  for (int64_t r = begin; r < end; ++r) {
-    T* row = scores + r * num_keys;
-    const int64_t limit = causal ? std::min(first_limit + r % num_queries, num_real) : num_real;
-    Vec best = splat(-std::numeric_limits<float>::infinity());
-    int64_t i = 0;
-    for (; i + kLanes <= limit; i += kLanes) best = simd::max(best, load(row + i));
-    float top = maximum(best);
-    for (int64_t j = i; j < limit; ++j) top = std::max(top, static_cast<float>(row[j]));
-    Vec total = {};
-    for (i = 0; i < limit; i += kLanes) {
-      const int64_t n = std::min(kLanes, limit - i);
-      // Lanes beyond n read 0 and may not count: -inf makes exp zero.
-      Vec x = (load(row + i, n) - top) * scale;
-      for (int64_t j = n; j < kLanes; ++j) x[j] = -std::numeric_limits<float>::infinity();
-      total += exp(x);
-    }
-    const float log_total = std::log(sum(total));
-    for (i = 0; i < limit; i += kLanes) {
-      const int64_t n = std::min(kLanes, limit - i);
-      store(row + i, exp((load(row + i, n) - top) * scale - log_total), n);
-    }
-    for (i = limit; i < num_keys; ++i) row[i] = static_cast<T>(0.0f);
-  }
-}
-
-// In place, from probabilities p and dp = dL/dp: dp becomes dL/d(q . k) = scale * p * (dp - sum(p * dp)).
-template <class T>
-CALDERA_INLINE void softmax_backward_each(const T* p, T* dp, int64_t rows, int64_t num_keys, float scale) {
-  for (int64_t r = 0; r < rows; ++r, p += num_keys, dp += num_keys) {
-    Vec products = {};
-    for (int64_t i = 0; i < num_keys; i += kLanes) {
-      const int64_t n = std::min(kLanes, num_keys - i);
-      products += load(p + i, n) * load(dp + i, n);
-    }
-    const float mean = sum(products);
-    for (int64_t i = 0; i < num_keys; i += kLanes) {
-      const int64_t n = std::min(kLanes, num_keys - i);
-      store(dp + i, scale * load(p + i, n) * (load(dp + i, n) - mean), n);
-    }
-  }
-}
-
-CALDERA_SIMD void softmax_rows(float* scores, int64_t begin, int64_t end, int64_t num_queries,
-                               int64_t num_keys, int64_t num_real, float scale, bool causal,
-                               int64_t first_limit) {
-  softmax_each(scores, begin, end, num_queries, num_keys, num_real, scale, causal, first_limit);
-}
-CALDERA_SIMD void softmax_rows(c10::BFloat16* scores, int64_t begin, int64_t end, int64_t num_queries,
-                               int64_t num_keys, int64_t num_real, float scale, bool causal,
-                               int64_t first_limit) {
-  softmax_each(scores, begin, end, num_queries, num_keys, num_real, scale, causal, first_limit);
-}
-CALDERA_SIMD void softmax_backward_rows(const float* p, float* dp, int64_t rows, int64_t num_keys,
-                                        float scale) {
-  softmax_backward_each(p, dp, rows, num_keys, scale);
-}
-CALDERA_SIMD void softmax_backward_rows(const c10::BFloat16* p, c10::BFloat16* dp, int64_t rows,
-                                        int64_t num_keys, float scale) {
-  softmax_backward_each(p, dp, rows, num_keys, scale);
-}
-
-// One query row q [H, K] against keys and values [L, G, K], read where they lie in the cache. p [L] is
-// scratch.
-template <class T>
-CALDERA_INLINE void attend_one_each(const T* q, const T* k, const T* v, T* out, float* p, int64_t num_keys,
-                                    int64_t H, int64_t G, int64_t K) {
-  const float scale = 1.0f / std::sqrt(static_cast<float>(K));
-  for (int64_t h = 0; h < H; ++h, q += K, out += K) {
-    const int64_t head = h / (H / G) * K;
-    for (int64_t j = 0; j < num_keys; ++j) {
-      const T* key = k + j * G * K + head;
-      Vec products = {};
-      for (int64_t i = 0; i < K; i += kLanes) {
-        const int64_t n = std::min(kLanes, K - i);
-        products += load(q + i, n) * load(key + i, n);
-      }
-      p[j] = sum(products);
-    }
-    softmax_each(p, 0, 1, 1, num_keys, num_keys, scale, /*causal=*/false, 0);
-    for (int64_t i = 0; i < K; i += kLanes) {
-      const int64_t n = std::min(kLanes, K - i);
-      Vec total = {};
-      for (int64_t j = 0; j < num_keys; ++j) total += p[j] * load(v + j * G * K + head + i, n);
-      store(out + i, total, n);
-    }
-  }
-}
-
-CALDERA_SIMD void attend_one(const float* q, const float* k, const float* v, float* out, float* p,
-                             int64_t num_keys, int64_t H, int64_t G, int64_t K) {
-  attend_one_each(q, k, v, out, p, num_keys, H, G, K);
-}
-CALDERA_SIMD void attend_one(const c10::BFloat16* q, const c10::BFloat16* k, const c10::BFloat16* v,
-                             c10::BFloat16* out, float* p, int64_t num_keys, int64_t H, int64_t G,
-                             int64_t K) {
-  attend_one_each(q, k, v, out, p, num_keys, H, G, K);
-}
-
-// [L, G, K] -> [G, rows, K], dense; rows beyond L are zero.
-at::Tensor heads_first(const at::Tensor& x, int64_t rows) {
-  if (rows == x.size(0)) return x.transpose(0, 1).contiguous();
-  const at::Tensor filled_up = at::zeros({x.size(1), rows, x.size(2)}, x.options().requires_grad(false));
-  filled_up.narrow(1, 0, x.size(0)).copy_(x.transpose(0, 1));
-  return filled_up;
-}
-// [N, H, K] -> [G, R * rows, K], dense: all queries of a key head in one matrix, so that keys and values are
-// never repeated; of each head, rows beyond N are zero.
-at::Tensor group_heads(const at::Tensor& q, int64_t G, int64_t rows) {
-  const int64_t N = q.size(0), R = q.size(1) / G, K = q.size(2);
-  const at::Tensor heads = q.unflatten(1, {G, R}).permute({1, 2, 0, 3});
-  if (rows == N) return heads.reshape({G, R * N, K});
-  const at::Tensor filled_up = at::zeros({G, R, rows, K}, q.options().requires_grad(false));
-  filled_up.narrow(2, 0, N).copy_(heads);
-  return filled_up.view({G, R * rows, K});
-}
-// The reverse of group_heads, into out [N, H, K].
-void ungroup_heads(const at::Tensor& grouped, const at::Tensor& out, int64_t rows) {
-  const int64_t N = out.size(0), G = grouped.size(0), K = out.size(2);
-  out.unflatten(1, {G, out.size(1) / G})
-      .copy_(grouped.view({G, -1, rows, K}).narrow(2, 0, N).permute({2, 0, 1, 3}));
-}
-
-// One sample's attention on CPU; its N queries are the last of the L rows that keys and values have.
-class SampleAttention {
- public:
-  SampleAttention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal)
-      : q_(q),
-        k_GLK_(heads_first(k, filled(k.size(0)))),
-        v_GLK_(heads_first(v, filled(k.size(0)))),
-        causal_(causal),
-        N_(q.size(0)),
-        L_(k.size(0)),
-        G_(k.size(1)),
-        scale_(1.0f / std::sqrt(static_cast<float>(q.size(2)))) {}
-
-  void forward(const at::Tensor& out) const {
-    for (int64_t begin = 0; begin < N_; begin += kBlockRows) {
-      const int64_t count = std::min(kBlockRows, N_ - begin), rows = filled(count);
-      const int64_t keys = num_keys(begin + count), columns = filled(keys);
-      const at::Tensor p =
-          probabilities(group_heads(q_.narrow(0, begin, count), G_, rows), begin, rows, keys);
-      ungroup_heads(matrix_product(p, v_GLK_.narrow(1, 0, columns)), out.narrow(0, begin, count), rows);
-    }
-  }
-
-  // Scores are computed again: cheaper than keeping [H, L, L] for every layer.
-  void backward(const at::Tensor& d_out, const at::Tensor& dq, const at::Tensor& dk,
-                const at::Tensor& dv) const {
-    at::Tensor dk_GLK, dv_GLK;
-    if (N_ > kBlockRows) {  // sums over blocks are kept in float32
-      dk_GLK = at::zeros(k_GLK_.sizes(), at::kFloat);
-      dv_GLK = at::zeros(v_GLK_.sizes(), at::kFloat);
-    }
-    for (int64_t begin = 0; begin < N_; begin += kBlockRows) {
-      const int64_t count = std::min(kBlockRows, N_ - begin), rows = filled(count);
-      const int64_t keys = num_keys(begin + count), columns = filled(keys);
-      const at::Tensor q = group_heads(q_.narrow(0, begin, count), G_, rows);
-      const at::Tensor d_o = group_heads(d_out.narrow(0, begin, count), G_, rows);
-      const at::Tensor p = probabilities(q, begin, rows, keys);
-      at::Tensor ds = matrix_product(d_o, v_GLK_.narrow(1, 0, columns).transpose(1, 2));
-      with_cpu_type(ds, [&]<class T>(T*) {
-        softmax_backward_rows(p.const_data_ptr<T>(), ds.mutable_data_ptr<T>(), ds.size(0) * ds.size(1),
-                              columns, scale_);
-      });
-      ungroup_heads(matrix_product(ds, k_GLK_.narrow(1, 0, columns)), dq.narrow(0, begin, count), rows);
-      accumulate(dk_GLK, matrix_product(ds.transpose(1, 2), q), columns);
-      accumulate(dv_GLK, matrix_product(p.transpose(1, 2), d_o), columns);
-    }
-    dk.copy_(dk_GLK.narrow(1, 0, L_).transpose(0, 1));
-    dv.copy_(dv_GLK.narrow(1, 0, L_).transpose(0, 1));
-  }
-
- private:
-  int64_t num_keys(int64_t end) const { return causal_ ? L_ - N_ + end : L_; }
-
-  // Of `rows` queries a head, filled up; [G, R * rows, filled(keys)].
-  at::Tensor probabilities(const at::Tensor& q, int64_t begin, int64_t rows, int64_t keys) const {
-    at::Tensor p = matrix_product(q, k_GLK_.narrow(1, 0, filled(keys)).transpose(1, 2));
-    with_cpu_type(p, [&]<class T>(T*) {
-      T* data = p.mutable_data_ptr<T>();
-      at::parallel_for(0, p.size(0) * p.size(1), row_grain(p.size(2)), [&](int64_t first, int64_t last) {
-        softmax_rows(data, first, last, rows, p.size(2), keys, scale_, causal_, L_ - N_ + begin + 1);
-      });
-    });
-    return p;
-  }
-
-  static void accumulate(at::Tensor& total, const at::Tensor& part, int64_t columns) {
-    if (total.defined())
-      total.narrow(1, 0, columns).add_(part);
-    else
-      total = part;
-  }
-
-  const at::Tensor q_, k_GLK_, v_GLK_;
-  const bool causal_;
-  const int64_t N_, L_, G_;
-  const float scale_;
-};
-
-// Runs f(0) .. f(count - 1), each on one thread while the matrix products inside stay serial; where that
-// would leave threads idle, or there are too few elements to share, one after another.
-template <class Function>
-void for_each_sample(int64_t count, int64_t num_elements, Function f) {
-  const int64_t threads = at::get_num_threads();
-  if (count < threads || num_elements < row_grain(1)) {
-    for (int64_t s = 0; s < count; ++s) f(s);
-    return;
-  }
-  std::atomic<int64_t> next = 0;  // samples differ in length, so they are handed out one by one
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const at::NoGradGuard no_grad;  // the setting is per thread
-    for (int64_t s = next++; s < count; s = next++) f(s);
-  });
+at::Tensor slice(const at::Tensor& x, const std::vector<int64_t>& cu_seqlens, size_t s) {
+  return x.narrow(0, cu_seqlens[s], cu_seqlens[s + 1] - cu_seqlens[s]);
 }
 
 struct PackedAttentionFunction : torch::autograd::Function<PackedAttentionFunction> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k,
-                            const at::Tensor& v, const std::vector<int64_t>& cu_seqlens, bool causal) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            const std::vector<int64_t>& cu_seqlens, bool causal) {
     at::Tensor out = at::empty(q.sizes(), q.options());
-    for_each_sample(static_cast<int64_t>(cu_seqlens.size()) - 1, q.numel(), [&](int64_t s) {
-      const auto rows = [&](const at::Tensor& x) { return slice(x, cu_seqlens, s); };
-      SampleAttention(rows(q), rows(k), rows(v), causal).forward(rows(out));
-    });
+    std::vector<at::Tensor> outputs;
+    for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s) outputs.push_back(slice(out, cu_seqlens, s));
+    attend(samples_of(q, k, v, cu_seqlens), outputs, causal);
     ctx->save_for_backward({q, k, v});
     ctx->saved_data["cu_seqlens"] = cu_seqlens;
     ctx->saved_data["causal"] = causal;
@@ -266,40 +29,40 @@ struct PackedAttentionFunction : torch::autograd::Function<PackedAttentionFuncti
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2];
+    const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2], d_out = grads[0].contiguous();
     const std::vector<int64_t> cu_seqlens = ctx->saved_data["cu_seqlens"].toIntVector();
-    const bool causal = ctx->saved_data["causal"].toBool();
-    at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()),
-               dv = at::empty(v.sizes(), v.options());
-    for_each_sample(static_cast<int64_t>(cu_seqlens.size()) - 1, q.numel(), [&](int64_t s) {
-      const auto rows = [&](const at::Tensor& x) { return slice(x, cu_seqlens, s); };
-      SampleAttention(rows(q), rows(k), rows(v), causal)
-          .backward(rows(grads[0]), rows(dq), rows(dk), rows(dv));
-    });
+    const at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()),
+                     dv = at::empty(v.sizes(), v.options());
+    std::vector<AttentionGradients> gradients;
+    for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s)
+      gradients.push_back({slice(d_out, cu_seqlens, s), slice(dq, cu_seqlens, s), slice(dk, cu_seqlens, s),
+                           slice(dv, cu_seqlens, s)});
+    attend_backward(samples_of(q, k, v, cu_seqlens), gradients, ctx->saved_data["causal"].toBool());
     return {dq, dk, dv, at::Tensor(), at::Tensor()};
   }
 
-  static at::Tensor slice(const at::Tensor& x, const std::vector<int64_t>& cu_seqlens, int64_t s) {
-    const auto i = static_cast<size_t>(s);
-    return x.narrow(0, cu_seqlens[i], cu_seqlens[i + 1] - cu_seqlens[i]);
+  static std::vector<AttentionSample> samples_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                 const std::vector<int64_t>& cu_seqlens) {
+    std::vector<AttentionSample> samples;
+    for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s)
+      samples.push_back({slice(q, cu_seqlens, s), slice(k, cu_seqlens, s), slice(v, cu_seqlens, s)});
+    return samples;
   }
 };
 
-// One sample through ATen's own attention, for every device and dtype.
+// Samples of one length through ATen's own attention, for every device and dtype. q [S, N, H, K], k and v [S, L, G, K].
 at::Tensor plain_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
-  const int64_t N = q.size(0), L = k.size(0), R = q.size(1) / k.size(1);
-  const auto batched = [](const at::Tensor& x, int64_t repeats) {
-    const at::Tensor heads = x.transpose(0, 1).unsqueeze(0);
-    return repeats == 1 ? heads : heads.repeat_interleave(repeats, 1);
+  const int64_t N = q.size(1), L = k.size(1), R = q.size(2) / k.size(2);
+  const auto heads = [R](const at::Tensor& x) {
+    return R == 1 ? x.transpose(1, 2) : x.transpose(1, 2).repeat_interleave(R, 1);
   };
   std::optional<at::Tensor> mask;
   if (causal && N > 1 && L > N)
     mask = at::ones({N, L}, q.options().dtype(at::kBool))
                .tril(L - N);  // ATen aligns its causal mask to the first key
-  return at::scaled_dot_product_attention(batched(q, 1), batched(k, R), batched(v, R), mask, 0.0,
+  return at::scaled_dot_product_attention(q.transpose(1, 2), heads(k), heads(v), mask, 0.0,
                                           causal && N > 1 && N == L)
-      .squeeze(0)
-      .transpose(0, 1);
+      .transpose(1, 2);
 }
 
 // The offsets as the varlen kernel wants them. Every layer asks for the same ones: copied to the device once.
@@ -335,14 +98,20 @@ at::Tensor packed_attention(const at::Tensor& q_THK, const at::Tensor& k_TGK, co
     return std::get<0>(at::_flash_attention_forward(q_THK, k_TGK, v_TGK, offsets, offsets, longest, longest,
                                                     /*dropout_p=*/0.0, causal, /*return_debug_mask=*/false));
   }
+  if (num_samples == 0) return q_THK;
+  const int64_t length = cu_seqlens[1];
+  bool is_uniform = true;
+  for (size_t s = 0; s < num_samples; ++s) is_uniform = is_uniform && cu_seqlens[s + 1] - cu_seqlens[s] == length;
+  const auto batched = [](const at::Tensor& x, int64_t n) { return x.unflatten(0, {-1, n}); };
+  if (is_uniform && length > 0)
+    return plain_attention(batched(q_THK, length), batched(k_TGK, length), batched(v_TGK, length), causal)
+        .flatten(0, 1);
   std::vector<at::Tensor> outputs;
   for (size_t s = 0; s < num_samples; ++s) {
-    const auto rows = [&](const at::Tensor& x) {
-      return x.narrow(0, cu_seqlens[s], cu_seqlens[s + 1] - cu_seqlens[s]);
-    };
-    outputs.push_back(plain_attention(rows(q_THK), rows(k_TGK), rows(v_TGK), causal));
+    const auto rows = [&](const at::Tensor& x) { return slice(x, cu_seqlens, s).unsqueeze(0); };
+    outputs.push_back(plain_attention(rows(q_THK), rows(k_TGK), rows(v_TGK), causal).squeeze(0));
   }
-  return outputs.empty() ? q_THK : at::cat(outputs);
+  return at::cat(outputs);
 }
 
 at::Tensor cached_attention(const at::Tensor& q_THK, const std::vector<at::Tensor>& keys,
@@ -351,25 +120,24 @@ at::Tensor cached_attention(const at::Tensor& q_THK, const std::vector<at::Tenso
   CALDERA_ASSERT(keys.size() == cu_seqlens.size() - 1 && values.size() == keys.size());
   const at::Tensor q = q_THK.contiguous();
   at::Tensor out = at::empty_like(q);
-  int64_t num_elements = 0;
-  for (const at::Tensor& key : keys) num_elements += key.numel();
-  for_each_sample(static_cast<int64_t>(keys.size()), num_elements, [&](int64_t s) {
-    const auto i = static_cast<size_t>(s);
-    const int64_t begin = cu_seqlens[i], count = cu_seqlens[i + 1] - begin;
-    const at::Tensor q_s = q.narrow(0, begin, count), out_s = out.narrow(0, begin, count), &k = keys[i],
-                     &v = values[i];
-    if (!has_cpu_kernel(q)) {
-      out_s.copy_(plain_attention(q_s, k, v, /*causal=*/true));
-    } else if (count == 1 && k.is_contiguous() && v.is_contiguous()) {
-      std::vector<float> scratch(static_cast<size_t>(k.size(0)));
-      with_cpu_type(q, [&]<class T>(T*) {
-        attend_one(q_s.const_data_ptr<T>(), k.const_data_ptr<T>(), v.const_data_ptr<T>(),
-                   out_s.mutable_data_ptr<T>(), scratch.data(), k.size(0), q.size(1), k.size(1), q.size(2));
-      });
-    } else {
-      SampleAttention(q_s, k, v, /*causal=*/true).forward(out_s);
-    }
-  });
+  std::vector<AttentionSample> samples;
+  std::vector<at::Tensor> outputs;
+  bool one_each = true;
+  for (size_t s = 0; s < keys.size(); ++s) {
+    samples.push_back({slice(q, cu_seqlens, s), keys[s], values[s]});
+    outputs.push_back(slice(out, cu_seqlens, s));
+    one_each = one_each && samples[s].q.size(0) == 1 && keys[s].is_contiguous() && values[s].is_contiguous();
+  }
+  if (!has_cpu_kernel(q)) {
+    for (size_t s = 0; s < samples.size(); ++s)
+      outputs[s].copy_(plain_attention(samples[s].q.unsqueeze(0), samples[s].k.unsqueeze(0),
+                                       samples[s].v.unsqueeze(0), /*causal=*/true)
+                           .squeeze(0));
+  } else if (one_each) {
+    attend_one_query(samples, outputs);
+  } else {
+    attend(samples, outputs, /*causal=*/true);
+  }
   return out;
 }
 

@@ -185,13 +185,13 @@ at::Tensor VitBlocks::run(const Block& block, const at::Tensor& x_IND) const {
     return at::layer_norm(x, {D}, weight, bias, config_.layer_norm_eps);
   };
   at::Tensor h_IND = norm(x_IND, block.norm1_weight, block.norm1_bias);
-  const std::vector<at::Tensor> qkv_IHNK = affine(h_IND, block.qkv_weight, block.qkv_bias)
-                                               .view({num_images, N, 3, H, K})
-                                               .permute({2, 0, 3, 1, 4})
-                                               .unbind(0);
-  const at::Tensor attended_IHNK = at::scaled_dot_product_attention(qkv_IHNK[0], qkv_IHNK[1], qkv_IHNK[2]);
-  h_IND =
-      affine(attended_IHNK.transpose(1, 2).reshape({num_images, N, D}), block.out_weight, block.out_bias);
+  const std::vector<at::Tensor> qkv_THK =
+      affine(h_IND, block.qkv_weight, block.qkv_bias).view({num_images * N, 3, H, K}).unbind(1);
+  std::vector<int64_t> cu_seqlens;
+  for (int64_t i = 0; i <= num_images; ++i) cu_seqlens.push_back(i * N);
+  const at::Tensor attended_THK =
+      packed_attention(qkv_THK[0], qkv_THK[1], qkv_THK[2], cu_seqlens, /*causal=*/false);
+  h_IND = affine(attended_THK.reshape({num_images, N, D}), block.out_weight, block.out_bias);
   const at::Tensor middle_IND = add_residual(h_IND, x_IND);
 
   at::Tensor h_INF =

@@ -1,6 +1,7 @@
 // Each operation on the CPU kernels (float32, bfloat16) against plain ATen in double, forward and gradients; where
 // there is a GPU, on its kernels as well.
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -183,11 +184,61 @@ TEST(Ops, PackedAttention) {
   }
 }
 
+// Widths and lengths around the kernel's units; q, k and v as views of one projection, far apart in memory.
+TEST(Ops, PackedAttentionOfAnyShape) {
+  const std::vector<int64_t> cu_seqlens = {0, 1, 32, 64, 97, 160, 224, 289, 419};
+  for (const int64_t K : {1, 12, 32, 33, 64, 80}) {
+    for (const auto& [H, G] : {std::pair<int64_t, int64_t>{1, 1}, {4, 4}, {4, 1}}) {
+      const auto split = [H = H, G = G, K](const at::Tensor& qkv) {
+        return qkv.view({-1, H + 2 * G, K}).split_with_sizes({H, G, G}, 1);
+      };
+      for (const bool causal : {true, false}) {
+        const Operation plain = [&](const Tensors& t) { return plain_attention(split(t[0]), cu_seqlens, causal); };
+        const Operation fast = [&](const Tensors& t) {
+          const Tensors parts = split(t[0]);
+          return packed_attention(parts[0], parts[1], parts[2], cu_seqlens, causal);
+        };
+        expect_same(fast, plain, {random({cu_seqlens.back(), (H + 2 * G) * K})});
+      }
+    }
+  }
+}
+
+// However many threads share the work, and whatever lies beside a sample, its bits are the same.
+TEST(Ops, PackedAttentionOfASampleDoesNotDependOnOthers) {
+  const int num_threads = at::get_num_threads();
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    const Tensors inputs = {random({300, 4, 64}).to(dtype), random({300, 2, 64}).to(dtype),
+                            random({300, 2, 64}).to(dtype)};
+    const auto run = [&](int64_t begin, int64_t end, const std::vector<int64_t>& cu_seqlens) {
+      Tensors leaves;
+      for (const at::Tensor& x : inputs) leaves.push_back(x.narrow(0, begin, end - begin).detach().set_requires_grad(true));
+      const at::Tensor out = packed_attention(leaves[0], leaves[1], leaves[2], cu_seqlens, true);
+      Tensors result = torch::autograd::grad({out}, leaves, {at::ones_like(out)});
+      result.push_back(out.detach());
+      return result;
+    };
+    at::set_num_threads(1);
+    const Tensors together = run(0, 300, {0, 90, 200, 300});
+    at::set_num_threads(2);
+    const Tensors again = run(0, 300, {0, 90, 200, 300}), alone = run(90, 200, {0, 110});
+    at::set_num_threads(num_threads);
+    for (size_t i = 0; i < together.size(); ++i) {
+      EXPECT_TRUE(at::equal(together[i], again[i])) << i;
+      EXPECT_TRUE(at::equal(together[i].narrow(0, 90, 110), alone[i])) << i;
+    }
+  }
+}
+
 TEST(Ops, PackedAttentionWithoutKernelsAgrees) {
   const Tensors inputs = {random({40, 6, 8}), random({40, 2, 8}), random({40, 2, 8})};
   const std::vector<int64_t> cu_seqlens = {0, 7, 8, 40};
   EXPECT_LT(error(packed_attention(inputs[0], inputs[1], inputs[2], cu_seqlens, true),
                   plain_attention(inputs, cu_seqlens, true)),
+            1e-12);
+  const std::vector<int64_t> uniform = {0, 10, 20, 30, 40};
+  EXPECT_LT(error(packed_attention(inputs[0], inputs[1], inputs[2], uniform, false),
+                  plain_attention(inputs, uniform, false)),
             1e-12);
 }
 

@@ -1,0 +1,480 @@
+#include "model/ops/attention_cpu.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+
+#include "base/error.h"
+#include "model/ops/autograd.h"
+#include "model/ops/matmul.h"
+#include "model/ops/simd.h"
+
+// Legend: H query heads, G key/value heads, K head width, N query rows and L key rows of one sample. A "panel" is 32
+// columns of a product's right factor in the order that the inner kernel reads: for bfloat16 two rows interleaved.
+namespace caldera {
+namespace {
+
+using namespace simd;
+
+constexpr int64_t kQueries = 64;  // rows of a block
+// Everything is filled up with zeros to multiples of this, so that few shapes occur: the inner kernel's code is made
+// for each.
+constexpr int64_t kUnit = 32;
+constexpr int64_t filled(int64_t count) { return (count + kUnit - 1) / kUnit * kUnit; }
+
+// --- Moving numbers
+
+// Rows of x [rows, cols] as dense y [filled(rows), filled(cols)].
+CALDERA_SIMD void copy_rows(const c10::BFloat16* x, int64_t stride, int64_t rows, int64_t cols, float* y) {
+  const int64_t width = filled(cols), whole = cols / kLanes * kLanes;
+  for (int64_t r = 0; r < rows; ++r, x += stride, y += width) {
+    for (int64_t i = 0; i < whole; i += kLanes) store(y + i, load(x + i));
+    if (whole < width) std::memset(y + whole, 0, static_cast<size_t>(width - whole) * sizeof *y);
+    if (whole < cols) store(y + whole, load(x + whole, cols - whole));
+  }
+  std::memset(y, 0, static_cast<size_t>((filled(rows) - rows) * width) * sizeof *y);
+}
+template <class T>
+void copy_rows(const T* x, int64_t stride, int64_t rows, int64_t cols, T* y) {
+  const int64_t width = filled(cols);
+  for (int64_t r = 0; r < rows; ++r, x += stride, y += width) {
+    std::memcpy(y, x, static_cast<size_t>(cols) * sizeof *y);
+    if (cols < width) std::memset(y + cols, 0, static_cast<size_t>(width - cols) * sizeof *y);
+  }
+  std::memset(y, 0, static_cast<size_t>((filled(rows) - rows) * width) * sizeof *y);
+}
+
+template <class T>
+CALDERA_INLINE void store_each(const float* x, int64_t width, int64_t rows, int64_t cols, T* y, int64_t stride) {
+  const int64_t whole = cols / kLanes * kLanes;
+  for (int64_t r = 0; r < rows; ++r, x += width, y += stride) {
+    for (int64_t i = 0; i < whole; i += kLanes) store(y + i, load(x + i));
+    if (whole < cols) store(y + whole, load(x + whole), cols - whole);
+  }
+}
+CALDERA_SIMD void store_rows(const float* x, int64_t width, int64_t rows, int64_t cols, float* y, int64_t stride) {
+  store_each(x, width, rows, cols, y, stride);
+}
+CALDERA_SIMD void store_rows(const float* x, int64_t width, int64_t rows, int64_t cols, c10::BFloat16* y,
+                             int64_t stride) {
+  store_each(x, width, rows, cols, y, stride);
+}
+
+// x [16, 16] of 32 bits each, rows `ld_x` apart, to its transpose.
+CALDERA_INLINE void transpose_16(const uint32_t* x, int64_t ld_x, uint32_t* y, int64_t ld_y) {
+  Bits r[16];
+  for (int64_t i = 0; i < 16; ++i) std::memcpy(&r[i], x + i * ld_x, sizeof r[i]);
+  // Blocks off the diagonal change places: of 8 by 8, then 4 by 4, 2 by 2, 1 by 1.
+  const Bits lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#pragma GCC unroll 4
+  for (uint32_t s = 8; s > 0; s /= 2) {
+    const Bits upper = (lane & s) == 0u ? lane : lane + 16u - s, lower = (lane & s) == 0u ? lane + s : lane + 16u;
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < 16; ++i) {
+      if ((i & s) != 0) continue;
+      const Bits a = r[i], b = r[i + s];
+      r[i] = __builtin_shuffle(a, b, upper);
+      r[i + s] = __builtin_shuffle(a, b, lower);
+    }
+  }
+  for (int64_t i = 0; i < 16; ++i) std::memcpy(y + i * ld_y, &r[i], sizeof r[i]);
+}
+// x [rows, cols] of 32 bits each, both multiples of 16, to its transpose.
+CALDERA_SIMD void transpose_words(const uint32_t* x, int64_t ld_x, int64_t rows, int64_t cols, uint32_t* y,
+                                  int64_t ld_y) {
+  for (int64_t r = 0; r < rows; r += 16)
+    for (int64_t c = 0; c < cols; c += 16) transpose_16(x + r * ld_x + c, ld_x, y + c * ld_y + r, ld_y);
+}
+
+// Panels of x [rows, cols], dense but for `ld`, both multiples of 32.
+CALDERA_SIMD void make_panels(const float* x, int64_t ld, int64_t rows, int64_t cols, float* y) {
+  for (int64_t c = 0; c < cols; c += kUnit)
+    for (int64_t r = 0; r < rows; ++r, y += kUnit) std::memcpy(y, x + r * ld + c, kUnit * sizeof *x);
+}
+CALDERA_SIMD void make_panels(const c10::BFloat16* x, int64_t ld, int64_t rows, int64_t cols, c10::BFloat16* y) {
+  for (int64_t c = 0; c < cols; c += kUnit) {
+    for (int64_t r = 0; r < rows; r += 2) {
+      for (int64_t i = 0; i < kUnit; i += kLanes, y += 2 * kLanes) {
+        HalfBits first, second;
+        std::memcpy(&first, x + r * ld + c + i, sizeof first);
+        std::memcpy(&second, x + (r + 1) * ld + c + i, sizeof second);
+        const Bits both = __builtin_convertvector(first, Bits) | (__builtin_convertvector(second, Bits) << 16);
+        std::memcpy(y, &both, sizeof both);
+      }
+    }
+  }
+}
+
+template <class C>
+inline constexpr int64_t kInWord = 4 / sizeof(C);
+template <class C>
+uint32_t* words(C* x) {
+  return reinterpret_cast<uint32_t*>(x);
+}
+template <class C>
+const uint32_t* words(const C* x) {
+  return reinterpret_cast<const uint32_t*>(x);
+}
+// Panels of the transpose of x [rows, cols], dense, both multiples of 32: what goes together lies together already.
+template <class C>
+void make_transposed_panels(const C* x, int64_t rows, int64_t cols, C* y) {
+  for (int64_t r = 0; r < rows; r += kUnit, x += kUnit * cols, y += kUnit * cols)
+    transpose_words(words(x), cols / kInWord<C>, kUnit, cols / kInWord<C>, words(y), kUnit);
+}
+// The transpose of what `panels` were made of, [rows, cols], as a left factor: dense [cols, rows].
+template <class C>
+void transpose_panels(const C* panels, int64_t rows, int64_t cols, C* y) {
+  const int64_t num_words = rows / kInWord<C>;
+  for (int64_t c = 0; c < cols; c += kUnit, panels += kUnit * rows, y += kUnit * rows)
+    transpose_words(words(panels), kUnit, num_words, kUnit, words(y), num_words);
+}
+
+// --- Softmax
+
+// In place: each of `rows` rows of x [block_rows, cols] becomes softmax(scale * row) over its first
+// first_limit + (row, if causal) elements and zero beyond; the rows that are left of the block are zero. y is the rounded
+// copy.
+template <class C>
+CALDERA_INLINE void softmax_each(float* x, C* y, int64_t rows, int64_t block_rows, int64_t cols,
+                                 float scale, bool causal, int64_t first_limit) {
+  constexpr float kLow = -std::numeric_limits<float>::infinity();
+  const Bits lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int64_t r = 0; r < rows; ++r, x += cols, y += cols) {
+    const int64_t limit = first_limit + (causal ? r : 0), whole = limit / kLanes * kLanes;
+    // The last vector's elements beyond the limit do not count.
+    if (whole < limit) store(x + whole, lane < static_cast<uint32_t>(limit - whole) ? load(x + whole) : splat(kLow));
+    Vec best = splat(kLow);
+    for (int64_t i = 0; i < limit; i += kLanes) best = simd::max(best, load(x + i));
+    const float top = maximum(best);
+    Vec total = {};
+    for (int64_t i = 0; i < limit; i += kLanes) {
+      const Vec e = exp((load(x + i) - top) * scale);
+      total += e;
+      store(x + i, e);
+    }
+    const float factor = 1.0f / sum(total);
+    int64_t i = 0;
+    for (; i < limit; i += kLanes) {
+      const Vec p = load(x + i) * factor;
+      store(x + i, p);
+      store(y + i, p);
+    }
+    for (; i < cols; i += kLanes) {
+      store(x + i, Vec{});
+      store(y + i, Vec{});
+    }
+  }
+  for (int64_t r = rows; r < block_rows; ++r, x += cols, y += cols) {
+    for (int64_t i = 0; i < cols; i += kLanes) {
+      store(x + i, Vec{});
+      store(y + i, Vec{});
+    }
+  }
+}
+CALDERA_SIMD void softmax_rows(float* x, float* y, int64_t rows, int64_t block_rows, int64_t cols,
+                               float scale, bool causal, int64_t first_limit) {
+  softmax_each(x, y, rows, block_rows, cols, scale, causal, first_limit);
+}
+CALDERA_SIMD void softmax_rows(float* x, c10::BFloat16* y, int64_t rows, int64_t block_rows, int64_t cols,
+                               float scale, bool causal, int64_t first_limit) {
+  softmax_each(x, y, rows, block_rows, cols, scale, causal, first_limit);
+}
+
+// From probabilities p and dp = dL/dp: y = dL/d(q . k) = scale * p * (dp - sum(p * dp)).
+template <class C>
+CALDERA_INLINE void softmax_backward_each(const float* p, const float* dp, C* y, int64_t rows, int64_t cols,
+                                          float scale) {
+  for (int64_t r = 0; r < rows; ++r, p += cols, dp += cols, y += cols) {
+    Vec products = {};
+    for (int64_t i = 0; i < cols; i += kLanes) products += load(p + i) * load(dp + i);
+    const float mean = sum(products);
+    for (int64_t i = 0; i < cols; i += kLanes) store(y + i, scale * load(p + i) * (load(dp + i) - mean));
+  }
+}
+CALDERA_SIMD void softmax_backward_rows(const float* p, const float* dp, float* y, int64_t rows,
+                                        int64_t cols, float scale) {
+  softmax_backward_each(p, dp, y, rows, cols, scale);
+}
+CALDERA_SIMD void softmax_backward_rows(const float* p, const float* dp, c10::BFloat16* y, int64_t rows,
+                                        int64_t cols, float scale) {
+  softmax_backward_each(p, dp, y, rows, cols, scale);
+}
+
+// --- One query
+
+// q [H, K] against keys and values [L, G, K], dense. p [filled(L)] is scratch.
+template <class T>
+CALDERA_INLINE void attend_one_each(const T* q, const T* k, const T* v, T* out, float* p, int64_t num_keys, int64_t H,
+                                    int64_t G, int64_t K) {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(K));
+  for (int64_t h = 0; h < H; ++h, q += K, out += K) {
+    const int64_t head = h / (H / G) * K;
+    for (int64_t j = 0; j < num_keys; ++j) {
+      const T* key = k + j * G * K + head;
+      Vec products = {};
+      for (int64_t i = 0; i < K; i += kLanes) {
+        const int64_t n = std::min(kLanes, K - i);
+        products += load(q + i, n) * load(key + i, n);
+      }
+      p[j] = sum(products);
+    }
+    softmax_each(p, p, 1, 1, num_keys, scale, /*causal=*/false, num_keys);
+    for (int64_t i = 0; i < K; i += kLanes) {
+      const int64_t n = std::min(kLanes, K - i);
+      Vec total = {};
+      for (int64_t j = 0; j < num_keys; ++j) total += p[j] * load(v + j * G * K + head + i, n);
+      store(out + i, total, n);
+    }
+  }
+}
+CALDERA_SIMD void attend_one(const float* q, const float* k, const float* v, float* out, float* p, int64_t num_keys,
+                             int64_t H, int64_t G, int64_t K) {
+  attend_one_each(q, k, v, out, p, num_keys, H, G, K);
+}
+CALDERA_SIMD void attend_one(const c10::BFloat16* q, const c10::BFloat16* k, const c10::BFloat16* v,
+                             c10::BFloat16* out, float* p, int64_t num_keys, int64_t H, int64_t G, int64_t K) {
+  attend_one_each(q, k, v, out, p, num_keys, H, G, K);
+}
+
+// --- One key head of one sample
+
+// Memory of a thread, kept between tasks.
+class Scratch {
+ public:
+  template <class C>
+  C* take(int64_t count) {
+    constexpr int64_t kLine = 64;
+    const int64_t bytes = (count * static_cast<int64_t>(sizeof(C)) + kLine - 1) / kLine * kLine;
+    buffers_.resize(std::max(buffers_.size(), next_ + 1));
+    std::vector<Line>& buffer = buffers_[next_++];
+    if (std::ssize(buffer) * kLine < bytes) buffer.resize(static_cast<size_t>(bytes / kLine));
+    return reinterpret_cast<C*>(buffer.data());
+  }
+  void reset() { next_ = 0; }
+
+ private:
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  std::vector<std::vector<Line>> buffers_;
+  size_t next_ = 0;
+};
+
+// Rows of one head: row r at data + r * stride.
+template <class T>
+struct HeadRows {
+  HeadRows(const at::Tensor& x, int64_t head)
+      : data(x.mutable_data_ptr<T>() + head * x.stride(1)), stride(x.stride(0)) {}
+  T* data;
+  int64_t stride;
+};
+
+// T is what tensors hold, C what products multiply.
+template <class T, class C>
+class KeyHead {
+ public:
+  KeyHead(const AttentionSample& sample, int64_t head, bool causal, Scratch& scratch)
+      : sample_(sample),
+        head_(head),
+        causal_(causal),
+        scratch_(scratch),
+        N_(sample.q.size(0)),
+        L_(sample.k.size(0)),
+        K_(sample.q.size(2)),
+        width_(filled(K_)),
+        keys_(filled(L_)),
+        scale_(1.0f / std::sqrt(static_cast<float>(K_))) {
+    scratch_.reset();
+    k_ = copied(sample.k, head, L_);
+    v_ = copied(sample.v, head, L_);
+    k_transposed_ = take(keys_ * width_);
+    make_transposed_panels(k_, keys_, width_, k_transposed_);
+    q_ = take(kQueries * width_);
+    p_ = take(kQueries * keys_);
+    scores_ = scratch_.take<float>(kQueries * keys_);
+    narrow_ = scratch_.take<float>(kQueries * width_);
+  }
+
+  void forward(const at::Tensor& out) {
+    C* v_panels = take(keys_ * width_);
+    make_panels(v_, width_, keys_, width_, v_panels);
+    for_each_block([&](const Block& b) {
+      probabilities(b);
+      multiply(b.rows, width_, b.columns, p_, b.columns, v_panels, keys_, narrow_, width_);
+      store_block(out, b);
+    });
+  }
+
+  void backward(const AttentionGradients& gradients) {
+    C* k_panels = take(keys_ * width_);
+    make_panels(k_, width_, keys_, width_, k_panels);
+    C* v_transposed = take(keys_ * width_);
+    make_transposed_panels(v_, keys_, width_, v_transposed);
+    C *d_out = take(kQueries * width_), *ds = take(kQueries * keys_), *panels = take(kQueries * std::max(keys_, width_)),
+      *left = take(kQueries * width_);
+    float* dp = scratch_.take<float>(kQueries * keys_);
+    // Sums over blocks and query heads, transposed: [K, L].
+    float *dk = zeros(width_ * keys_), *dv = zeros(width_ * keys_);
+    // total [K, L] += x^T y, of x [rows, K] and y [rows, columns].
+    const auto add_product = [&](const Block& b, const C* x, const C* y, float* total) {
+      make_panels(x, width_, b.rows, width_, panels);
+      transpose_panels(panels, b.rows, width_, left);
+      make_panels(y, b.columns, b.rows, b.columns, panels);
+      multiply(width_, b.columns, b.rows, left, b.rows, panels, b.rows, total, keys_, /*add=*/true);
+    };
+    for_each_block([&](const Block& b) {
+      probabilities(b);
+      copy_head(gradients.d_out, b.head, b.begin, b.count, d_out);
+      multiply(b.rows, b.columns, width_, d_out, width_, v_transposed, width_, dp, b.columns);
+      softmax_backward_rows(scores_, dp, ds, b.rows, b.columns, scale_);
+      multiply(b.rows, width_, b.columns, ds, b.columns, k_panels, keys_, narrow_, width_);
+      store_block(gradients.dq, b);
+      add_product(b, q_, ds, dk);
+      add_product(b, d_out, p_, dv);
+    });
+    float* rows = scratch_.take<float>(width_ * keys_);
+    for (const auto& [total, tensor] : {std::pair(dk, &gradients.dk), std::pair(dv, &gradients.dv)}) {
+      transpose_words(words(total), keys_, width_, keys_, words(rows), width_);
+      const HeadRows<T> target(*tensor, head_);
+      store_rows(rows, width_, L_, K_, target.data, target.stride);
+    }
+  }
+
+ private:
+  struct Block {
+    int64_t head, begin, count;  // queries
+    int64_t rows;                // filled up
+    int64_t first_limit;         // keys that the first of them sees
+    int64_t columns;             // keys that the last of them sees, filled up
+  };
+  template <class Function>
+  void for_each_block(Function f) const {
+    const int64_t heads = sample_.q.size(1) / sample_.k.size(1);
+    for (int64_t head = head_ * heads; head < (head_ + 1) * heads; ++head) {
+      for (int64_t begin = 0; begin < N_; begin += kQueries) {
+        const int64_t count = std::min(kQueries, N_ - begin);
+        f(Block{head, begin, count, filled(count), causal_ ? L_ - N_ + begin + 1 : L_,
+                filled(causal_ ? L_ - N_ + begin + count : L_)});
+      }
+    }
+  }
+
+  C* take(int64_t count) { return scratch_.take<C>(count); }
+  float* zeros(int64_t count) {
+    float* x = scratch_.take<float>(count);
+    std::fill_n(x, count, 0.0f);
+    return x;
+  }
+  void copy_head(const at::Tensor& x, int64_t head, int64_t begin, int64_t count, C* y) const {
+    const HeadRows<T> source(x, head);
+    copy_rows(source.data + begin * source.stride, source.stride, count, K_, y);
+  }
+  C* copied(const at::Tensor& x, int64_t head, int64_t count) {
+    C* y = take(filled(count) * width_);
+    copy_head(x, head, 0, count, y);
+    return y;
+  }
+
+  // out [rows, cols] (+)= a [rows, depth] times panels of `panel_rows` rows, the first `depth` of which count.
+  static void multiply(int64_t rows, int64_t cols, int64_t depth, const C* a, int64_t ld_a, const C* panels,
+                       int64_t panel_rows, float* out, int64_t ld_out, bool add = false) {
+    for (int64_t c = 0; c < cols; c += kUnit, panels += panel_rows * kUnit, out += kUnit)
+      at::native::cpublas::brgemm(rows, kUnit, depth, ld_a, kUnit, ld_out, add, a, panels, out,
+                                  /*is_vnni=*/kInWord<C> == 2);
+  }
+
+  // Queries into q_, their probabilities into scores_ and, rounded, p_.
+  void probabilities(const Block& b) {
+    copy_head(sample_.q, b.head, b.begin, b.count, q_);
+    multiply(b.rows, b.columns, width_, q_, width_, k_transposed_, width_, scores_, b.columns);
+    softmax_rows(scores_, p_, b.count, b.rows, b.columns, scale_, causal_, b.first_limit);
+  }
+  void store_block(const at::Tensor& tensor, const Block& b) const {
+    const HeadRows<T> target(tensor, b.head);
+    store_rows(narrow_, width_, b.count, K_, target.data + b.begin * target.stride, target.stride);
+  }
+
+  const AttentionSample& sample_;
+  const int64_t head_;
+  const bool causal_;
+  Scratch& scratch_;
+  const int64_t N_, L_, K_, width_, keys_;
+  const float scale_;
+  C *k_, *v_, *k_transposed_, *q_, *p_;
+  float *scores_, *narrow_;
+};
+
+// Calls f(sample, KeyHead of it) for each key head of each sample, on all threads.
+template <class Function>
+void for_each_key_head(const std::vector<AttentionSample>& samples, bool causal, Function f) {
+  std::vector<std::pair<size_t, int64_t>> tasks;
+  int64_t num_elements = 0;
+  for (size_t s = 0; s < samples.size(); ++s) {
+    const AttentionSample& sample = samples[s];
+    CALDERA_ASSERT(sample.q.size(1) % sample.k.size(1) == 0 && sample.k.sizes() == sample.v.sizes());
+    for (const at::Tensor* x : {&sample.q, &sample.k, &sample.v})
+      CALDERA_ASSERT(x->stride(2) == 1 || x->size(2) == 1);
+    if (sample.q.numel() == 0) continue;
+    num_elements += sample.k.numel();
+    for (int64_t head = 0; head < sample.k.size(1); ++head) tasks.emplace_back(s, head);
+  }
+  std::atomic<size_t> next = 0;  // samples differ in length, so they are handed out one by one
+  const auto work = [&]<class T, class C>(T*, C*) {
+    thread_local Scratch scratch;
+    for (size_t t = next++; t < tasks.size(); t = next++) {
+      KeyHead<T, C> head(samples[tasks[t].first], tasks[t].second, causal, scratch);
+      f(tasks[t].first, head);
+    }
+    at::native::cpublas::brgemm_release();
+  };
+  const auto work_in_type = [&] {
+    c10::BFloat16* half = nullptr;
+    float* single = nullptr;
+    if (samples[0].q.scalar_type() == at::kFloat)
+      work(single, single);
+    else
+      has_onednn_products(at::kBFloat16) ? work(half, half) : work(half, single);
+  };
+  if (tasks.empty()) return;
+  if (num_elements < row_grain(1)) return work_in_type();
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { work_in_type(); });
+}
+
+}  // namespace
+
+void attend(const std::vector<AttentionSample>& samples, const std::vector<at::Tensor>& out, bool causal) {
+  for_each_key_head(samples, causal, [&](size_t s, auto& head) { head.forward(out[s]); });
+}
+
+void attend_one_query(const std::vector<AttentionSample>& samples, const std::vector<at::Tensor>& out) {
+  int64_t num_elements = 0;
+  for (const AttentionSample& sample : samples) num_elements += sample.k.numel();
+  const auto attend_sample = [&](size_t s) {
+    const auto& [q, k, v] = samples[s];
+    CALDERA_ASSERT(q.size(0) == 1 && q.is_contiguous() && k.is_contiguous() && v.is_contiguous());
+    thread_local Scratch scratch;
+    scratch.reset();
+    float* p = scratch.take<float>(filled(k.size(0)));
+    with_cpu_type(q, [&]<class T>(T*) {
+      attend_one(q.const_data_ptr<T>(), k.const_data_ptr<T>(), v.const_data_ptr<T>(), out[s].mutable_data_ptr<T>(), p,
+                 k.size(0), q.size(1), k.size(1), q.size(2));
+    });
+  };
+  std::atomic<size_t> next = 0;
+  const auto work = [&] {
+    for (size_t s = next++; s < samples.size(); s = next++) attend_sample(s);
+  };
+  if (samples.size() < 2 || num_elements < row_grain(1)) return work();
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { work(); });
+}
+
+void attend_backward(const std::vector<AttentionSample>& samples, const std::vector<AttentionGradients>& gradients,
+                     bool causal) {
+  for_each_key_head(samples, causal, [&](size_t s, auto& head) { head.backward(gradients[s]); });
+}
+
+}  // namespace caldera

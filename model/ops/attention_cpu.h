@@ -1,0 +1,30 @@
+// Softmax attention of packed samples on the CPU, one task for each sample and key head. The products run on oneDNN's
+// inner kernel through LibTorch, on blocks of queries whose scores stay in the core's cache, in float32; bfloat16
+// factors are multiplied as they are where the processor can, with float32 sums.
+#pragma once
+#include <ATen/ATen.h>
+
+#include <vector>
+
+namespace caldera {
+
+// One sample: q [N, H, K] are the last of its L rows; k, v [L, G, K] with G dividing H. Views into packed rows; float32
+// or bfloat16, all alike; the last dimension is dense.
+struct AttentionSample {
+  at::Tensor q, k, v;
+};
+
+// out[i] [N, H, K] = softmax(q k^T / sqrt(K)) v, each query over the keys up to its own place if causal.
+void attend(const std::vector<AttentionSample>& samples, const std::vector<at::Tensor>& out, bool causal);
+
+// The same for samples of one query each (N = 1), all tensors dense: keys and values are read where they lie.
+void attend_one_query(const std::vector<AttentionSample>& samples, const std::vector<at::Tensor>& out);
+
+// Of dL/dout, dL/dq, dL/dk and dL/dv are written. Scores are computed again: cheaper than keeping [H, N, L].
+struct AttentionGradients {
+  at::Tensor d_out, dq, dk, dv;
+};
+void attend_backward(const std::vector<AttentionSample>& samples, const std::vector<AttentionGradients>& gradients,
+                     bool causal);
+
+}  // namespace caldera
