@@ -11,128 +11,17 @@
 #include "base/error.h"
 #include "model/ops/autograd.h"
 #include "model/ops/matmul.h"
+#include "model/ops/panels.h"
 #include "model/ops/simd.h"
 
-// Legend: H query heads, G key/value heads, K head width, N query rows and L key rows of one sample. A "panel" is 32
-// columns of a product's right factor in the order that the inner kernel reads: for bfloat16 two rows interleaved.
+// Legend: H query heads, G key/value heads, K head width, N query rows and L key rows of one sample.
 namespace caldera {
 namespace {
 
 using namespace simd;
+using namespace panels;
 
 constexpr int64_t kQueries = 64;  // rows of a block
-// Everything is filled up with zeros to multiples of this, so that few shapes occur: the inner kernel's code is made
-// for each.
-constexpr int64_t kUnit = 32;
-constexpr int64_t filled(int64_t count) { return (count + kUnit - 1) / kUnit * kUnit; }
-
-// --- Moving numbers
-
-// Rows of x [rows, cols] as dense y [filled(rows), filled(cols)].
-CALDERA_SIMD void copy_rows(const c10::BFloat16* x, int64_t stride, int64_t rows, int64_t cols, float* y) {
-  const int64_t width = filled(cols), whole = cols / kLanes * kLanes;
-  for (int64_t r = 0; r < rows; ++r, x += stride, y += width) {
-    for (int64_t i = 0; i < whole; i += kLanes) store(y + i, load(x + i));
-    if (whole < width) std::memset(y + whole, 0, static_cast<size_t>(width - whole) * sizeof *y);
-    if (whole < cols) store(y + whole, load(x + whole, cols - whole));
-  }
-  std::memset(y, 0, static_cast<size_t>((filled(rows) - rows) * width) * sizeof *y);
-}
-template <class T>
-void copy_rows(const T* x, int64_t stride, int64_t rows, int64_t cols, T* y) {
-  const int64_t width = filled(cols);
-  for (int64_t r = 0; r < rows; ++r, x += stride, y += width) {
-    std::memcpy(y, x, static_cast<size_t>(cols) * sizeof *y);
-    if (cols < width) std::memset(y + cols, 0, static_cast<size_t>(width - cols) * sizeof *y);
-  }
-  std::memset(y, 0, static_cast<size_t>((filled(rows) - rows) * width) * sizeof *y);
-}
-
-template <class T>
-CALDERA_INLINE void store_each(const float* x, int64_t width, int64_t rows, int64_t cols, T* y, int64_t stride) {
-  const int64_t whole = cols / kLanes * kLanes;
-  for (int64_t r = 0; r < rows; ++r, x += width, y += stride) {
-    for (int64_t i = 0; i < whole; i += kLanes) store(y + i, load(x + i));
-    if (whole < cols) store(y + whole, load(x + whole), cols - whole);
-  }
-}
-CALDERA_SIMD void store_rows(const float* x, int64_t width, int64_t rows, int64_t cols, float* y, int64_t stride) {
-  store_each(x, width, rows, cols, y, stride);
-}
-CALDERA_SIMD void store_rows(const float* x, int64_t width, int64_t rows, int64_t cols, c10::BFloat16* y,
-                             int64_t stride) {
-  store_each(x, width, rows, cols, y, stride);
-}
-
-// x [16, 16] of 32 bits each, rows `ld_x` apart, to its transpose.
-CALDERA_INLINE void transpose_16(const uint32_t* x, int64_t ld_x, uint32_t* y, int64_t ld_y) {
-  Bits r[16];
-  for (int64_t i = 0; i < 16; ++i) std::memcpy(&r[i], x + i * ld_x, sizeof r[i]);
-  // Blocks off the diagonal change places: of 8 by 8, then 4 by 4, 2 by 2, 1 by 1.
-  const Bits lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#pragma GCC unroll 4
-  for (uint32_t s = 8; s > 0; s /= 2) {
-    const Bits upper = (lane & s) == 0u ? lane : lane + 16u - s, lower = (lane & s) == 0u ? lane + s : lane + 16u;
-#pragma GCC unroll 16
-    for (uint32_t i = 0; i < 16; ++i) {
-      if ((i & s) != 0) continue;
-      const Bits a = r[i], b = r[i + s];
-      r[i] = __builtin_shuffle(a, b, upper);
-      r[i + s] = __builtin_shuffle(a, b, lower);
-    }
-  }
-  for (int64_t i = 0; i < 16; ++i) std::memcpy(y + i * ld_y, &r[i], sizeof r[i]);
-}
-// x [rows, cols] of 32 bits each, both multiples of 16, to its transpose.
-CALDERA_SIMD void transpose_words(const uint32_t* x, int64_t ld_x, int64_t rows, int64_t cols, uint32_t* y,
-                                  int64_t ld_y) {
-  for (int64_t r = 0; r < rows; r += 16)
-    for (int64_t c = 0; c < cols; c += 16) transpose_16(x + r * ld_x + c, ld_x, y + c * ld_y + r, ld_y);
-}
-
-// Panels of x [rows, cols], dense but for `ld`, both multiples of 32.
-CALDERA_SIMD void make_panels(const float* x, int64_t ld, int64_t rows, int64_t cols, float* y) {
-  for (int64_t c = 0; c < cols; c += kUnit)
-    for (int64_t r = 0; r < rows; ++r, y += kUnit) std::memcpy(y, x + r * ld + c, kUnit * sizeof *x);
-}
-CALDERA_SIMD void make_panels(const c10::BFloat16* x, int64_t ld, int64_t rows, int64_t cols, c10::BFloat16* y) {
-  for (int64_t c = 0; c < cols; c += kUnit) {
-    for (int64_t r = 0; r < rows; r += 2) {
-      for (int64_t i = 0; i < kUnit; i += kLanes, y += 2 * kLanes) {
-        HalfBits first, second;
-        std::memcpy(&first, x + r * ld + c + i, sizeof first);
-        std::memcpy(&second, x + (r + 1) * ld + c + i, sizeof second);
-        const Bits both = __builtin_convertvector(first, Bits) | (__builtin_convertvector(second, Bits) << 16);
-        std::memcpy(y, &both, sizeof both);
-      }
-    }
-  }
-}
-
-template <class C>
-inline constexpr int64_t kInWord = 4 / sizeof(C);
-template <class C>
-uint32_t* words(C* x) {
-  return reinterpret_cast<uint32_t*>(x);
-}
-template <class C>
-const uint32_t* words(const C* x) {
-  return reinterpret_cast<const uint32_t*>(x);
-}
-// Panels of the transpose of x [rows, cols], dense, both multiples of 32: what goes together lies together already.
-template <class C>
-void make_transposed_panels(const C* x, int64_t rows, int64_t cols, C* y) {
-  for (int64_t r = 0; r < rows; r += kUnit, x += kUnit * cols, y += kUnit * cols)
-    transpose_words(words(x), cols / kInWord<C>, kUnit, cols / kInWord<C>, words(y), kUnit);
-}
-// The transpose of what `panels` were made of, [rows, cols], as a left factor: dense [cols, rows].
-template <class C>
-void transpose_panels(const C* panels, int64_t rows, int64_t cols, C* y) {
-  const int64_t num_words = rows / kInWord<C>;
-  for (int64_t c = 0; c < cols; c += kUnit, panels += kUnit * rows, y += kUnit * rows)
-    transpose_words(words(panels), kUnit, num_words, kUnit, words(y), num_words);
-}
-
 // --- Softmax
 
 // In place: each of `rows` rows of x [block_rows, cols] becomes softmax(scale * row) over its first
@@ -301,7 +190,7 @@ class KeyHead {
 
   void forward(const at::Tensor& out) {
     C* v_panels = take(keys_ * width_);
-    make_panels(v_, width_, keys_, width_, v_panels);
+    make_panels(v_, keys_, width_, v_panels);
     for_each_block([&](const Block& b) {
       probabilities(b);
       multiply(b.rows, width_, b.columns, p_, b.columns, v_panels, keys_, narrow_, width_);
@@ -311,20 +200,20 @@ class KeyHead {
 
   void backward(const AttentionGradients& gradients) {
     C* k_panels = take(keys_ * width_);
-    make_panels(k_, width_, keys_, width_, k_panels);
+    make_panels(k_, keys_, width_, k_panels);
     C* v_transposed = take(keys_ * width_);
     make_transposed_panels(v_, keys_, width_, v_transposed);
-    C *d_out = take(kQueries * width_), *ds = take(kQueries * keys_), *panels = take(kQueries * std::max(keys_, width_)),
+    C *d_out = take(kQueries * width_), *ds = take(kQueries * keys_), *right = take(kQueries * std::max(keys_, width_)),
       *left = take(kQueries * width_);
     float* dp = scratch_.take<float>(kQueries * keys_);
     // Sums over blocks and query heads, transposed: [K, L].
     float *dk = zeros(width_ * keys_), *dv = zeros(width_ * keys_);
     // total [K, L] += x^T y, of x [rows, K] and y [rows, columns].
     const auto add_product = [&](const Block& b, const C* x, const C* y, float* total) {
-      make_panels(x, width_, b.rows, width_, panels);
-      transpose_panels(panels, b.rows, width_, left);
-      make_panels(y, b.columns, b.rows, b.columns, panels);
-      multiply(width_, b.columns, b.rows, left, b.rows, panels, b.rows, total, keys_, /*add=*/true);
+      make_panels(x, b.rows, width_, right);
+      transpose_panels(right, b.rows, width_, left);
+      make_panels(y, b.rows, b.columns, right);
+      multiply(width_, b.columns, b.rows, left, b.rows, right, b.rows, total, keys_, /*add=*/true);
     };
     for_each_block([&](const Block& b) {
       probabilities(b);
@@ -408,6 +297,24 @@ class KeyHead {
   float *scores_, *narrow_;
 };
 
+// Whether LibTorch's inner kernel takes bfloat16 as it is; where not, it says so by throwing.
+bool multiplies_bfloat16() {
+  static const bool result = [] {
+    if (!has_onednn_products(at::kBFloat16)) return false;
+    const std::vector<c10::BFloat16> factor(kUnit * kUnit);
+    std::vector<float> product(kUnit * kUnit);
+    try {
+      at::native::cpublas::brgemm(kUnit, kUnit, kUnit, kUnit, kUnit, kUnit, false, factor.data(), factor.data(),
+                                  product.data());
+      at::native::cpublas::brgemm_release();
+    } catch (const std::exception&) {
+      return false;
+    }
+    return true;
+  }();
+  return result;
+}
+
 // Calls f(sample, KeyHead of it) for each key head of each sample, on all threads.
 template <class Function>
 void for_each_key_head(const std::vector<AttentionSample>& samples, bool causal, Function f) {
@@ -422,7 +329,11 @@ void for_each_key_head(const std::vector<AttentionSample>& samples, bool causal,
     num_elements += sample.k.numel();
     for (int64_t head = 0; head < sample.k.size(1); ++head) tasks.emplace_back(s, head);
   }
-  std::atomic<size_t> next = 0;  // samples differ in length, so they are handed out one by one
+  // Samples differ in length, so they are handed out one by one, the longest first.
+  std::stable_sort(tasks.begin(), tasks.end(), [&](const auto& a, const auto& b) {
+    return samples[a.first].k.size(0) > samples[b.first].k.size(0);
+  });
+  std::atomic<size_t> next = 0;
   const auto work = [&]<class T, class C>(T*, C*) {
     thread_local Scratch scratch;
     for (size_t t = next++; t < tasks.size(); t = next++) {
@@ -437,7 +348,7 @@ void for_each_key_head(const std::vector<AttentionSample>& samples, bool causal,
     if (samples[0].q.scalar_type() == at::kFloat)
       work(single, single);
     else
-      has_onednn_products(at::kBFloat16) ? work(half, half) : work(half, single);
+      multiplies_bfloat16() ? work(half, half) : work(half, single);
   };
   if (tasks.empty()) return;
   if (num_elements < row_grain(1)) return work_in_type();

@@ -1,6 +1,6 @@
 // The vision transformer that CLIP and SigLIP share: patches through a convolution, learned positions,
 // pre-norm blocks with biases. Legend: I images, P patches, N tokens (P, or P + 1 with a class token), D
-// width, F width of the MLP, H heads, K = D / H.
+// width, F width of the MLP, H heads, K = D / H, T tokens of all images.
 #pragma once
 #include <ATen/ATen.h>
 
