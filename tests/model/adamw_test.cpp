@@ -39,7 +39,8 @@ TEST(AdamW, IsAtensFusedUpdate) {
     reference(expected, gradient, kStep);
     adamw_update(got.master, got.exp_avg, got.exp_avg_sq, gradient, got.master, kStep);
     EXPECT_TRUE(at::allclose(got.master, expected.master, 1e-6, 1e-7)) << count;
-    EXPECT_TRUE(at::allclose(got.exp_avg, expected.exp_avg, 1e-6, 1e-9)) << count;
+    // Of terms as large as 0.5: their rounding, fused or not.
+    EXPECT_TRUE(at::allclose(got.exp_avg, expected.exp_avg, 1e-6, 3e-8)) << count;
     EXPECT_TRUE(at::allclose(got.exp_avg_sq, expected.exp_avg_sq, 1e-6, 1e-12)) << count;
   }
 }

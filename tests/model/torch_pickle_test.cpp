@@ -20,7 +20,7 @@ const fs::path kGolden = fs::path(CALDERA_SOURCE_DIR) / "tests" / "golden";
 std::string little(uint64_t value, int num_bytes) {
   std::string bytes;
   for (int i = 0; i < num_bytes; ++i)
-    bytes += static_cast<char>(static_cast<unsigned char>(value >> (8 * i)));
+    bytes += static_cast<char>(static_cast<unsigned char>(i < 8 ? value >> (8 * i) : 0));
   return bytes;
 }
 
