@@ -126,13 +126,14 @@ PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage) {
     p.block_trainable = of_first_block(group.tensors);
   }
   // Matrices that products read: the tower's forward, others for the gradients of their inputs as well.
-  std::unordered_set<const at::Tensor*> packed;
-  for (const NamedTensor& tensor : model.tensors()) {
-    const bool looked_up = tensor.name.ends_with("position_embedding.weight") ||
-                           (tensor.name.ends_with("embed_tokens.weight") && !p.is_tied);
-    if (tensor.owner->dim() != 2 || looked_up || seen.contains(tensor.owner)) continue;
-    if (packed.insert(tensor.owner).second)
-      p.num_packed += (tensor.name.starts_with("vision_tower") ? 1 : 2) * tensor.owner->numel();
+  for (const char* component : {"vision_tower", "projector", "language_model"}) {
+    NamedTensors frozen = model.component_tensors(component);
+    std::erase_if(frozen, [&](const NamedTensor& tensor) {
+      const bool looked_up = tensor.name.ends_with("position_embedding.weight") ||
+                             (tensor.name.ends_with("embed_tokens.weight") && !p.is_tied);
+      return tensor.owner->dim() != 2 || looked_up || seen.contains(tensor.owner);
+    });
+    p.num_packed += (component == std::string("vision_tower") ? 1 : 2) * count_parameters(frozen);
   }
   return p;
 }

@@ -25,8 +25,8 @@ struct PlannedModel {
 };
 PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage);
 
-// At the worst moment; of the GPU's memory with `on_gpu`, else of the process's, which takes `program` bytes in any case. `num_ranks`: ranks that share what the strategy
-// shares.
+// At the worst moment; of the GPU's memory with `on_gpu`, else of the process's, which takes `program` bytes in any
+// case. `num_ranks`: ranks that share what the strategy shares.
 MemoryPlan plan_memory(const PlannedModel& model, const Recipe& recipe, const StageConfig& stage,
                        const StagePlan& numbers, bool on_gpu, int64_t program, const MemoryChoices& choices,
                        int num_ranks);

@@ -8,7 +8,6 @@
 #include <chrono>
 #include <cmath>
 #include <numeric>
-#include <unordered_set>
 
 #include "base/error.h"
 #include "base/fault.h"
@@ -104,16 +103,15 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
                                                     .seed = recipe.seed},
                                        sharding_ ? sharding_->owned() : OwnedParts());
   if (memory.packs_frozen && device.is_cpu() && !(sharding_ && sharding_->frees_blocks())) {
-    std::unordered_set<const at::Tensor*> seen;
+    NamedTensors frozen = model_->tensors();
+    std::erase_if(frozen, [](const NamedTensor& tensor) {
+      return tensor.owner->requires_grad() || tensor.owner->dim() != 2;
+    });
     std::vector<at::Tensor> weights;
-    int64_t bytes = 0;
-    for (const NamedTensor& tensor : model_->tensors()) {
-      const at::Tensor& owner = *tensor.owner;
-      if (owner.requires_grad() || owner.dim() != 2 || !seen.insert(&owner).second) continue;
-      weights.push_back(owner);
-      bytes += 2 * static_cast<int64_t>(owner.nbytes());
-    }
-    if (copies_fit(bytes, world_.spec().local_size)) frozen_ = std::make_unique<FrozenWeights>(weights);
+    for (const NamedTensor& tensor : frozen) weights.push_back(*tensor.owner);
+    const auto bytes_each = static_cast<int64_t>(c10::elementSize(parse_dtype(stage_.dtype)));
+    if (copies_fit(2 * count_parameters(frozen) * bytes_each, world_.spec().local_size))
+      frozen_ = std::make_unique<FrozenWeights>(weights);
   }
   if (checkpoint) {
     load_checkpoint(*checkpoint, *optimizer_);

@@ -22,6 +22,7 @@ using namespace simd;
 using namespace panels;
 
 constexpr int64_t kQueries = 64;  // rows of a block
+
 // --- Softmax
 
 // In place: each of `rows` rows of x [block_rows, cols] becomes softmax(scale * row) over its first

@@ -128,7 +128,7 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
       at::Tensor logits = matrix_product(rows, weight.t());
       total += cross_entropy(logits, targets.narrow(0, begin, count), gradient).sum();
       if (wants_dhidden) {
-        matrix_product_into(logits, weight, dhidden.narrow(0, begin, count));
+        dhidden.narrow(0, begin, count).copy_(matrix_product(logits, weight));
       }
       if (!wants_dweight) return;
       if (count == hidden.size(0)) {

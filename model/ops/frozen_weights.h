@@ -15,6 +15,7 @@ namespace caldera {
 // anew. The products' bits are those without.
 class FrozenWeights {
  public:
+  // What is listed twice counts once.
   explicit FrozenWeights(const std::vector<at::Tensor>& weights);
   ~FrozenWeights();
   FrozenWeights(const FrozenWeights&) = delete;

@@ -46,13 +46,13 @@ at::Tensor affine_forward(const at::Tensor& x_in, const at::Tensor& weight, cons
     const at::Tensor y = float8_product(x, weight.t());
     return at::_unsafe_view(bias.defined() ? y.add_(bias) : y, shape);  // autograd refuses views of it
   }
+  if (!bias.defined()) return at::_unsafe_view(matrix_product(x, weight.t()), shape);
+  // The bias goes into the sum before it is rounded.
   if (const at::Tensor y = takes_onednn(x, weight, weight) ? product_with_frozen(x, weight.t(), bias) : at::Tensor();
       y.defined())
     return at::_unsafe_view(y, shape);
-  // The bias goes into the sum before it is rounded.
-  const at::Tensor y =
-      bias.defined() ? bias.expand(shape).contiguous() : at::empty(shape, x.options().requires_grad(false));
-  matrix_product_into(x, weight.t(), y.view({x.size(0), weight.size(0)}), bias.defined());
+  const at::Tensor y = bias.expand(shape).contiguous();
+  matrix_product_into(x, weight.t(), y.view({x.size(0), weight.size(0)}), /*accumulate=*/true);
   return y;
 }
 
@@ -94,11 +94,6 @@ void matrix_product_into(const at::Tensor& a, const at::Tensor& b, const at::Ten
   CALDERA_PROFILED("matrix_product");
   const at::NoGradGuard no_grad;
   if (takes_onednn(a, b, out)) {
-    if (const at::Tensor y = accumulate ? at::Tensor() : product_with_frozen(a, b); y.defined()) {
-      at::Tensor result = out;
-      result.copy_(y);
-      return;
-    }
     at::native::mkldnn_matmul(a, b, out, accumulate ? 1.0f : 0.0f, 1.0f);
     return;
   }

@@ -32,6 +32,13 @@ constexpr AdamWStep kStep = {.learning_rate = 1e-2,
                              .grad_scale = 0.7,
                              .count = 5};
 
+// Under sanitizers the kernel is compiled without fused multiplication: terms as large as 0.5 are rounded once more.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr double kMomentBound = 3e-8;
+#else
+constexpr double kMomentBound = 1e-9;
+#endif
+
 TEST(AdamW, IsAtensFusedUpdate) {
   for (const int64_t count : {1, 15, 16, 1000, 200001}) {
     const State expected = fresh(count), got = copy(expected);
@@ -39,8 +46,7 @@ TEST(AdamW, IsAtensFusedUpdate) {
     reference(expected, gradient, kStep);
     adamw_update(got.master, got.exp_avg, got.exp_avg_sq, gradient, got.master, kStep);
     EXPECT_TRUE(at::allclose(got.master, expected.master, 1e-6, 1e-7)) << count;
-    // Of terms as large as 0.5: their rounding, fused or not.
-    EXPECT_TRUE(at::allclose(got.exp_avg, expected.exp_avg, 1e-6, 3e-8)) << count;
+    EXPECT_TRUE(at::allclose(got.exp_avg, expected.exp_avg, 1e-6, kMomentBound)) << count;
     EXPECT_TRUE(at::allclose(got.exp_avg_sq, expected.exp_avg_sq, 1e-6, 1e-12)) << count;
   }
 }
