@@ -131,10 +131,12 @@ void CheckpointWriter::save(CheckpointShare share) {
   CALDERA_ASSERT(!writing_.valid());
   // Training goes on over these tensors: what is written is a copy.
   const at::NoGradGuard no_grad;
-  if (in_background_)
-    for (TensorList* list : {&share.masters, &share.moments})
-      for (auto& [name, tensor] : *list)
-        tensor = tensor.detach().to(at::kCPU, tensor.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+  const auto copy = [](TensorList& list) {
+    for (auto& [name, tensor] : list)
+      tensor = tensor.detach().to(at::kCPU, tensor.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+  };
+  if (in_background_ && !share.masters_are_copies) copy(share.masters);
+  if (in_background_) copy(share.moments);
   writing_ = std::async(in_background_ ? std::launch::async : std::launch::deferred,
                         [this, share = std::move(share)] {
                           write_checkpoint(stage_folder_, share, kept_, world_);
@@ -289,7 +291,8 @@ void copy_all(const Parts& parts, const TensorList& wanted) {
 
 void load_checkpoint(const fs::path& folder, AdamW& optimizer) {
   const at::NoGradGuard no_grad;
-  copy_all(Parts({folder / "model.safetensors"}), optimizer.masters());
+  const TensorList masters = optimizer.masters();
+  copy_all(Parts({folder / "model.safetensors"}), masters);
   std::vector<fs::path> files;
   for (const auto& entry : fs::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
@@ -297,7 +300,7 @@ void load_checkpoint(const fs::path& folder, AdamW& optimizer) {
   }
   std::sort(files.begin(), files.end());
   copy_all(Parts(files), optimizer.moments());
-  optimizer.restore(read_checkpoint_state(folder).step);
+  optimizer.restore(read_checkpoint_state(folder).step, masters);
 }
 
 }  // namespace caldera

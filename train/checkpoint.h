@@ -38,6 +38,7 @@ struct CheckpointState {
 struct CheckpointShare {
   CheckpointState state;
   TensorList masters, moments;  // masters: the first rank's alone
+  bool masters_are_copies = false;  // nobody else has them, in host memory
   int part = 0, num_parts = 1;  // which part of the moments this is; -1: another rank writes the same
 };
 

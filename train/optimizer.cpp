@@ -41,21 +41,16 @@ AdamW::AdamW(std::vector<ParameterGroup> groups, const AdamWOptions& options, co
         slot.begin = owned.at(tensor.owner).begin;
         slot.place = owned.at(tensor.owner).weight;
       }
-      const bool is_own_master = slot.place.scalar_type() == at::kFloat || !options_.has_masters;
-      slot.master = is_own_master ? slot.place : slot.place.to(at::kFloat);
-      if (options_.is_offloaded) slot.master = slot.master.cpu();
-      slot.exp_avg = zero_moment(slot.master, in_8bit.contains(tensor.owner));
-      slot.exp_avg_sq = zero_moment(slot.master, in_8bit.contains(tensor.owner));
+      const at::Tensor weight = options_.is_offloaded ? slot.place.cpu() : slot.place;
+      slot.master = options_.has_masters ? Master::of(weight) : Master{weight, {}};
+      slot.exp_avg = zero_moment(weight, in_8bit.contains(tensor.owner));
+      slot.exp_avg_sq = zero_moment(weight, in_8bit.contains(tensor.owner));
       slot.noise = hash_text(tensor.name);
       slot.group = group;
       slot.decays = slot.weight.dim() >= 2;
       slots_.push_back(std::move(slot));
     }
   }
-}
-
-void AdamW::Slot::round_master() const {
-  if (!master.is_alias_of(place)) place.copy_(master);
 }
 
 void AdamW::set_gradient(const at::Tensor* owner, const at::Tensor& gradient) {
@@ -92,28 +87,23 @@ at::Tensor AdamW::grad_norm() const {
 
 void AdamW::update(const Slot& slot, const AdamWStep& step) const {
   at::Tensor gradient = slot.grad_sum.defined() ? slot.grad_sum : slot.weight.grad();
-  // Offloaded: the update runs where the master is, and the rounded weight is copied to its place.
-  const bool is_away = slot.master.device() != slot.place.device();
-  if (is_away && gradient.defined()) gradient = gradient.to(slot.master.device());
-  const bool is_own_master = slot.master.scalar_type() == slot.place.scalar_type();
-  const at::Tensor rounded = !is_away        ? slot.place
-                             : is_own_master ? slot.master
-                                             : at::empty_like(slot.master, slot.place.scalar_type());
-  const bool has_master = slot.master.scalar_type() == at::kFloat;
+  // Offloaded: the update runs where the master is, and the weight is copied to its place.
+  const at::Device device = slot.master.weight.device();
+  if (slot.is_away() && gradient.defined()) gradient = gradient.to(device);
+  const bool has_master = slot.master.remainder.defined() || slot.master.weight.scalar_type() == at::kFloat;
   if (has_master && !slot.exp_avg.scale.defined())
-    adamw_update(slot.master, slot.exp_avg.values, slot.exp_avg_sq.values, gradient, rounded, step);
+    adamw_update(slot.master, slot.exp_avg.values, slot.exp_avg_sq.values, gradient, step);
   else
-    adamw_update_compact(has_master ? slot.master : at::Tensor(), slot.exp_avg, slot.exp_avg_sq, gradient,
-                         rounded, step,
+    adamw_update_compact(slot.master, slot.exp_avg, slot.exp_avg_sq, gradient, step,
                          {.key = Rng(options_.seed, num_updates_, slot.noise).next(), .first = slot.begin});
-  if (is_away) slot.place.copy_(rounded);
+  if (slot.is_away()) slot.place.copy_(slot.master.weight);
 }
 
 void AdamW::step(double lr_factor, double grad_scale) {
   const at::NoGradGuard no_grad;
   ++num_updates_;
   for (Slot& slot : slots_) {
-    if (slot.master.numel() == 0) continue;  // nothing of it is owned
+    if (slot.place.numel() == 0) continue;  // nothing of it is owned
     // A part that this step did not touch (no picture in it) has no gradient: its moments decay as the
     // others' do.
     update(slot, {.learning_rate = groups_[slot.group].learning_rate * lr_factor,
@@ -132,10 +122,13 @@ std::vector<std::pair<std::string, at::Tensor>> AdamW::views(
     const std::string& prefix, const std::function<at::Tensor(const Slot&)>& values_of,
     int64_t elements_each) const {
   std::vector<std::pair<std::string, at::Tensor>> list;
+  const Slot* previous = nullptr;
+  at::Tensor values;  // of that one: the parts of a fused tensor come one after the other
   for (const ParameterGroup& group : groups_) {
     for (const NamedTensor& tensor : group.tensors) {
       const Slot& slot = slots_[slot_of_.at(tensor.owner)];
-      const at::Tensor values = values_of(slot);
+      if (&slot != previous) values = values_of(slot);
+      previous = &slot;
       if (!values.defined()) continue;
       if (!slot.is_part && elements_each == 1) {
         list.emplace_back(prefix + tensor.name,
@@ -148,7 +141,7 @@ std::vector<std::pair<std::string, at::Tensor>> AdamW::views(
       const int64_t first = tensor.row_begin * row;
       const int64_t last = tensor.num_rows < 0 ? slot.weight.numel() : first + tensor.num_rows * row;
       const int64_t begin = std::max(first, slot.begin);
-      const int64_t end = std::min(last, slot.begin + slot.master.numel());
+      const int64_t end = std::min(last, slot.begin + slot.place.numel());
       if (begin >= end) continue;
       const auto up = [&](int64_t elements) { return (elements + elements_each - 1) / elements_each; };
       const int64_t from = (begin - slot.begin) / elements_each;
@@ -161,7 +154,11 @@ std::vector<std::pair<std::string, at::Tensor>> AdamW::views(
 }
 
 std::vector<std::pair<std::string, at::Tensor>> AdamW::masters() const {
-  return views("", [](const Slot& slot) { return slot.master; });
+  return views("", [](const Slot& slot) { return slot.master.values(); });
+}
+
+bool AdamW::masters_are_copies() const {
+  return std::all_of(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.master.remainder.defined(); });
 }
 
 std::vector<std::pair<std::string, at::Tensor>> AdamW::moments() const {
@@ -178,10 +175,21 @@ std::vector<std::pair<std::string, at::Tensor>> AdamW::moments() const {
   return list;
 }
 
-void AdamW::restore(int64_t num_updates) {
+void AdamW::restore(int64_t num_updates, const std::vector<std::pair<std::string, at::Tensor>>& masters) {
   const at::NoGradGuard no_grad;
   num_updates_ = num_updates;
-  for (const Slot& slot : slots_) slot.round_master();
+  // The same list again, of each half. Float32 masters are views: they are written already.
+  const auto weights = views("", [](const Slot& slot) { return slot.master.weight; });
+  const auto remainders = views("", [](const Slot& slot) {
+    return slot.master.remainder.defined() ? slot.master.remainder : slot.master.weight;
+  });
+  CALDERA_ASSERT(masters.size() == weights.size());
+  for (size_t i = 0; i < masters.size(); ++i) {
+    const at::Tensor &weight = weights[i].second, &remainder = remainders[i].second;
+    if (remainder.scalar_type() == at::kShort) Master{weight, remainder}.assign(masters[i].second);
+  }
+  for (const Slot& slot : slots_)
+    if (slot.is_away()) slot.place.copy_(slot.master.weight);
 }
 
 }  // namespace caldera

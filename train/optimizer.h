@@ -20,7 +20,7 @@ struct AdamWOptions {
   double weight_decay = 0;       // of tensors with two or more dimensions (HF: no decay of biases and norms)
   bool has_8bit_states = false;  // of the tensors that with_8bit_states() names
   bool has_masters = true;       // false: bfloat16 weights are rounded stochastically, by noise from `seed`
-  bool is_offloaded = false;     // masters and moments stay in host memory, and the update runs there
+  bool is_offloaded = false;     // masters and moments are in host memory, and the update runs there
   uint64_t seed = 0;
 };
 
@@ -45,8 +45,8 @@ using OwnedParts = std::unordered_map<const at::Tensor*, OwnedPart>;  // by Name
 std::unordered_set<const at::Tensor*> with_8bit_states(const std::vector<ParameterGroup>& groups);
 
 // Decoupled weight decay Adam (Loshchilov & Hutter, arXiv 1711.05101), the numbers of
-// torch.optim.AdamW(fused=True); with 8-bit states those of bitsandbytes' block-wise AdamW8bit. A tensor that
-// is not float32 has a float32 master, from which it is rounded after each update; without masters its own
+// torch.optim.AdamW(fused=True); with 8-bit states those of bitsandbytes' block-wise AdamW8bit. A bfloat16
+// tensor is the upper half of float32 masters, whose lower half is kept beside it; without masters its own
 // value is all there is, and the noise of its rounding is a function of the seed, the update, its name and
 // the element, so that ranks agree and a resumed run repeats it. Gradients of several micro-batches are
 // summed in float32.
@@ -69,29 +69,31 @@ class AdamW {
 
   int64_t num_updates() const { return num_updates_; }
   const std::vector<ParameterGroup>& groups() const { return groups_; }
-  // Float32 masters (without them: the weights) under their HF names; also "exp_avg.NAME" and
-  // "exp_avg_sq.NAME", where those are codes of 8 bits beside "exp_avg_scale.NAME" and
-  // "exp_avg_sq_scale.NAME". Views: writing them writes the state; call restore() afterwards. Of a tensor
-  // that is owned in part, "NAME@BEGIN" [n] are elements [BEGIN, BEGIN + n) of the flattened NAME; where
-  // nothing of it is owned, it does not appear.
+  // Float32 masters (without them: the weights) under their HF names. Of a tensor that is owned in part,
+  // "NAME@BEGIN" [n] are elements [BEGIN, BEGIN + n) of the flattened NAME; where nothing of it is owned, it
+  // does not appear. Float32 weights are views; those of bfloat16 weights are made anew, in host memory.
   std::vector<std::pair<std::string, at::Tensor>> masters() const;
+  bool masters_are_copies() const;  // all of them
+  // Views of the moments, likewise, as "exp_avg.NAME" and "exp_avg_sq.NAME", where those are codes of 8 bits
+  // beside "exp_avg_scale.NAME" and "exp_avg_sq_scale.NAME".
   std::vector<std::pair<std::string, at::Tensor>> moments() const;
-  at::Tensor master(const at::Tensor* owner) const { return slots_[slot_of_.at(owner)].master; }
-  void restore(int64_t num_updates);  // after the views were written: sets the count and rounds the weights
-                                      // from the masters
+  at::Tensor master(const at::Tensor* owner) const { return slots_[slot_of_.at(owner)].master.values(); }
+  // Goes on from another state: after the moments were written, takes what was written to masters().
+  void restore(int64_t num_updates, const std::vector<std::pair<std::string, at::Tensor>>& masters);
 
  private:
   // One fused or plain leaf tensor; its HF names are ranges of its rows.
   struct Slot {
-    at::Tensor weight, master, grad_sum;
+    at::Tensor weight, grad_sum;
+    at::Tensor place;  // the weight, or the owned part of it
+    Master master;     // of the place; offloaded, of its copy in host memory
     Moment exp_avg, exp_avg_sq;
-    at::Tensor place;    // where the rounded master goes: the weight, or the owned part of it
     uint64_t noise = 0;  // of its name
     int64_t begin = 0;
     size_t group = 0;
     bool decays = false;
     bool is_part = false;
-    void round_master() const;
+    bool is_away() const { return master.weight.device() != place.device(); }
   };
   // `values` of each slot under its HF names; each element of them stands for so many of the weight.
   std::vector<std::pair<std::string, at::Tensor>> views(const std::string& prefix,

@@ -17,7 +17,7 @@ struct MemoryPlan {
   int64_t program = 0;      // code, libraries, and the pictures that the loader keeps
   int64_t weights = 0;      // of all parts, in the dtype of compute
   int64_t packed = 0;       // copies of those that do not train, in the products' order
-  int64_t masters = 0;      // float32 copies of what trains, where it computes in another dtype
+  int64_t masters = 0;      // what makes float32 masters of bfloat16 weights that train
   int64_t states = 0;       // AdamW's two moments
   int64_t gradients = 0;    // those that exist at that moment, sums over micro-batches included
   int64_t activations = 0;  // kept from forward for backward

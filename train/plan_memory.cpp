@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "model/ops/dynamic_map.h"
+#include "model/ops/ops.h"
 #include "model/weights/gguf_weights.h"
 #include "model/weights/json_fields.h"
 #include "model/weights/load.h"
@@ -16,7 +17,6 @@
 namespace caldera {
 namespace {
 
-constexpr int64_t kLogitsBytes = 96 << 20;  // linear_cross_entropy's chunk
 constexpr int64_t kAttentionRows = 256;     // queries whose scores exist at once
 
 Json decoder_config(const fs::path& path) {
@@ -164,7 +164,7 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
                                                          : held_whole);
   if (choices.packs_frozen) fixed.packed = e * p.num_packed;
   const bool has_masters = e == 2 && stage.optimizer.master_weights == "float32";
-  fixed.masters = has_masters ? 4 * p.num_trainable / sharers : 0;
+  fixed.masters = has_masters ? 2 * p.num_trainable / sharers : 0;
   fixed.states = p.state_bytes / sharers;
   if (stage.memory.offload_optimizer && on_gpu) fixed.masters = fixed.states = 0;
 
@@ -219,7 +219,7 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   int64_t all_kept = before_blocks;
   for (int64_t layer = 0; layer < p.L; ++layer) all_kept += kept_by(layer);
   // Logits of one chunk; several chunks' gradients of a bfloat16 head are summed in float32.
-  const int64_t chunk = std::min<int64_t>(N, std::max<int64_t>(64, kLogitsBytes / (p.V * e)));
+  const int64_t chunk = cross_entropy_chunk(N, p.V, e);
   const int64_t head_sum = chunk < N && e == 2 && p.head_trains ? 4 * p.V * p.D : 0;
   consider("the head", sums + head_gradient, all_kept + 3 * N * p.D * e, chunk * p.V * e + head_sum);
   if (p.num_trainable == 0) return most;

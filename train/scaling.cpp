@@ -17,9 +17,9 @@ constexpr Gpu kGpus[] = {{"a100", 312e12, 2.04e12, 300e9, 25e9},
                          {"h200", 989e12, 4.8e12, 450e9, 50e9},
                          {"b200", 2250e12, 8e12, 900e9, 100e9}};
 
-// Bytes that AdamW moves for an element: gradient, master and both moments read, the last three and the
-// weight written.
-constexpr double kUpdateBytes = 4 * 4 + 3 * 4 + 2;
+// Bytes that AdamW moves for an element: gradient, weight with its remainder, and both moments read, the last
+// four written.
+constexpr double kUpdateBytes = 4 * 4 + 3 * 4;
 
 enum class Kind { kSum, kReduceScatter, kAllGather };
 // When a collective runs: beside the passes, which may hide it, or after the update.

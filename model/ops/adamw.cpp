@@ -14,67 +14,124 @@ using namespace simd;
 
 constexpr int64_t kGrain = 1 << 16;  // elements below which a second thread is not worth it
 
-template <class G, class W>
-CALDERA_INLINE void update_each(float* master, float* exp_avg, float* exp_avg_sq, const G* gradient,
-                                W* weight, int64_t count, const AdamWFactors& f) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t n = std::min(kLanes, count - i);
+// The whole tensors; of the gradient one form, or none where it counts as zeros.
+struct Arrays {
+  float *exp_avg, *exp_avg_sq;
+  const float* gradient = nullptr;
+  const c10::BFloat16* gradient_bf16 = nullptr;
+};
+
+template <class Weights, class G>
+CALDERA_INLINE void update_each(const Weights& weights, const Arrays& a, const G* gradient, int64_t begin, int64_t end,
+                                const AdamWFactors& f) {
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const int64_t n = std::min(kLanes, end - i);
     const Vec g = gradient ? load(gradient + i, n) * f.grad_scale : Vec{};
-    Vec m = load(exp_avg + i, n), v = load(exp_avg_sq + i, n);
-    const Vec w = adamw_lanes(load(master + i, n), m, v, g, f);
-    store(exp_avg + i, m, n);
-    store(exp_avg_sq + i, v, n);
-    store(master + i, w, n);
-    if (weight) store(weight + i, w, n);
+    Vec m = load(a.exp_avg + i, n), v = load(a.exp_avg_sq + i, n);
+    weights.store(i, adamw_lanes(weights.load(i, n), m, v, g, f), n);
+    store(a.exp_avg + i, m, n);
+    store(a.exp_avg_sq + i, v, n);
   }
 }
 
-// A null gradient counts as zeros; a null weight is not written.
-CALDERA_SIMD void update(float* master, float* m, float* v, const float* gradient, c10::BFloat16* weight,
-                         int64_t count, const AdamWFactors& factors) {
-  update_each(master, m, v, gradient, weight, count, factors);
+CALDERA_SIMD void update(const WholeWeights& weights, const Arrays& a, int64_t begin, int64_t end,
+                         const AdamWFactors& factors) {
+  if (a.gradient_bf16)
+    update_each(weights, a, a.gradient_bf16, begin, end, factors);
+  else
+    update_each(weights, a, a.gradient, begin, end, factors);
 }
-CALDERA_SIMD void update(float* master, float* m, float* v, const c10::BFloat16* gradient,
-                         c10::BFloat16* weight, int64_t count, const AdamWFactors& factors) {
-  update_each(master, m, v, gradient, weight, count, factors);
+CALDERA_SIMD void update(const SplitWeights& weights, const Arrays& a, int64_t begin, int64_t end,
+                         const AdamWFactors& factors) {
+  if (a.gradient_bf16)
+    update_each(weights, a, a.gradient_bf16, begin, end, factors);
+  else
+    update_each(weights, a, a.gradient, begin, end, factors);
+}
+
+CALDERA_SIMD void convert(const SplitWeights& from, const WholeWeights& to, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const int64_t n = std::min(kLanes, end - i);
+    to.store(i, from.load(i, n), n);
+  }
+}
+CALDERA_SIMD void convert(const WholeWeights& from, const SplitWeights& to, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const int64_t n = std::min(kLanes, end - i);
+    to.store(i, from.load(i, n), n);
+  }
+}
+void convert_all(const auto& from, const auto& to, int64_t count) {
+  at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) { convert(from, to, begin, end); });
+}
+SplitWeights halves_of(const at::Tensor& weight, const at::Tensor& remainder) {
+  return {weight.mutable_data_ptr<c10::BFloat16>(), remainder.mutable_data_ptr<int16_t>()};
 }
 
 }  // namespace
 
-void adamw_update(const at::Tensor& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
-                  const at::Tensor& gradient_in, const at::Tensor& weight, const AdamWStep& step) {
-  CALDERA_ASSERT(exp_avg.numel() == master.numel() && exp_avg_sq.numel() == master.numel() &&
-                 weight.numel() == master.numel());
+Master Master::of(const at::Tensor& weight) {
+  if (weight.scalar_type() != at::kBFloat16) return {weight, {}};
+  return {weight, at::zeros(weight.sizes(), weight.options().dtype(at::kShort).requires_grad(false))};
+}
+
+at::Tensor Master::values() const {
+  if (!remainder.defined()) return weight;
+  const at::NoGradGuard no_grad;
+  at::Tensor whole = at::empty(weight.sizes(), at::kFloat);
+  convert_all(halves_of(weight.cpu(), remainder.cpu()), WholeWeights{whole.mutable_data_ptr<float>()}, weight.numel());
+  return whole;
+}
+
+void Master::assign(const at::Tensor& values) const {
+  const at::NoGradGuard no_grad;
+  if (!remainder.defined()) {
+    weight.copy_(values);
+    return;
+  }
+  const at::Tensor whole = values.to(at::kCPU, at::kFloat).contiguous(), weight_here = weight.cpu(),
+                   remainder_here = remainder.cpu();  // themselves where they are in host memory
+  convert_all(WholeWeights{whole.mutable_data_ptr<float>()}, halves_of(weight_here, remainder_here), weight.numel());
+  if (!weight_here.is_same(weight)) {
+    weight.copy_(weight_here);
+    remainder.copy_(remainder_here);
+  }
+}
+
+void adamw_update(const Master& master, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+                  const at::Tensor& gradient_in, const AdamWStep& step) {
   CALDERA_PROFILED("adamw_update");
-  const bool in_place = weight.is_alias_of(master);
+  const at::Tensor& weight = master.weight;
+  const int64_t count = weight.numel();
+  const bool is_whole = weight.scalar_type() == at::kFloat;
+  CALDERA_ASSERT(exp_avg.numel() == count && exp_avg_sq.numel() == count &&
+                 (is_whole || master.remainder.numel() == count));
   const AdamWFactors factors(step);
   const at::Tensor gradient = gradient_in.defined() ? gradient_in.contiguous() : gradient_in;
-  CALDERA_ASSERT(!gradient.defined() || gradient.numel() == master.numel());
-  if (master.is_cuda()) {
-    cuda::with_type(gradient.defined() ? gradient : master, [&]<class T>(T*, cuda::Stream stream) {
-      cuda::adamw(cuda::out<float>(master), cuda::out<float>(exp_avg), cuda::out<float>(exp_avg_sq),
-                  cuda::in<T>(gradient), in_place ? nullptr : cuda::out<cuda::Bf16>(weight), master.numel(),
+  CALDERA_ASSERT(!gradient.defined() || gradient.numel() == count);
+  if (weight.is_cuda()) {
+    cuda::with_type(gradient.defined() ? gradient : weight, [&]<class T>(T*, cuda::Stream stream) {
+      cuda::adamw(cuda::weights_of(master), cuda::out<float>(exp_avg), cuda::out<float>(exp_avg_sq),
+                  cuda::in<T>(gradient), count,
                   {factors.decay, factors.one_minus_beta1, factors.beta2, factors.one_minus_beta2,
                    factors.step_size, factors.inverse_correction2, factors.epsilon, factors.grad_scale},
                   stream);
     });
     return;
   }
-  float* master_data = master.mutable_data_ptr<float>();
-  float *m = exp_avg.mutable_data_ptr<float>(), *v = exp_avg_sq.mutable_data_ptr<float>();
-  c10::BFloat16* weight_data = in_place ? nullptr : weight.mutable_data_ptr<c10::BFloat16>();
-  const auto run = [&]<class G>(const G* g) {
-    at::parallel_for(0, master.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      update(master_data + begin, m + begin, v + begin, g ? g + begin : nullptr,
-             weight_data ? weight_data + begin : nullptr, end - begin, factors);
-    });
+  Arrays arrays{exp_avg.mutable_data_ptr<float>(), exp_avg_sq.mutable_data_ptr<float>()};
+  if (gradient.defined() && gradient.scalar_type() == at::kFloat)
+    arrays.gradient = gradient.const_data_ptr<float>();
+  else if (gradient.defined())
+    arrays.gradient_bf16 = gradient.const_data_ptr<c10::BFloat16>();
+  const auto run = [&](const auto& weights) {
+    at::parallel_for(0, count, kGrain,
+                     [&](int64_t begin, int64_t end) { update(weights, arrays, begin, end, factors); });
   };
-  if (!gradient.defined())
-    run(static_cast<const float*>(nullptr));
-  else if (gradient.scalar_type() == at::kFloat)
-    run(gradient.const_data_ptr<float>());
+  if (is_whole)
+    run(WholeWeights{weight.mutable_data_ptr<float>()});
   else
-    run(gradient.const_data_ptr<c10::BFloat16>());
+    run(halves_of(weight, master.remainder));
 }
 
 }  // namespace caldera

@@ -47,8 +47,9 @@ CALDERA_INLINE void store_stochastic(c10::BFloat16* x, const Vec& value, int64_t
 
 // The whole tensors; what is null is not there.
 struct Arrays {
-  float* master = nullptr;
+  float* whole_weight = nullptr;
   c10::BFloat16* weight = nullptr;
+  int16_t* remainder = nullptr;
   const float* gradient = nullptr;
   const c10::BFloat16* gradient_bf16 = nullptr;
   float *m = nullptr, *v = nullptr;
@@ -92,16 +93,18 @@ CALDERA_SIMD void update_blocks(const Arrays& a, int64_t first_block, int64_t la
                     : a.gradient_bf16 ? load(a.gradient_bf16 + at, n) * f.grad_scale
                                       : Vec{};
       Vec m_lanes = load(m + i, n), v_lanes = load(v + i, n);
-      const Vec before = a.master ? load(a.master + at, n) : load(a.weight + at, n);
+      const WholeWeights whole{a.whole_weight};
+      const SplitWeights split{a.weight, a.remainder};
+      const Vec before = a.whole_weight ? whole.load(at, n) : a.remainder ? split.load(at, n) : load(a.weight + at, n);
       const Vec w = adamw_lanes(before, m_lanes, v_lanes, g, f);
       store(m + i, m_lanes, n);
       store(v + i, v_lanes, n);
-      if (a.master) {
-        store(a.master + at, w, n);
-        if (a.weight) store(a.weight + at, w, n);
-      } else {
+      if (a.whole_weight)
+        whole.store(at, w, n);
+      else if (a.remainder)
+        split.store(at, w, n);
+      else
         store_stochastic(a.weight + at, w, n, first_index + static_cast<uint32_t>(at), words);
-      }
     }
     if (a.m_codes) a.m_scale[block] = encode(m, m_search, a.m_codes + begin, size);
     if (a.v_codes) a.v_scale[block] = encode(v, v_search, a.v_codes + begin, size);
@@ -118,14 +121,13 @@ void set_pointers(const Moment& moment, float*& values, uint8_t*& codes, float*&
   }
 }
 
-void update_on_cuda(const at::Tensor& master, const Moment& exp_avg, const Moment& exp_avg_sq,
-                    const at::Tensor& gradient, const at::Tensor& weight, const AdamWFactors& f,
-                    const RoundingNoise& noise) {
+void update_on_cuda(const Master& master, const Moment& exp_avg, const Moment& exp_avg_sq,
+                    const at::Tensor& gradient, const AdamWFactors& f, const RoundingNoise& noise) {
   cuda::CompactState state;
   set_pointers(exp_avg, state.exp_avg, state.exp_avg_codes, state.exp_avg_scale);
   set_pointers(exp_avg_sq, state.exp_avg_sq, state.exp_avg_sq_codes, state.exp_avg_sq_scale);
-  if (master.defined()) state.master = cuda::out<float>(master);
-  if (weight.scalar_type() == at::kBFloat16) state.weight = cuda::out<cuda::Bf16>(weight);
+  state.weights = cuda::weights_of(master);
+  const at::Tensor& weight = master.weight;
   const NoiseWords words(noise.key);
   cuda::with_type(gradient.defined() ? gradient : weight, [&]<class T>(T*, cuda::Stream stream) {
     cuda::adamw_compact(state, cuda::in<T>(gradient), cuda::in<float>(dynamic_maps_on(weight.device())),
@@ -169,21 +171,24 @@ at::Tensor round_stochastically(const at::Tensor& values, const RoundingNoise& n
   return at::where(values.isfinite(), rounded, values).to(at::kBFloat16);
 }
 
-void adamw_update_compact(const at::Tensor& master, const Moment& exp_avg, const Moment& exp_avg_sq,
-                          const at::Tensor& gradient_in, const at::Tensor& weight, const AdamWStep& step,
-                          const RoundingNoise& noise) {
+void adamw_update_compact(const Master& master, const Moment& exp_avg, const Moment& exp_avg_sq,
+                          const at::Tensor& gradient_in, const AdamWStep& step, const RoundingNoise& noise) {
   const at::NoGradGuard no_grad;
   CALDERA_PROFILED("adamw_update");
+  const at::Tensor& weight = master.weight;
   const int64_t count = weight.numel();
   CALDERA_ASSERT(exp_avg.values.numel() == count && exp_avg_sq.values.numel() == count &&
-                 (master.defined() ? master.numel() == count : weight.scalar_type() == at::kBFloat16));
+                 (!master.remainder.defined() || master.remainder.numel() == count));
   const at::Tensor gradient = gradient_in.defined() ? gradient_in.contiguous() : gradient_in;
   CALDERA_ASSERT(!gradient.defined() || gradient.numel() == count);
   const AdamWFactors factors(step);
-  if (weight.is_cuda()) return update_on_cuda(master, exp_avg, exp_avg_sq, gradient, weight, factors, noise);
+  if (weight.is_cuda()) return update_on_cuda(master, exp_avg, exp_avg_sq, gradient, factors, noise);
   Arrays arrays;
-  if (master.defined()) arrays.master = master.mutable_data_ptr<float>();
-  if (weight.scalar_type() == at::kBFloat16) arrays.weight = weight.mutable_data_ptr<c10::BFloat16>();
+  if (weight.scalar_type() == at::kFloat)
+    arrays.whole_weight = weight.mutable_data_ptr<float>();
+  else
+    arrays.weight = weight.mutable_data_ptr<c10::BFloat16>();
+  if (master.remainder.defined()) arrays.remainder = master.remainder.mutable_data_ptr<int16_t>();
   if (gradient.defined() && gradient.scalar_type() == at::kFloat)
     arrays.gradient = gradient.const_data_ptr<float>();
   else if (gradient.defined())

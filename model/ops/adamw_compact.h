@@ -28,11 +28,10 @@ struct RoundingNoise {
 // Float32 values -> bfloat16, on any device.
 at::Tensor round_stochastically(const at::Tensor& values, const RoundingNoise& noise);
 
-// One update, as adamw_update, of moments in either form. Where `master` is undefined, the bfloat16 weight is
-// all there is: it is read, updated in float32 and rounded by the noise. The update is computed from the
-// moments before they are rounded to 8 bits.
-void adamw_update_compact(const at::Tensor& master, const Moment& exp_avg, const Moment& exp_avg_sq,
-                          const at::Tensor& gradient, const at::Tensor& weight, const AdamWStep& step,
-                          const RoundingNoise& noise);
+// One update, as adamw_update, of moments in either form. Where a bfloat16 weight is all there is, it is read,
+// updated in float32 and rounded by the noise. The update is computed from the moments before they are rounded
+// to 8 bits.
+void adamw_update_compact(const Master& master, const Moment& exp_avg, const Moment& exp_avg_sq,
+                          const at::Tensor& gradient, const AdamWStep& step, const RoundingNoise& noise);
 
 }  // namespace caldera

@@ -14,10 +14,6 @@ namespace {
 
 using namespace simd;
 
-// Logits held at once. Large enough that the products run at full speed and most micro-batches need one
-// chunk.
-constexpr int64_t kChunkBytes = 96 << 20;
-
 // nll = log(sum(exp(row))) - row[target]; with `gradient`, the row becomes d nll / d row = softmax(row) -
 // onehot(target).
 template <class T>
@@ -96,10 +92,10 @@ at::Tensor cross_entropy(at::Tensor& logits, const at::Tensor& targets, bool gra
 // Calls f(first row, number of rows) for each chunk.
 template <class Function>
 void for_each_chunk(const at::Tensor& hidden, const at::Tensor& weight, Function f) {
-  const int64_t row_bytes = weight.size(0) * static_cast<int64_t>(weight.element_size());
-  const int64_t chunk = std::max<int64_t>(64, kChunkBytes / std::max<int64_t>(1, row_bytes));
-  for (int64_t begin = 0; begin < hidden.size(0); begin += chunk)
-    f(begin, std::min(chunk, hidden.size(0) - begin));
+  const int64_t rows = hidden.size(0);
+  const int64_t chunk =
+      cross_entropy_chunk(rows, weight.size(0), static_cast<int64_t>(weight.element_size()));
+  for (int64_t begin = 0; begin < rows; begin += chunk) f(begin, std::min(chunk, rows - begin));
 }
 
 void check(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets) {
@@ -162,6 +158,13 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
 };
 
 }  // namespace
+
+int64_t cross_entropy_chunk(int64_t num_rows, int64_t vocab_size, int64_t bytes_each) {
+  constexpr int64_t kBytes = 96 << 20;
+  const int64_t most = std::max<int64_t>(64, kBytes / std::max<int64_t>(1, vocab_size * bytes_each));
+  const int64_t num_chunks = std::max<int64_t>(1, (num_rows + most - 1) / most);
+  return std::max<int64_t>(1, (num_rows + num_chunks - 1) / num_chunks);
+}
 
 at::Tensor linear_cross_entropy(const at::Tensor& hidden_ND, const at::Tensor& weight_VD,
                                 const at::Tensor& targets_N) {

@@ -48,6 +48,9 @@ at::Tensor cached_attention(const at::Tensor& q_THK, const std::vector<at::Tenso
 // scales them.
 at::Tensor linear_cross_entropy(const at::Tensor& hidden_ND, const at::Tensor& weight_VD,
                                 const at::Tensor& targets_N);
+// Rows of a chunk: as few chunks of equal size as hold no more than 96 MiB of logits each. Products run at full speed
+// so, and most micro-batches need one chunk.
+int64_t cross_entropy_chunk(int64_t num_rows, int64_t vocab_size, int64_t bytes_each);
 // The same without gradients, per row: -> float32 [N].
 at::Tensor linear_nll(const at::Tensor& hidden_ND, const at::Tensor& weight_VD, const at::Tensor& targets_N);
 

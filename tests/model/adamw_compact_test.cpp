@@ -41,7 +41,7 @@ TEST_F(AdamW8bit, UpdatesAreBitsandbytes) {
   for (int64_t step = 0; step < gradients.size(0); ++step) {
     AdamWStep now = kStep;
     now.count = step + 1;
-    adamw_update_compact(weight, m, v, gradients[step].contiguous(), weight, now, {});
+    adamw_update_compact({weight, {}}, m, v, gradients[step].contiguous(), now, {});
     const std::string at = "." + std::to_string(step);
     EXPECT_TRUE(at::allclose(weight, golden("weight" + at), 1e-5, 1e-6)) << step;
     EXPECT_TRUE(at::allclose(m.scale, golden("exp_avg.scale" + at), 1e-5, 0)) << step;
@@ -97,16 +97,18 @@ TEST(AdamWCompact, IsThePlainFormula) {
     for (const bool has_master : {true, false}) {
       for (const int64_t count : {1, 255, 700}) {
         const at::Tensor start = at::randn({count}), gradient = at::randn({count}).to(at::kBFloat16);
-        const at::Tensor weight = start.to(at::kBFloat16), master = has_master ? start.clone() : at::Tensor();
+        const at::Tensor weight = start.to(at::kBFloat16);
+        const Master master = has_master ? Master::of(weight) : Master{weight, {}};
+        if (has_master) master.assign(start);
         const Moment m = zero_moment(start, is_8bit), v = zero_moment(start, is_8bit);
         const RoundingNoise noise{.key = 5, .first = 1000};
-        adamw_update_compact(master, m, v, gradient, weight, kStep, noise);
+        adamw_update_compact(master, m, v, gradient, kStep, noise);
 
         const at::Tensor value = has_master ? start.clone() : start.to(at::kBFloat16).to(at::kFloat);
         const at::Tensor m_plain = at::zeros({count}), v_plain = at::zeros({count});
-        adamw_update(value, m_plain, v_plain, gradient, value, kStep);
+        adamw_update(Master::of(value), m_plain, v_plain, gradient, kStep);
         if (has_master) {
-          EXPECT_TRUE(at::equal(master, value));
+          EXPECT_TRUE(at::equal(master.values(), value));
           EXPECT_TRUE(at::equal(weight, value.to(at::kBFloat16)));
         } else {
           EXPECT_TRUE(at::equal(weight, round_stochastically(value, noise)));
@@ -132,7 +134,7 @@ TEST(AdamWCompact, TheNumberOfThreadsChangesNoBit) {
     at::set_num_threads(number);
     weights.push_back(start.clone());
     const Moment m = zero_moment(start, true), v = zero_moment(start, true);
-    adamw_update_compact({}, m, v, gradient, weights.back(), kStep, {.key = 1});
+    adamw_update_compact({weights.back(), {}}, m, v, gradient, kStep, {.key = 1});
     codes.push_back(m.values);
   }
   at::set_num_threads(threads);

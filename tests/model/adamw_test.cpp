@@ -44,28 +44,74 @@ TEST(AdamW, IsAtensFusedUpdate) {
     const State expected = fresh(count), got = copy(expected);
     const at::Tensor gradient = at::randn({count});
     reference(expected, gradient, kStep);
-    adamw_update(got.master, got.exp_avg, got.exp_avg_sq, gradient, got.master, kStep);
+    adamw_update(Master::of(got.master), got.exp_avg, got.exp_avg_sq, gradient, kStep);
     EXPECT_TRUE(at::allclose(got.master, expected.master, 1e-6, 1e-7)) << count;
     EXPECT_TRUE(at::allclose(got.exp_avg, expected.exp_avg, 1e-6, kMomentBound)) << count;
     EXPECT_TRUE(at::allclose(got.exp_avg_sq, expected.exp_avg_sq, 1e-6, 1e-12)) << count;
   }
 }
 
-TEST(AdamW, RoundsTheMasterToABfloat16WeightAndTakesItsGradient) {
-  const State expected = fresh(777), got = copy(expected);
-  const at::Tensor gradient = at::randn({777}).to(at::kBFloat16), before = gradient.clone();
-  const at::Tensor weight = at::zeros({777}, at::kBFloat16);
-  reference(expected, gradient, kStep);
-  adamw_update(got.master, got.exp_avg, got.exp_avg_sq, gradient, weight, kStep);
-  EXPECT_TRUE(at::allclose(got.master, expected.master, 1e-6, 1e-7));
-  EXPECT_TRUE(at::equal(weight, got.master.to(at::kBFloat16)));
-  EXPECT_TRUE(at::equal(gradient, before));
+// A master of bfloat16 halves with these values.
+Master split(const at::Tensor& values) {
+  const Master master = Master::of(at::zeros(values.sizes(), at::kBFloat16));
+  master.assign(values);
+  return master;
+}
+
+TEST(AdamW, AMasterInTwoHalvesIsUpdatedAsAWholeOne) {
+  for (const int64_t count : {1, 15, 16, 777, 200001}) {
+    for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+      const State whole = fresh(count), halves = copy(whole);
+      const at::Tensor gradient = at::randn({count}).to(dtype), before = gradient.clone();
+      const Master master = split(halves.master);
+      for (int i = 0; i < 3; ++i) {
+        adamw_update(Master::of(whole.master), whole.exp_avg, whole.exp_avg_sq, gradient, kStep);
+        adamw_update(master, halves.exp_avg, halves.exp_avg_sq, gradient, kStep);
+      }
+      EXPECT_TRUE(at::equal(master.values(), whole.master)) << count;
+      EXPECT_TRUE(at::equal(halves.exp_avg, whole.exp_avg) && at::equal(halves.exp_avg_sq, whole.exp_avg_sq)) << count;
+      const at::Tensor is_half_way = whole.master.view(at::kInt).bitwise_and(0xFFFF).eq(0x8000);
+      EXPECT_TRUE(master.weight.eq(whole.master.to(at::kBFloat16)).logical_or(is_half_way).all().item<bool>()) << count;
+      EXPECT_TRUE(at::equal(gradient, before));
+    }
+  }
+}
+
+at::Tensor from_bits(const std::vector<int64_t>& bits) { return at::tensor(bits).to(at::kInt).view(at::kFloat); }
+
+TEST(Master, ItsHalvesAreTheNearestBfloat16AndAllBits) {
+  at::manual_seed(5);
+  const at::Tensor any = at::randint(0, int64_t{1} << 32, {100003}).to(at::kInt).view(at::kFloat);
+  const at::Tensor values = any.masked_select(any.isfinite());
+  const Master master = split(values);
+  EXPECT_TRUE(at::equal(master.values().view(at::kInt), values.view(at::kInt)));
+  const at::Tensor nearest = values.to(at::kBFloat16), is_half_way = values.view(at::kInt).bitwise_and(0xFFFF).eq(0x8000);
+  EXPECT_TRUE(at::equal(master.weight.masked_select(~is_half_way), nearest.masked_select(~is_half_way)));
+
+  // Half way from 1 to the next, and from that to the one behind it, and their mirrors; the largest number, whose
+  // nearest bfloat16 is infinite; zeros, the smallest number, infinities.
+  const at::Tensor edges = from_bits({0x3F808000, 0x3F818000, 0xBF808000, 0xBF818000, 0x7F7FFFFF, 0, 0x80000000, 1,
+                                      0x7F800000, 0xFF800000});
+  const Master edge = split(edges);
+  EXPECT_TRUE(at::equal(edge.values().view(at::kInt), edges.view(at::kInt)));
+  EXPECT_TRUE(at::equal(edge.weight.to(at::kFloat).view(at::kInt),
+                        from_bits({0x3F810000, 0x3F820000, 0xBF810000, 0xBF820000, 0x7F800000, 0, 0x80000000, 0,
+                                   0x7F800000, 0xFF800000}).view(at::kInt)));
+  const Master no_numbers = split(from_bits({0x7FFFFFFF, 0x7F800001, 0xFFFF8000}));
+  EXPECT_TRUE(no_numbers.weight.isnan().all().item<bool>() && no_numbers.values().isnan().all().item<bool>());
+}
+
+TEST(Master, WithoutARemainderIsTheWeight) {
+  const at::Tensor weight = at::rand({5});
+  EXPECT_TRUE(Master::of(weight).values().is_same(weight));
+  Master::of(weight).assign(at::ones({5}));
+  EXPECT_TRUE(at::equal(weight, at::ones({5})));
 }
 
 TEST(AdamW, NoGradientCountsAsZeros) {
   const State expected = fresh(100), got = copy(expected);
   reference(expected, at::zeros({100}), kStep);
-  adamw_update(got.master, got.exp_avg, got.exp_avg_sq, at::Tensor(), got.master, kStep);
+  adamw_update(Master::of(got.master), got.exp_avg, got.exp_avg_sq, at::Tensor(), kStep);
   EXPECT_TRUE(at::allclose(got.master, expected.master, 1e-6, 1e-7));
 }
 
@@ -74,9 +120,9 @@ TEST(AdamW, TheNumberOfThreadsChangesNoBit) {
   const at::Tensor gradient = at::randn({300001});
   const State one = fresh(300001), two = copy(one);
   at::set_num_threads(1);
-  adamw_update(one.master, one.exp_avg, one.exp_avg_sq, gradient, one.master, kStep);
+  adamw_update(Master::of(one.master), one.exp_avg, one.exp_avg_sq, gradient, kStep);
   at::set_num_threads(2);
-  adamw_update(two.master, two.exp_avg, two.exp_avg_sq, gradient, two.master, kStep);
+  adamw_update(Master::of(two.master), two.exp_avg, two.exp_avg_sq, gradient, kStep);
   at::set_num_threads(threads);
   EXPECT_TRUE(at::equal(one.master, two.master) && at::equal(one.exp_avg_sq, two.exp_avg_sq));
 }

@@ -39,20 +39,21 @@ TYPED_TEST(CudaKernels, AdamW) {
       const Tensors got = in_both_orders([&]() -> Tensors {
         Device<float> master_(master, behind), m_(m, behind), v_(v, behind);
         Device<T> gradient_(gradient, behind);
-        Device<Bf16> weight({count}, behind);
-        kernels::adamw(*master_, *m_, *v_, has_gradient ? *gradient_ : nullptr, *weight, count, factors,
-                       nullptr);
+        kernels::adamw({.whole = *master_}, *m_, *v_, has_gradient ? *gradient_ : nullptr, count, factors, nullptr);
         EXPECT_TRUE(at::equal(gradient_.tensor(), gradient));
+        const Master split = Master::of(at::empty({count}, at::kBFloat16));
+        split.assign(master);
+        Device<Bf16> weight(split.weight, behind);
+        Device<int16_t> remainder(split.remainder, behind);
+        Device<float> m_too(m, behind), v_too(v, behind);
+        kernels::adamw({.weight = *weight, .remainder = *remainder}, *m_too, *v_too,
+                       has_gradient ? *gradient_ : nullptr, count, factors, nullptr);
         EXPECT_TRUE(at::equal(weight.tensor(), master_.tensor().to(at::kBFloat16)));
-        Device<float> in_place(master, behind), m_too(m, behind), v_too(v, behind);
-        kernels::adamw(*in_place, *m_too, *v_too, has_gradient ? *gradient_ : nullptr, nullptr, count,
-                       factors, nullptr);
-        EXPECT_TRUE(at::equal(in_place.tensor(), master_.tensor()));
+        EXPECT_TRUE(at::equal(Master{weight.tensor(), remainder.tensor()}.values(), master_.tensor()));
         return {master_.tensor(), m_.tensor(), v_.tensor()};
       });
       const Tensors expected = {master.clone(), m.clone(), v.clone()};
-      adamw_update(expected[0], expected[1], expected[2], has_gradient ? gradient : at::Tensor(), expected[0],
-                   step);
+      adamw_update(Master::of(expected[0]), expected[1], expected[2], has_gradient ? gradient : at::Tensor(), step);
       const std::array<double, 3> tolerance = {1e-7, 1e-8, 1e-10};
       for (size_t i = 0; i < 3; ++i) EXPECT_TRUE(at::allclose(got[i], expected[i], 2e-6, tolerance[i])) << i;
     }
@@ -83,8 +84,7 @@ TYPED_TEST(CudaKernels, AdamWOfMomentsIn8BitsAndWeightsWithoutMaster) {
                    << count << (is_8bit ? ", 8 bits" : "") << (has_master ? ", master" : ""));
       const at::Tensor m_values = random({count}, 0.01).to(at::kFloat),
                        v_values = random({count}, 0.01).pow(2).to(at::kFloat),
-                       master = random({count}).to(at::kFloat), weight = master.to(at::kBFloat16),
-                       gradient = random({count}, 0.1).to(kDtype<T>);
+                       weight = random({count}).to(at::kBFloat16), gradient = random({count}, 0.1).to(kDtype<T>);
       const auto moment = [&](const at::Tensor& values, bool is_signed) -> Moment {
         if (!is_8bit) return {values.clone(), {}};
         const Quantized quantized = quantize_dynamic(values, is_signed);
@@ -94,13 +94,17 @@ TYPED_TEST(CudaKernels, AdamWOfMomentsIn8BitsAndWeightsWithoutMaster) {
         return is_8bit ? dequantize_dynamic({values, scale}, is_signed) : values;
       };
       const Moment m = moment(m_values, true), v = moment(v_values, false);
+      const Master master = has_master ? Master::of(weight.clone()) : Master{weight.clone(), {}};
+      if (has_master) master.assign(random({count}));
       const Tensors got = in_both_orders([&]() -> Tensors {
-        Device<float> master_(master), maps_(maps), m_(m.values), v_(v.values),
+        Device<float> maps_(maps), m_(m.values), v_(v.values),
             m_scale(is_8bit ? m.scale : maps), v_scale(is_8bit ? v.scale : maps);
         Device<uint8_t> m_codes(m.values), v_codes(v.values);
         Device<T> gradient_(gradient);
-        Device<Bf16> weight_(weight);
-        kernels::CompactState state = {.master = has_master ? *master_ : nullptr, .weight = *weight_};
+        Device<Bf16> weight_(master.weight);
+        Device<int16_t> remainder_(has_master ? master.remainder : at::zeros({count}, at::kShort));
+        kernels::CompactState state = {
+            .weights = {.weight = *weight_, .remainder = has_master ? *remainder_ : nullptr}};
         if (is_8bit) {
           state.exp_avg_codes = *m_codes;
           state.exp_avg_sq_codes = *v_codes;
@@ -114,14 +118,13 @@ TYPED_TEST(CudaKernels, AdamWOfMomentsIn8BitsAndWeightsWithoutMaster) {
                                nullptr);
         return {values_of(is_8bit ? m_codes.tensor() : m_.tensor(), m_scale.tensor(), true),
                 values_of(is_8bit ? v_codes.tensor() : v_.tensor(), v_scale.tensor(), false),
-                master_.tensor(), weight_.tensor().to(at::kFloat)};
+                has_master ? Master{weight_.tensor(), remainder_.tensor()}.values()
+                           : weight_.tensor().to(at::kFloat)};
       });
-      const at::Tensor master_too = master.clone(), weight_too = weight.clone();
-      adamw_update_compact(has_master ? master_too : at::Tensor(), m, v,
-                           has_gradient ? gradient : at::Tensor(), weight_too, step, noise);
+      adamw_update_compact(master, m, v, has_gradient ? gradient : at::Tensor(), step, noise);
       const Tensors expected = {values_of(m.values, m.scale, true), values_of(v.values, v.scale, false),
-                                master_too, weight_too.to(at::kFloat)};
-      for (size_t i = 0; i < 4; ++i) {
+                                master.values().to(at::kFloat)};
+      for (size_t i = 0; i < 3; ++i) {
         const at::Tensor is_other = (got[i] - expected[i]).abs() > expected[i].abs() * 1e-5 + 1e-8;
         EXPECT_LE(is_other.sum().item<int64_t>(), std::max<int64_t>(1, count / 200)) << i;
         EXPECT_TRUE(at::allclose(got[i], expected[i], 0.05, 1e-2 * expected[i].abs().max().item<double>()))

@@ -24,6 +24,8 @@ template <>
 constexpr at::ScalarType kDtype<int64_t> = at::kLong;
 template <>
 constexpr at::ScalarType kDtype<uint8_t> = at::kByte;
+template <>
+constexpr at::ScalarType kDtype<int16_t> = at::kShort;
 
 // A tensor in the emulated device's memory.
 template <class T>

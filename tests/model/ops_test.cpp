@@ -338,17 +338,21 @@ TEST_F(OpsOnAGpu, AdamWIsTheCpus) {
   for (const auto dtype : {at::kFloat, at::kBFloat16}) {
     for (const int64_t count : {1, 1000, 200001}) {
       const at::Tensor gradient = random({count}).to(dtype);
-      Tensors states = {random({count}).to(at::kFloat), random({count}, 0.01).to(at::kFloat),
-                        random({count}, 0.01).pow(2).to(at::kFloat), at::empty({count}, dtype)};
-      Tensors on_gpu;
-      for (const at::Tensor& state : states) on_gpu.push_back(state.to(at::kCUDA));
-      const bool in_place = dtype == at::kFloat;
-      adamw_update(states[0], states[1], states[2], gradient, states[in_place ? 0 : 3], step);
-      adamw_update(on_gpu[0], on_gpu[1], on_gpu[2], gradient.to(at::kCUDA), on_gpu[in_place ? 0 : 3], step);
+      const at::Tensor start = random({count});
+      std::vector<Tensors> results;
+      Tensors moments = {random({count}, 0.01).to(at::kFloat), random({count}, 0.01).pow(2).to(at::kFloat)};
+      for (const at::DeviceType device : devices()) {
+        const Master master = Master::of(at::empty({count}, at::TensorOptions(device).dtype(dtype)));
+        master.assign(start);
+        const at::Tensor m = moments[0].to(device, at::kFloat, false, /*copy=*/true),
+                         v = moments[1].to(device, at::kFloat, false, /*copy=*/true);
+        adamw_update(master, m, v, gradient.to(device), step);
+        results.push_back({master.values().cpu(), m.cpu(), v.cpu(), master.weight.cpu()});
+      }
       const std::array<double, 3> tolerance = {1e-7, 1e-8, 1e-10};
       for (size_t i = 0; i < 3; ++i)
-        EXPECT_TRUE(at::allclose(on_gpu[i].cpu(), states[i], 2e-6, tolerance[i])) << i << " of " << count;
-      EXPECT_TRUE(in_place || at::equal(on_gpu[3], on_gpu[0].to(at::kBFloat16)));
+        EXPECT_TRUE(at::allclose(results[1][i], results[0][i], 2e-6, tolerance[i])) << i << " of " << count;
+      EXPECT_TRUE(at::equal(results[1][3], results[1][0].to(dtype)));
     }
   }
 }
@@ -361,7 +365,7 @@ TEST_F(OpsOnAGpu, AdamWIn8BitsWithoutMasterIsTheCpus) {
     const at::Tensor w = weight.to(device, at::kBFloat16, /*non_blocking=*/false, /*copy=*/true);
     const Moment m = zero_moment(w, true), v = zero_moment(w, true);
     for (int i = 0; i < 3; ++i)
-      adamw_update_compact({}, m, v, gradient.to(device), w, step, {.key = 5, .first = 9});
+      adamw_update_compact({w, {}}, m, v, gradient.to(device), step, {.key = 5, .first = 9});
     results.push_back(w.to(at::kCPU, at::kDouble));
   }
   // A last bit here and there rounds another way.

@@ -60,6 +60,46 @@ TEST(AdamW, BFloat16WeightsKeepFloat32Masters) {
   EXPECT_EQ(bias[0].item<double>(), 1.0);
 }
 
+// Fused tensors and owned parts too: what masters() gave, restore() takes, to the last bit.
+TEST(AdamW, MastersOfBFloat16WeightsAreCopiesThatRestoreTakes) {
+  const auto make_groups = [](at::Tensor& tensor) {
+    return std::vector<ParameterGroup>{{"language_model", 0.1, {{"q", &tensor, 0, 2}, {"k", &tensor, 2, 3}}}};
+  };
+  at::manual_seed(6);
+  const at::Tensor start = at::randn({5, 8}).to(at::kBFloat16), gradient = at::randn({5, 8});
+  for (const bool is_part : {false, true}) {
+    const auto make_one = [&](at::Tensor& tensor) {
+      tensor = start.clone().set_requires_grad(true);
+      return AdamW(make_groups(tensor), {},
+                   is_part ? OwnedParts{{&tensor, {11, tensor.detach().view(-1).slice(0, 11, 33)}}} : OwnedParts());
+    };
+    at::Tensor one_weight, two_weight;
+    AdamW one = make_one(one_weight), two = make_one(two_weight);
+    const auto update = [&](AdamW& optimizer, at::Tensor& weight) {
+      optimizer.set_gradient(&weight, is_part ? gradient.view(-1).slice(0, 11, 33) : gradient);
+      optimizer.step(1, 1);
+    };
+    for (int i = 0; i < 3; ++i) update(one, one_weight);
+    EXPECT_TRUE(one.masters_are_copies());
+    const auto masters = one.masters(), moments = one.moments(), to = two.moments();
+    for (size_t i = 0; i < to.size(); ++i) to[i].second.copy_(moments[i].second);
+    two.restore(one.num_updates(), masters);
+    EXPECT_TRUE(at::equal(two_weight, one_weight));
+    EXPECT_FALSE(at::equal(one_weight, start));
+    for (int i = 0; i < 3; ++i) {
+      update(one, one_weight);
+      update(two, two_weight);
+    }
+    const auto expected = one.masters(), got = two.masters();
+    ASSERT_EQ(got.size(), 2u);
+    for (size_t i = 0; i < got.size(); ++i) {
+      EXPECT_EQ(got[i].first, is_part ? (i == 0 ? "q@11" : "k@0") : (i == 0 ? "q" : "k"));
+      EXPECT_TRUE(at::equal(got[i].second, expected[i].second)) << i;
+      EXPECT_FALSE(at::equal(masters[i].second, expected[i].second)) << i;  // a copy: training went on
+    }
+  }
+}
+
 TEST(AdamW, MicroBatchesOfBFloat16SumInFloat32) {
   at::Tensor matrix = at::zeros({1, 1}, at::kBFloat16), bias = at::zeros({1}, at::kBFloat16);
   AdamW optimizer = make(matrix, bias, 0);

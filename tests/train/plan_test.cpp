@@ -54,7 +54,7 @@ TEST_F(PlanTest, WeightsMastersAndStatesFollowTheDtype) {
   recipe_.stages[0].dtype = "bfloat16";
   const StagePlan narrow = plan_recipe(recipe_).front();
   EXPECT_EQ(wide.memory.masters, 0);
-  EXPECT_EQ(narrow.memory.masters, 4 * narrow.num_trainable);
+  EXPECT_EQ(narrow.memory.masters, 2 * narrow.num_trainable);
   EXPECT_EQ(wide.memory.states, 8 * wide.num_trainable);
   EXPECT_EQ(2 * narrow.memory.weights, wide.memory.weights);
 }

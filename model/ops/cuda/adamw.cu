@@ -12,20 +12,46 @@ __device__ inline float updated(float w, float& m, float& v, float g, const Adam
   return w * f.decay - f.step_size * m / (sqrtf(v) * f.inverse_correction2 + f.epsilon);
 }
 
+template <int kN>
+__device__ inline Floats<kN> load_weights(const Weights& weights, int64_t i) {
+  if (weights.whole) return load<kN>(weights.whole + i);
+  Floats<kN> values = load<kN>(weights.weight + i);
+  if (!weights.remainder) return values;
+  const Pack<int16_t, kN> low = pack_at<kN>(static_cast<const int16_t*>(weights.remainder) + i);
+  CALDERA_UNROLL
+  for (int k = 0; k < kN; ++k)
+    values[k] = __uint_as_float(__float_as_uint(values[k]) + static_cast<uint32_t>(int32_t{low.values[k]}));
+  return values;
+}
+// Where the weights are whole or have a remainder.
+template <int kN>
+__device__ inline void store_weights(const Weights& weights, int64_t i, const Floats<kN>& values) {
+  if (weights.whole) return store(weights.whole + i, values);
+  Pack<Bf16, kN> high;
+  Pack<int16_t, kN> low;
+  CALDERA_UNROLL
+  for (int k = 0; k < kN; ++k) {
+    const uint32_t bits = __float_as_uint(values[k]);
+    high.values[k].bits = static_cast<uint16_t>(values[k] != values[k] ? 0x7FC0u : (bits + 0x8000u) >> 16);
+    low.values[k] = static_cast<int16_t>(bits);
+  }
+  pack_at<kN>(weights.weight + i) = high;
+  pack_at<kN>(weights.remainder + i) = low;
+}
+
 template <class T, int kN>
-__global__ void adamw_kernel(float* master, float* exp_avg, float* exp_avg_sq, const T* gradient,
-                             Bf16* weight, int64_t count, AdamWFactors f) {
+__global__ void adamw_kernel(Weights weights, float* exp_avg, float* exp_avg_sq, const T* gradient, int64_t count,
+                             AdamWFactors f) {
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kN;
   if (i >= count) return;
   Floats<kN> g = {};
   if (gradient) g = load<kN>(gradient + i);
-  Floats<kN> m = load<kN>(exp_avg + i), v = load<kN>(exp_avg_sq + i), w = load<kN>(master + i);
+  Floats<kN> m = load<kN>(exp_avg + i), v = load<kN>(exp_avg_sq + i), w = load_weights<kN>(weights, i);
   CALDERA_UNROLL
   for (int k = 0; k < kN; ++k) w[k] = updated(w[k], m.values[k], v.values[k], g[k] * f.grad_scale, f);
   store(exp_avg + i, m);
   store(exp_avg_sq + i, v);
-  store(master + i, w);
-  if (weight) store(weight + i, w);
+  store_weights(weights, i, w);
 }
 
 static_assert(kCodesPerScale == kThreads);  // a thread takes an element of a range that shares a scale
@@ -77,13 +103,11 @@ __global__ void compact_kernel(CompactState s, const T* gradient, const float* m
       m = s.exp_avg ? load<1>(s.exp_avg + i)[0] : m_map[s.exp_avg_codes[i]] * s.exp_avg_scale[range];
       v = s.exp_avg_sq ? load<1>(s.exp_avg_sq + i)[0]
                        : v_map[s.exp_avg_sq_codes[i]] * s.exp_avg_sq_scale[range];
-      const float w = updated(s.master ? load<1>(s.master + i)[0] : load<1>(s.weight + i)[0], m, v, g, f);
-      if (s.master) {
-        store(s.master + i, Floats<1>{w});
-        if (s.weight) store(s.weight + i, Floats<1>{w});
-      } else {
-        s.weight[i] = rounded_by_noise(w, noise.first_index + static_cast<uint32_t>(i), noise);
-      }
+      const float w = updated(load_weights<1>(s.weights, i)[0], m, v, g, f);
+      if (s.weights.whole || s.weights.remainder)
+        store_weights(s.weights, i, Floats<1>{w});
+      else
+        s.weights.weight[i] = rounded_by_noise(w, noise.first_index + static_cast<uint32_t>(i), noise);
       if (s.exp_avg) store(s.exp_avg + i, Floats<1>{m});
       if (s.exp_avg_sq) store(s.exp_avg_sq + i, Floats<1>{v});
     }
@@ -102,15 +126,15 @@ __global__ void compact_kernel(CompactState s, const T* gradient, const float* m
 }  // namespace
 
 template <class T>
-void adamw(float* master, float* exp_avg, float* exp_avg_sq, const T* gradient, Bf16* weight, int64_t count,
+void adamw(const Weights& weights, float* exp_avg, float* exp_avg_sq, const T* gradient, int64_t count,
            const AdamWFactors& factors, Stream stream) {
   with_lanes<float>(
       count,
       [&](auto lanes) {
-        launch("adamw", adamw_kernel<T, lanes.value>, ceil_div(count, kThreads * lanes.value), stream, master,
-               exp_avg, exp_avg_sq, gradient, weight, count, factors);
+        launch("adamw", adamw_kernel<T, lanes.value>, ceil_div(count, kThreads * lanes.value), stream, weights,
+               exp_avg, exp_avg_sq, gradient, count, factors);
       },
-      master, exp_avg, exp_avg_sq, gradient, weight);
+      weights.whole, weights.weight, weights.remainder, exp_avg, exp_avg_sq, gradient);
 }
 
 template <class T>
@@ -120,8 +144,8 @@ void adamw_compact(const CompactState& state, const T* gradient, const float* ma
          gradient, maps, count, factors, noise);
 }
 
-template void adamw(float*, float*, float*, const float*, Bf16*, int64_t, const AdamWFactors&, Stream);
-template void adamw(float*, float*, float*, const Bf16*, Bf16*, int64_t, const AdamWFactors&, Stream);
+template void adamw(const Weights&, float*, float*, const float*, int64_t, const AdamWFactors&, Stream);
+template void adamw(const Weights&, float*, float*, const Bf16*, int64_t, const AdamWFactors&, Stream);
 template void adamw_compact(const CompactState&, const float*, const float*, int64_t, const AdamWFactors&,
                             const CompactNoise&, Stream);
 template void adamw_compact(const CompactState&, const Bf16*, const float*, int64_t, const AdamWFactors&,

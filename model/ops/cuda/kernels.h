@@ -56,23 +56,28 @@ template <class T>
 void cross_entropy(T* logits, const int64_t* targets, float* nll, int64_t rows, int64_t vocab, bool gradient,
                    Stream stream);
 
-// model/ops/adamw.h in float32, as adamw.cpp computes it. A null gradient counts as zeros, a null weight is
-// not written.
+// A master of model/ops/adamw.h: whole, or a bfloat16 weight and what its remainder makes a float32 one of.
+// Without both, the bfloat16 weight is all there is.
+struct Weights {
+  float* whole = nullptr;
+  Bf16* weight = nullptr;
+  int16_t* remainder = nullptr;
+};
+
+// model/ops/adamw.h in float32, as adamw.cpp computes it. A null gradient counts as zeros.
 struct AdamWFactors {
   float decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_correction2, epsilon, grad_scale;
 };
 template <class T>
-void adamw(float* master, float* exp_avg, float* exp_avg_sq, const T* gradient, Bf16* weight, int64_t count,
+void adamw(const Weights& weights, float* exp_avg, float* exp_avg_sq, const T* gradient, int64_t count,
            const AdamWFactors& factors, Stream stream);
 
 // model/ops/adamw_compact.h. Each moment is float32, or codes with one scale for kCodesPerScale elements (the
-// other form's pointers are null). Without a master the weight is all there is, and it is rounded by the
-// noise; with one, a null weight is not written. maps [2, 256]: the values of exp_avg's codes, ascending,
-// then those of exp_avg_sq's.
+// other form's pointers are null). Where the weight is all there is, it is rounded by the noise. maps [2, 256]:
+// the values of exp_avg's codes, ascending, then those of exp_avg_sq's.
 inline constexpr int64_t kCodesPerScale = 256;
 struct CompactState {
-  float* master = nullptr;
-  Bf16* weight = nullptr;
+  Weights weights;
   float *exp_avg = nullptr, *exp_avg_sq = nullptr;
   uint8_t *exp_avg_codes = nullptr, *exp_avg_sq_codes = nullptr;
   float *exp_avg_scale = nullptr, *exp_avg_sq_scale = nullptr;

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "base/error.h"
+#include "model/ops/adamw.h"
 #include "model/ops/autograd.h"
 #include "model/ops/cuda/kernels.h"
 
@@ -62,6 +63,12 @@ T* out(const at::Tensor& x) {
   if (!x.defined()) return nullptr;
   check_type<T>(x);
   return static_cast<T*>(x.mutable_data_ptr());
+}
+
+inline Weights weights_of(const Master& master) {
+  if (master.weight.scalar_type() == at::kFloat) return {.whole = out<float>(master.weight)};
+  return {.weight = out<Bf16>(master.weight),
+          .remainder = master.remainder.defined() ? master.remainder.mutable_data_ptr<int16_t>() : nullptr};
 }
 
 }  // namespace cuda
