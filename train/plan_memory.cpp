@@ -125,7 +125,7 @@ PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage) {
     p.head_trains = p.embedding_trains = !p.lora;
     p.block_trainable = of_first_block(group.tensors);
   }
-  // Matrices that products read: the tower's forward, others for the gradients of their inputs as well.
+  // Matrices that products read: the tower's and the head forward, others for the gradients of their inputs as well.
   for (const char* component : {"vision_tower", "projector", "language_model"}) {
     NamedTensors frozen = model.component_tensors(component);
     std::erase_if(frozen, [&](const NamedTensor& tensor) {
@@ -134,6 +134,8 @@ PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage) {
       return tensor.owner->dim() != 2 || looked_up || seen.contains(tensor.owner);
     });
     p.num_packed += (component == std::string("vision_tower") ? 1 : 2) * count_parameters(frozen);
+    for (const NamedTensor& tensor : frozen)
+      if (tensor.name.ends_with(p.is_tied ? "embed_tokens.weight" : "lm_head.weight")) p.num_packed -= p.V * p.D;
   }
   return p;
 }

@@ -123,9 +123,8 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
       const at::Tensor rows = hidden.narrow(0, begin, count);
       at::Tensor logits = matrix_product(rows, weight.t());
       total += cross_entropy(logits, targets.narrow(0, begin, count), gradient).sum();
-      if (wants_dhidden) {
-        dhidden.narrow(0, begin, count).copy_(matrix_product(logits, weight));
-      }
+      // Past the copies of frozen weights: a second one of the largest matrix would be the step's peak.
+      if (wants_dhidden) matrix_product_into(logits, weight, dhidden.narrow(0, begin, count));
       if (!wants_dweight) return;
       if (count == hidden.size(0)) {
         dweight = matrix_product(logits.t(), rows);
