@@ -47,6 +47,7 @@ struct Kept {
 };
 Kept kept_of(const PlannedModel& p) {
   Kept kept{p.D + (p.H + 2 * p.G) * p.K, p.D, 2 * p.F};
+  if (p.norms_heads) kept.before += (p.H + p.G) * p.K;  // q and k before their norms
   if (p.language_trains) kept.after += p.H * p.K;  // the attention's output, for its projection's gradient
   if (p.lora) {
     kept.before += p.D;
@@ -100,13 +101,17 @@ PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage) {
     p.tower_kept = vision["num_hidden_layers"].get<int64_t>() *
                    (8 * p.tower_width + 3 * vision["intermediate_size"].get<int64_t>());
 
+  const NamedTensors language = model.component_tensors("language_model");
+  p.norms_heads = std::any_of(language.begin(), language.end(), [](const NamedTensor& tensor) {
+    return tensor.name.ends_with("q_norm.weight");
+  });
   const auto of_first_block = [](NamedTensors tensors) {
     std::erase_if(tensors, [](const NamedTensor& tensor) {
       return tensor.name.find("model.layers.0.") == std::string::npos;
     });
     return count_parameters(tensors);
   };
-  p.block_parameters = of_first_block(model.component_tensors("language_model"));
+  p.block_parameters = of_first_block(language);
   const std::vector<ParameterGroup> groups = parameter_groups(model, stage);
   const auto in_8bit = stage.optimizer.optim == "adamw_8bit" ? with_8bit_states(groups)
                                                              : std::unordered_set<const at::Tensor*>();
