@@ -22,8 +22,9 @@ constexpr Gpu kGpus[] = {{"a100", 312e12, 2.04e12, 300e9, 25e9},
 constexpr double kUpdateBytes = 4 * 4 + 3 * 4;
 
 enum class Kind { kSum, kReduceScatter, kAllGather };
-// When a collective runs: beside the passes, which may hide it, or after the update.
-enum class When { kMeanwhile, kAfterwards };
+// When a collective runs: beside the passes, beside the next step's forward pass, either of which may hide it, or between
+// the update and that pass.
+enum class When { kMeanwhile, kNextForward, kAfterwards };
 
 struct Collective {
   Kind kind;
@@ -60,7 +61,7 @@ std::vector<Collective> collectives_of_step(const StagePlan& plan, const StageCo
     if (is_freed) {
       among_sharers(Kind::kAllGather, When::kMeanwhile, weight_bytes, 2 * num_rounds);  // in both passes
     } else if (unit.trains) {
-      among_sharers(Kind::kAllGather, When::kAfterwards, weight_bytes, 1);
+      among_sharers(Kind::kAllGather, unit.layer >= 0 ? When::kNextForward : When::kAfterwards, weight_bytes, 1);
     }
   }
   return result;
@@ -141,25 +142,28 @@ ScalingPoint scale(Recipe recipe, const StageConfig& stage, const Cluster& clust
     // The step's loss, norm, signals and times (step_report.h), and then the rest.
     point.num_collectives = 1;
     point.num_bytes = 8 * (2 + 3 * point.num_ranks);
-    double hidden_s = 0, afterwards_s = 0;
+    double hidden_s = 0, next_s = 0, afterwards_s = 0;
     for (const Collective& collective :
          collectives_of_step(plan, stage, config, point.num_ranks, cluster.gpus_per_node, rounds)) {
       const Ring one = ring(collective, cluster);
       const auto repeats = static_cast<double>(collective.num_repeats);
-      (collective.when == When::kAfterwards ? afterwards_s : hidden_s) += repeats * one.seconds;
+      (collective.when == When::kMeanwhile     ? hidden_s
+       : collective.when == When::kNextForward ? next_s
+                                               : afterwards_s) += repeats * one.seconds;
       point.sent_bytes += repeats * one.sent_bytes;
       point.num_collectives += collective.num_repeats;
       point.num_bytes += collective.num_bytes * collective.num_repeats;
     }
     // Reductions run beside the backward pass of the micro-batch they belong to, gathers of blocks beside
     // both passes; a backward pass is two thirds of the work. What belongs to the last unit has nothing left
-    // to hide behind.
+    // to hide behind. Updated weights of blocks come beside the first forward pass of the next step.
     const bool every_round = config.strategy == "zero2" || config.strategy == "zero3";
     const double window = point.compute_s * (config.strategy == "zero3" ? 1.0 : 2.0 / 3) /
                           (every_round ? 1.0 : load.num_rounds);
     const double last_share = 1.0 / static_cast<double>(std::max<size_t>(plan.units.size(), 1));
-    point.exposed_s =
-        std::max(hidden_s - window, hidden_s * last_share) + afterwards_s + 2 * (ranks - 1) * cluster.hop_s;
+    const double forward_s = point.compute_s / 3 / load.num_rounds;
+    point.exposed_s = std::max(hidden_s - window, hidden_s * last_share) + std::max(next_s - forward_s, 0.0) +
+                      afterwards_s + 2 * (ranks - 1) * cluster.hop_s;
   }
   point.step_s = point.compute_s + point.update_s + point.exposed_s;
   point.tokens_per_second = tokens / num_steps / point.step_s;

@@ -90,7 +90,7 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
   if (world_.size() > 1)
     sharding_ = std::make_unique<Sharding>(world_, recipe.distributed, groups,
                                            model_->component_tensors("language_model"));
-  if (sharding_ && sharding_->frees_blocks())
+  if (sharding_ && !sharding_->is_replicated())
     model_->language->set_block_hold([this](size_t layer) { return sharding_->hold(layer); });
   optimizer_ = std::make_unique<AdamW>(std::move(groups),
                                        AdamWOptions{.beta1 = stage_.optimizer.adam_beta1,
@@ -115,7 +115,7 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
   }
   if (checkpoint) {
     load_checkpoint(*checkpoint, *optimizer_);
-    if (sharding_) sharding_->gather_weights();
+    if (sharding_) sharding_->begin_gather_weights();
     steps_done_ = read_checkpoint_state(*checkpoint).step;
   }
 
@@ -257,7 +257,7 @@ StepMetrics Trainer::step(const StepData& data, double data_wait_ms) {
   const double factor =
       lr_factor(stage_.optimizer.lr_scheduler_type, stage_.optimizer.warmup_ratio, steps_done_, num_steps_);
   optimizer_->step(factor, grad_scale);
-  if (sharding_) sharding_->gather_weights();
+  if (sharding_) sharding_->begin_gather_weights();
   ++steps_done_;
   eval_loss_.reset();
 

@@ -75,8 +75,12 @@ class Decoder : public LanguageModel {
       };
       std::function<std::shared_ptr<void>()> hold;
       if (block_hold_) hold = [this, layer] { return block_hold_(layer); };
-      x = recomputed(layer) == Recomputed::kBlock ? recompute(run, x, leaves(blocks_[layer]), hold)
-                                                  : run(x, /*needs_value=*/true);
+      if (recomputed(layer) == Recomputed::kBlock) {
+        x = recompute(run, x, leaves(blocks_[layer]), hold);
+      } else {
+        const std::shared_ptr<void> weights = hold ? hold() : nullptr;
+        x = run(x, /*needs_value=*/true);
+      }
       tap("language_model.layers", layer, x);
     }
     for (size_t s = 0; s < caches.size(); ++s) caches[s]->length += cu_seqlens[s + 1] - cu_seqlens[s];

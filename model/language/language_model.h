@@ -66,8 +66,8 @@ class LanguageModel {
   virtual int64_t num_blocks() const = 0;
   // See recomputed_of().
   virtual void set_recomputed_halves(int64_t num_halves) = 0;
-  // Weights of blocks that are there only while the block runs: `hold(layer)` brings them, and what it returns lives as long as they
-  // are needed. Takes effect where blocks recompute, and without gradients.
+  // `hold(layer)` is called before a block runs, and where it recomputes before it runs again. What it returns lives as long as
+  // that pass needs the block's weights; without recomputing, backward needs them longer.
   virtual void set_block_hold(std::function<std::shared_ptr<void>(size_t layer)> hold) = 0;
   // Seeds the dropout of adapters in the forward passes that follow; none (evaluation, generation): nothing
   // is dropped.

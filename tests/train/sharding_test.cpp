@@ -67,9 +67,13 @@ struct TinyModel {
       const auto run = [this, i](const at::Tensor& in, bool) {
         return in + at::linear(in, matrices[i], biases[i]).tanh();
       };
-      x = recomputes
-              ? recompute(run, x, {matrices[i], biases[i]}, [this, i] { return hold ? hold(i) : nullptr; })
-              : run(x, true);
+      const auto held = [this, i] { return hold ? hold(i) : nullptr; };
+      if (recomputes) {
+        x = recompute(run, x, {matrices[i], biases[i]}, held);
+      } else {
+        const std::shared_ptr<void> weights = held();
+        x = run(x, true);
+      }
     }
     return x.square().sum();
   }
@@ -111,10 +115,8 @@ Result train_alone(int size) {
 Result train_rank(World& world, const DistributedConfig& config) {
   TinyModel model;
   Sharding sharding(world, config, model.groups(), model.decoder());
-  if (sharding.frees_blocks()) {
-    model.recomputes = true;
-    model.hold = [&](size_t layer) { return sharding.hold(layer); };
-  }
+  model.recomputes = sharding.frees_blocks();
+  if (!sharding.is_replicated()) model.hold = [&](size_t layer) { return sharding.hold(layer); };
   AdamW optimizer(model.groups(), {}, sharding.owned());
   Result result{.part = sharding.part(), .num_parts = sharding.num_parts()};
   for (int64_t step = 0; step < kSteps; ++step) {
@@ -131,7 +133,7 @@ Result train_rank(World& world, const DistributedConfig& config) {
     }
     const at::Tensor square = at::tensor({sharding.hand_gradients_to(optimizer)}, at::kDouble);
     optimizer.step(1, 1);
-    sharding.gather_weights();
+    sharding.begin_gather_weights();
     result.num_collectives = world.num_collectives() - collectives;
     result.num_bytes = world.num_bytes() - bytes;
     world.sum(square)();

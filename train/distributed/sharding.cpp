@@ -14,6 +14,8 @@
 namespace caldera {
 namespace {
 
+constexpr int64_t kAllLayers = std::numeric_limits<int64_t>::max();
+
 // Gives a dense tensor's storage memory, uninitialised, or takes it away. Views of it share the storage.
 void set_storage(const at::Tensor& tensor, bool is_there) {
   c10::StorageImpl* storage = tensor.storage().unsafeGetStorageImpl();
@@ -142,6 +144,7 @@ std::string Sharding::describe() const {
 
 void Sharding::begin_round(bool is_last) {
   const at::NoGradGuard no_grad;
+  finish_gathers(-1);
   is_last_ = is_last;
   is_reducing_ = is_last || strategy_ == Strategy::kZero2 || strategy_ == Strategy::kZero3;
   next_ = 0;
@@ -223,6 +226,10 @@ void Sharding::begin_gather(size_t layer) {
 }
 
 std::shared_ptr<void> Sharding::hold(size_t layer) {
+  if (!frees_blocks()) {
+    finish_gathers(static_cast<int64_t>(layer));
+    return nullptr;
+  }
   // Collectives come in the same order on every rank: those of the blocks behind first.
   const bool is_backward = num_forward_ == blocks_.size();
   if (!is_backward)
@@ -244,6 +251,7 @@ std::shared_ptr<void> Sharding::hold(size_t layer) {
 }
 
 void Sharding::hold_all() {
+  finish_gathers(kAllLayers);
   for (size_t layer = 0; layer < blocks_.size(); ++layer) {
     begin_gather(layer);
     for (Unit* unit : blocks_[layer]) {
@@ -251,6 +259,11 @@ void Sharding::hold_all() {
       if (const Wait wait = std::exchange(unit->gathered, nullptr)) wait();
     }
   }
+}
+
+void Sharding::begin_evaluation() {
+  finish_gathers(-1);
+  num_forward_ = 0;
 }
 
 void Sharding::idle_forward() {
@@ -278,6 +291,7 @@ void Sharding::end_round() {
 
 double Sharding::hand_gradients_to(AdamW& optimizer) {
   const at::NoGradGuard no_grad;
+  finish_gathers(kAllLayers);  // the update writes what others may still read
   std::vector<at::Tensor> norms;
   for (const auto& unit : units_) {
     // Those that hold the same part share the work.
@@ -298,17 +312,27 @@ double Sharding::hand_gradients_to(AdamW& optimizer) {
   return at::stack(norms).to(at::kDouble).square().sum().item<double>();
 }
 
-void Sharding::gather_weights() {
+// In the order of the forward pass, the other way round than gradients are reduced.
+void Sharding::begin_gather_weights() {
   if (is_replicated()) return;
   const at::NoGradGuard no_grad;
-  std::vector<Wait> waits;
-  for (const auto& unit : units_)
-    if (!unit->is_freed) waits.push_back(world_.all_gather(unit->weights, unit->own_weights, sharers_));
-  for (const Wait& wait : waits) wait();
+  finish_gathers(kAllLayers);
+  for (auto unit = units_.rbegin(); unit != units_.rend(); ++unit)
+    if (!(*unit)->is_freed)
+      (*unit)->gathered = world_.all_gather((*unit)->weights, (*unit)->own_weights, sharers_);
+}
+
+// Waits for the weights of blocks up to `layer`, and of what lies outside of blocks.
+void Sharding::finish_gathers(int64_t layer) {
+  for (auto unit = units_.rbegin(); unit != units_.rend(); ++unit) {
+    if ((*unit)->is_freed || (*unit)->layer > layer) continue;
+    if (const Wait wait = std::exchange((*unit)->gathered, nullptr)) wait();
+  }
 }
 
 TensorList Sharding::gather_masters(const AdamW& optimizer) {
   const at::NoGradGuard no_grad;
+  finish_gathers(kAllLayers);
   std::unordered_map<const at::Tensor*, at::Tensor> whole;
   for (const auto& unit : units_) {
     const at::Tensor own =

@@ -4,7 +4,8 @@
 // clang-format off
 //          gradients                            optimizer's state, masters  weights
 //   ddp    the whole sum on every rank          whole on every rank         whole on every rank
-//   zero1  each rank gets its part of the sum   its part                    whole, gathered after the update
+//   zero1  each rank gets its part of the sum   its part                    whole, gathered after the update,
+//                                                                           while the next forward pass runs
 //   zero2  the same, after each micro-batch     its part                    the same
 //   zero3  as zero2                             its part                    of the decoder's blocks, frozen ones
 //                                                                           too, its part, gathered while the
@@ -59,7 +60,7 @@ class Sharding {
   // micro-batch or without.
   void begin_round(bool is_last);
   void end_round();
-  void begin_evaluation() { num_forward_ = 0; }  // a forward pass outside of a step
+  void begin_evaluation();  // a forward pass outside of a step
   // Instead of a forward or a backward pass, where other ranks run one: takes part in the gathering of
   // blocks.
   void idle_forward();
@@ -67,14 +68,16 @@ class Sharding {
   // After the last round: hands this rank's gradients to the optimizer. Returns the sum of squares of its
   // equal share of the whole gradient; summed over the ranks that is the gradient's squared norm.
   double hand_gradients_to(AdamW& optimizer);
-  // After an update, or after the optimizer's masters were written: the weights are whole again.
-  void gather_weights();
+  // After an update, or after the optimizer's masters were written: the weights are on their way to be whole again.
+  // What lies outside of blocks is there from the next begin_round() or begin_evaluation() on, a block once it is held.
+  void begin_gather_weights();
   // Whether blocks are there only while held.
   bool frees_blocks() const { return strategy_ == Strategy::kZero3; }
-  // Brings a block's weights, which stay while the result lives, and begins to bring those of the block that
-  // runs next. All ranks hold the same blocks in the same order.
+  // Before a block runs: its weights are there while the result lives. With zero3 brings them, and begins to bring those
+  // of the block that runs next; all ranks hold the same blocks in the same order. With zero1 and zero2 waits for them
+  // where they are on their way. Nothing for ddp.
   std::shared_ptr<void> hold(size_t layer);
-  // All blocks at once, to stay.
+  // All weights at once, to stay.
   void hold_all();
   // The float32 masters, whole, under their HF names in the first rank's host memory; empty on the others.
   // All ranks call it.
@@ -87,6 +90,7 @@ class Sharding {
   void on_gradient(Unit& unit, const FlatUnit::Leaf& leaf);
   void lay_out(Unit& unit);
   void begin_gather(size_t layer);
+  void finish_gathers(int64_t layer);
   void start_next();
   void start_ready(bool all);
   void start_layers_behind(int64_t layer);
