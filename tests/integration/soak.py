@@ -4,6 +4,9 @@
 Trains a stage of so many small steps, with checkpoints in the background and evaluations; looks at the memory of each process (anonymous pages:
 no libraries, which are read in bit by bit) and at its number of open files a hundred times.
 
+With one arena of malloc: where each thread has its own, pages hold on to pieces that another thread handed over, and resident memory creeps up by tens
+of bytes a step for tens of thousands of steps, though a heap profile shows that nothing is kept.
+
 Caches fill and the heap settles for some thousand steps (c10d keeps the last 2,000 collectives, oneDNN 128 kernels), each at a moment of its own. A leak
 goes on: it raises the memory in every quarter of the run. So what must be zero is the least of the slopes of the last three quarters, to 20 bytes a step. A
 file that is just being written is open too, so of the open files it is the fewest in a quarter that must stay what it was."""
@@ -54,7 +57,7 @@ try:
     command = runs.start(options.ranks) + runs.train(
         "soak", "ddp" if options.ranks == 1 else "zero2", "--stage", "pretrain", f"stages.pretrain.eval_steps={every}", global_batch_size=2,
         max_steps=options.steps, save_steps=every, save_total_limit=2, async_save="true", logging_steps=every)
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment() | {"MALLOC_ARENA_MAX": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = runs.work / "soak/pretrain/metrics.jsonl"
     seen = {}  # process -> [(step, bytes, open files)]
     next_step, step, position = every, 0, 0
