@@ -28,6 +28,13 @@ at::Tensor load_pixels(const std::filesystem::path& image_folder, const std::str
                           format.image_aspect_ratio);
 }
 
+// The place of a sample's last supervised id, which is read as a label alone.
+int64_t last_supervised(const Sample& sample) {
+  auto place = static_cast<int64_t>(sample.labels.size()) - 1;
+  while (sample.labels[static_cast<size_t>(place)] == kIgnoreIndex) --place;
+  return place;
+}
+
 }  // namespace
 
 int64_t Sample::num_supervised() const {
@@ -88,20 +95,25 @@ void PixelCache::insert(const std::string& image, const at::Tensor& pixels) {
   bytes_left_ -= num_bytes;
 }
 
-PackedBatch pack(const std::vector<Sample>& samples) {
+PackedBatch pack(const std::vector<Sample>& samples, bool for_loss) {
   PackedBatch batch;
   std::vector<int64_t> input_ids, position_ids, supervised, targets, image_rows;
   std::vector<at::Tensor> pixels;
   batch.cu_seqlens.push_back(0);
   for (const Sample& sample : samples) {
-    const int64_t start = batch.cu_seqlens.back(), length = static_cast<int64_t>(sample.input_ids.size());
+    const int64_t start = batch.cu_seqlens.back(), num_ids = static_cast<int64_t>(sample.input_ids.size());
     CALDERA_ASSERT(sample.labels.size() == sample.input_ids.size());
+    const int64_t length = for_loss && sample.num_supervised() > 0 ? last_supervised(sample) : num_ids;
+    int64_t num_image_ids = 0;
     for (int64_t i = 0; i < length; ++i) {
       const int64_t id = sample.input_ids[static_cast<size_t>(i)];
       input_ids.push_back(id);
       position_ids.push_back(i);
-      if (id == kImageTokenIndex) image_rows.push_back(start + i);
-      if (i + 1 == length) continue;
+      if (id == kImageTokenIndex) {
+        image_rows.push_back(start + i);
+        ++num_image_ids;
+      }
+      if (i + 1 == num_ids) continue;
       const int64_t next = sample.labels[static_cast<size_t>(i + 1)];
       if (next == kIgnoreIndex) continue;
       supervised.push_back(start + i);
@@ -110,7 +122,12 @@ PackedBatch pack(const std::vector<Sample>& samples) {
     batch.cu_seqlens.push_back(start + length);
     batch.num_supervised.push_back(sample.num_supervised());
     batch.sample_ids.push_back(sample.id);
-    pixels.insert(pixels.end(), sample.pixels.begin(), sample.pixels.end());
+    // Pictures are there in whole or not at all: between their ids nothing is supervised.
+    int64_t num_pictures = std::ssize(sample.pixels);
+    if (const int64_t left_out = std::count(sample.input_ids.begin() + length, sample.input_ids.end(), kImageTokenIndex);
+        left_out > 0)
+      num_pictures = num_pictures * num_image_ids / (num_image_ids + left_out);
+    pixels.insert(pixels.end(), sample.pixels.begin(), sample.pixels.begin() + num_pictures);
   }
   batch.input_ids_T = to_tensor(input_ids);
   batch.position_ids_T = to_tensor(position_ids);

@@ -57,8 +57,9 @@ Sample make_sample(const Record& record, const std::filesystem::path& image_fold
                    const SampleFormat& format, PixelCache* cache = nullptr);
 
 // Packs samples into one row (see PackedBatch). Labels shift here: supervised_K are the rows *before*
-// supervised ids.
-PackedBatch pack(const std::vector<Sample>& samples);
+// supervised ids. `for_loss`: without what no supervised row can see, the ids and pictures behind a sample's
+// last one; its last id, at least. A sample of which nothing is supervised stays whole.
+PackedBatch pack(const std::vector<Sample>& samples, bool for_loss = false);
 
 // The order of samples in an epoch: a function of (seed, epoch) and the data alone.
 class Sampler {

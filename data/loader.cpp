@@ -72,7 +72,7 @@ struct StepInMaking {
   // `samples` are this rank's.
   void assemble(int64_t max_tokens) {
     for (const auto& indices : plan_micro_batches(lengths_of(mine), max_tokens))
-      data.micro_batches.push_back(pack(take(samples, indices)));
+      data.micro_batches.push_back(pack(take(samples, indices), /*for_loss=*/true));
     promise.set_value(std::move(data));
   }
 };
@@ -226,13 +226,13 @@ std::vector<PackedBatch> pack_all(const std::vector<Record>& records,
     Sample sample = make_sample(record, image_folder, format);
     const auto length = static_cast<int64_t>(sample.input_ids.size());
     if (!open.empty() && num_tokens + length > max_tokens_per_micro_batch) {
-      batches.push_back(pack(std::exchange(open, {})));
+      batches.push_back(pack(std::exchange(open, {}), /*for_loss=*/true));
       num_tokens = 0;
     }
     num_tokens += length;
     open.push_back(std::move(sample));
   }
-  if (!open.empty()) batches.push_back(pack(open));
+  if (!open.empty()) batches.push_back(pack(open, /*for_loss=*/true));
   return batches;
 }
 

@@ -42,4 +42,11 @@ std::string error_of(Function function) {
   return "accepted";
 }
 
+// Whether bfloat16 values are the nearest to float32 ones; half way between two, either is.
+inline bool is_nearest(const auto& rounded, const auto& values) {
+  return ((rounded.to(values.scalar_type()) - values).abs() <= (values.to(rounded.scalar_type()).to(values.scalar_type()) - values).abs())
+      .all()
+      .template item<bool>();
+}
+
 }  // namespace caldera

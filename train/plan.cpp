@@ -181,6 +181,10 @@ std::vector<std::string> ways_to_take_less(const StageConfig& stage, const Stage
   if (memory.masters > 0)
     ways.push_back(
         fmt::format("optimizer.master_weights: none   drops the masters' {}", gigabytes(memory.masters)));
+  if (stage.async_save && stage.save_steps > 0)
+    ways.emplace_back("async_save: false   no copy of masters and states while a checkpoint is written");
+  if (memory.moment == "saving a checkpoint")
+    ways.emplace_back("save_steps: 0   no checkpoint before the end; saving is the peak");
   if (!stage.uses_lora() && memory.states + memory.masters + memory.gradients > memory.total() / 2)
     ways.emplace_back("lora: {}   gradients and states of the adapters alone");
   if (stage.uses_lora() && !stage.uses_4bit() && memory.weights > memory.total() / 4)

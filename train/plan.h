@@ -21,8 +21,8 @@ struct MemoryPlan {
   int64_t states = 0;       // AdamW's two moments
   int64_t gradients = 0;    // those that exist at that moment, sums over micro-batches included
   int64_t activations = 0;  // kept from forward for backward
-  int64_t workspace = 0;    // logits of one chunk and what an operation needs for itself
-  std::string moment;       // "loading the weights", "the head", "block 3 backward", "the update"
+  int64_t workspace = 0;    // logits of one chunk, what an operation needs for itself, what checkpoints are written from
+  std::string moment;       // "loading the weights", "the head", "backward of block 3 of 32", "saving a checkpoint"
   int64_t total() const { return program + weights + packed + masters + states + gradients + activations + workspace; }
 };
 

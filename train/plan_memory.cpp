@@ -130,18 +130,7 @@ PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage) {
     p.head_trains = p.embedding_trains = !p.lora;
     p.block_trainable = of_first_block(group.tensors);
   }
-  // Matrices that products read: the tower's and the head forward, others for the gradients of their inputs as well.
-  for (const char* component : {"vision_tower", "projector", "language_model"}) {
-    NamedTensors frozen = model.component_tensors(component);
-    std::erase_if(frozen, [&](const NamedTensor& tensor) {
-      const bool looked_up = tensor.name.ends_with("position_embedding.weight") ||
-                             (tensor.name.ends_with("embed_tokens.weight") && !p.is_tied);
-      return tensor.owner->dim() != 2 || looked_up || seen.contains(tensor.owner);
-    });
-    p.num_packed += (component == std::string("vision_tower") ? 1 : 2) * count_parameters(frozen);
-    for (const NamedTensor& tensor : frozen)
-      if (tensor.name.ends_with(p.is_tied ? "embed_tokens.weight" : "lm_head.weight")) p.num_packed -= p.V * p.D;
-  }
+  p.num_packed = num_packed_elements(model, groups);
   return p;
 }
 
@@ -205,6 +194,13 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   const int64_t attention =
       at::get_num_threads() * (2 * p.H * rows * longest * e + (p.H + 2 * p.G) * longest * p.K * (e + 4));
 
+  // What a checkpoint is written from, in host memory: in the background a copy of all, beside the steps that follow;
+  // else the masters where they are kept in halves or in parts.
+  const bool saves = !on_gpu && stage.save_steps > 0 && stage.save_steps < numbers.num_steps;
+  const bool in_background = saves && stage.async_save;
+  const int64_t saved_masters = saves && (in_background || has_masters || sharers > 1) ? 4 * p.num_trainable : 0;
+  const int64_t beside = in_background ? saved_masters + p.state_bytes / sharers : 0;
+
   MemoryPlan most;
   const auto consider = [&](const std::string& moment, int64_t gradients, int64_t activations,
                             int64_t workspace) {
@@ -212,7 +208,7 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
     at.moment = moment;
     at.gradients = gradients;
     at.activations = activations;
-    at.workspace = workspace;
+    at.workspace = workspace + beside;
     if (at.total() > most.total()) most = at;
   };
   // The whole model is read as float32 beside the decoder's file, then rounded; a GPU sees it after that.
@@ -252,6 +248,7 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   const bool adds = p.embedding_trains && (p.is_tied || !is_fresh);
   consider("the embedding's gradient", all_gradients, before_blocks, adds ? embedding : 0);
   consider("the update", all_gradients, 0, 0);
+  if (!in_background) consider("saving a checkpoint", 0, 0, saved_masters);
   return most;
 }
 

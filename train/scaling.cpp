@@ -162,7 +162,7 @@ ScalingPoint scale(Recipe recipe, const StageConfig& stage, const Cluster& clust
                           (every_round ? 1.0 : load.num_rounds);
     const double last_share = 1.0 / static_cast<double>(std::max<size_t>(plan.units.size(), 1));
     const double forward_s = point.compute_s / 3 / load.num_rounds;
-    point.exposed_s = std::max(hidden_s - window, hidden_s * last_share) + std::max(next_s - forward_s, 0.0) +
+    point.exposed_s = std::max(hidden_s - window, hidden_s * last_share) + std::max(next_s - forward_s, next_s * last_share) +
                       afterwards_s + 2 * (ranks - 1) * cluster.hop_s;
   }
   point.step_s = point.compute_s + point.update_s + point.exposed_s;

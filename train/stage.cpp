@@ -3,6 +3,8 @@
 #include <ATen/Context.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 
+#include <unordered_set>
+
 #include "base/error.h"
 #include "base/files.h"
 #include "model/weights/adapters.h"
@@ -79,6 +81,26 @@ std::vector<ParameterGroup> parameter_groups(LlavaModel& model, const StageConfi
                     [](const NamedTensor& tensor) { return !is_lora_name(tensor.name); });
   }
   return groups;
+}
+
+// Matrices that products read: the tower's and the head forward, others for the gradients of their inputs as well.
+int64_t num_packed_elements(LlavaModel& model, const std::vector<ParameterGroup>& groups) {
+  std::unordered_set<const at::Tensor*> trained;
+  for (const ParameterGroup& group : groups)
+    for (const NamedTensor& tensor : group.tensors) trained.insert(tensor.owner);
+  const at::Tensor* head = &model.language->head_weight();
+  int64_t count = 0;
+  for (const std::string component : {"vision_tower", "projector", "language_model"}) {
+    std::unordered_set<const at::Tensor*> seen = trained;
+    for (const NamedTensor& tensor : model.component_tensors(component)) {
+      const bool is_looked_up =
+          (tensor.name.ends_with("position_embedding.weight") || tensor.name.ends_with("embed_tokens.weight")) &&
+          tensor.owner != head;
+      if (tensor.owner->dim() != 2 || is_looked_up || !seen.insert(tensor.owner).second) continue;
+      count += (component == "vision_tower" || tensor.owner == head ? 1 : 2) * tensor.owner->numel();
+    }
+  }
+  return count;
 }
 
 }  // namespace caldera

@@ -24,5 +24,7 @@ std::string tokenizer_of(const Recipe& recipe);
 std::string recipe_part(const Recipe& recipe, const StageConfig& stage);
 // The tensors that a stage trains, by part, with its learning rates.
 std::vector<ParameterGroup> parameter_groups(LlavaModel& model, const StageConfig& stage);
+// Elements of the copies that FrozenWeights makes of what is in none of these groups.
+int64_t num_packed_elements(LlavaModel& model, const std::vector<ParameterGroup>& groups);
 
 }  // namespace caldera

@@ -110,7 +110,7 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
     std::vector<at::Tensor> weights;
     for (const NamedTensor& tensor : frozen) weights.push_back(*tensor.owner);
     const auto bytes_each = static_cast<int64_t>(c10::elementSize(parse_dtype(stage_.dtype)));
-    if (copies_fit(2 * count_parameters(frozen) * bytes_each, world_.spec().local_size))
+    if (copies_fit(num_packed_elements(*model_, optimizer_->groups()) * bytes_each, world_.spec().local_size))
       frozen_ = std::make_unique<FrozenWeights>(weights);
   }
   if (checkpoint) {

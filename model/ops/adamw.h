@@ -20,7 +20,7 @@ struct Master {
   at::Tensor weight;     // float32 or bfloat16, contiguous
   at::Tensor remainder;  // int16, as many elements; or undefined
 
-  // Of values that were float32 before they were rounded: bfloat16 ones get a remainder of zeros.
+  // With the weights' present values: the remainder of bfloat16 ones is zeros.
   static Master of(const at::Tensor& weight);
   // Float32, in a tensor of its own in host memory; without a remainder the weight itself.
   at::Tensor values() const;

@@ -86,7 +86,7 @@ TEST(Loader, CountsWhatAStepHolds) {
       num_images += batch.num_images();
       ids.insert(batch.sample_ids.begin(), batch.sample_ids.end());
     }
-    EXPECT_EQ(step.num_tokens, num_tokens);
+    EXPECT_EQ(step.num_tokens, num_tokens + std::ssize(step.sample_ids));  // each one's last id is a label alone
     EXPECT_EQ(step.num_supervised, num_supervised);
     EXPECT_EQ(step.num_images, num_images);
     EXPECT_EQ(ids, std::multiset<std::string>(step.sample_ids.begin(), step.sample_ids.end()));

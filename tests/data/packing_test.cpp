@@ -45,6 +45,33 @@ TEST(Packing, ALearnedFirstTokenIsNotTheLastSamplesTarget) {
   EXPECT_THAT(batch.num_supervised, ElementsAre(1, 1));
 }
 
+TEST(Packing, ForTheLossWhatNoSupervisedRowSeesIsLeftOut) {
+  const auto picture = [](int value) { return at::full({3, 4, 4}, value, at::kByte); };
+  Sample behind;  // a picture of two ids, an answer of two, and another picture behind them
+  behind.input_ids = {1, -200, -200, 5, 6, 7, -200, -200, 8};
+  behind.labels = {-100, -100, -100, -100, 6, 7, -100, -100, -100};
+  behind.pixels = {picture(1), picture(2)};
+  Sample none;  // nothing to learn: whole
+  none.input_ids = {3, -200, -200};
+  none.labels = {-100, -100, -100};
+  none.pixels = {picture(3)};
+  Sample text;
+  text.input_ids = text.labels = {7, 8};
+  const PackedBatch whole = pack({behind, none, text}), batch = pack({behind, none, text}, /*for_loss=*/true);
+  EXPECT_THAT(whole.cu_seqlens, ElementsAre(0, 9, 12, 14));
+  EXPECT_THAT(batch.cu_seqlens, ElementsAre(0, 5, 8, 9));
+  EXPECT_THAT(values(batch.input_ids_T), ElementsAre(1, -200, -200, 5, 6, 3, -200, -200, 7));
+  EXPECT_THAT(values(batch.position_ids_T), ElementsAre(0, 1, 2, 3, 4, 0, 1, 2, 0));
+  EXPECT_THAT(values(batch.supervised_K), ElementsAre(3, 4, 8));
+  EXPECT_THAT(values(batch.targets_K), ElementsAre(6, 7, 8));
+  EXPECT_EQ(values(batch.targets_K), values(whole.targets_K));
+  EXPECT_EQ(batch.num_supervised, whole.num_supervised);
+  EXPECT_THAT(values(batch.image_rows_IP), ElementsAre(1, 2, 6, 7));
+  EXPECT_EQ(whole.num_images(), 3);
+  ASSERT_EQ(batch.num_images(), 2);
+  EXPECT_EQ(batch.pixels_ICYX.select(1, 0).select(1, 0).select(1, 0).sum().item<int64_t>(), 1 + 3);
+}
+
 TEST(Packing, TextAloneHasNoImages) {
   const PackedBatch batch = pack({make_sample_text(fake_record("one", "A", "b"), fake_format())});
   EXPECT_EQ(batch.num_images(), 0);

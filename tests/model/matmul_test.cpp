@@ -2,6 +2,7 @@
 // gradients.
 #include "model/ops/frozen_weights.h"
 #include "model/ops/matmul.h"
+#include "model/ops/ops.h"
 
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -73,6 +74,17 @@ TEST_P(Matmul, AFrozenWeightHasNoGradientAndItsLayerMayBeAddedToInPlace) {
   y.sum().backward();
   EXPECT_FALSE(weight.grad().defined());
   EXPECT_LT(error(x.grad(), weight.to(at::kDouble).sum(0).expand({5, 6})), tolerance());
+}
+
+// It is the largest matrix, and its gradient comes at a step's peak.
+TEST_P(Matmul, OfAFrozenOutputProjectionThereIsOneCopy) {
+  const at::Tensor weight = random({96, 64}), targets = at::randint(0, 96, {37}, at::kLong);
+  const at::Tensor hidden = random({37, 64}).requires_grad_();
+  const auto run = [&] { return torch::autograd::grad({linear_cross_entropy(hidden, weight, targets)}, {hidden})[0]; };
+  const at::Tensor before = run();
+  const FrozenWeights frozen({weight});
+  EXPECT_TRUE(at::equal(run(), before));
+  EXPECT_EQ(frozen.num_bytes(), static_cast<int64_t>(has_onednn_products(GetParam()) ? weight.nbytes() : 0));
 }
 
 TEST_P(Matmul, FrozenWeightsKeepTheirOrderAndChangeNoBit) {

@@ -59,6 +59,22 @@ TEST_F(PlanTest, WeightsMastersAndStatesFollowTheDtype) {
   EXPECT_EQ(2 * narrow.memory.weights, wide.memory.weights);
 }
 
+TEST_F(PlanTest, WhatACheckpointIsWrittenFromCounts) {
+  StageConfig& stage = recipe_.stages[0];
+  stage.dtype = "bfloat16";
+  stage.max_steps = 10;
+  const auto workspace = [&](int64_t save_steps, bool in_background) {
+    stage.save_steps = save_steps;
+    stage.async_save = in_background;
+    return plan_recipe(recipe_).front().memory.workspace;
+  };
+  const int64_t none = workspace(0, true);
+  EXPECT_EQ(workspace(10, true), none);  // after the last step comes the final model
+  EXPECT_EQ(workspace(5, false), none);  // a step of this model takes more than its masters
+  const StagePlan plan = plan_recipe(recipe_).front();
+  EXPECT_EQ(workspace(5, true) - none, 4 * plan.num_trainable + plan.memory.states);
+}
+
 TEST_F(PlanTest, RecomputingKeepsLess) {
   const StagePlan plan = plan_recipe(recipe_).front();
   EXPECT_LT(plan.memory_recomputed.activations, plan.memory.activations);

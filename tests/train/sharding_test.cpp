@@ -89,6 +89,7 @@ bool has_rows(int64_t round, int rank, int size) { return round == 0 || rank + 1
 
 struct Result {
   TensorList masters;
+  std::vector<at::Tensor> weights;  // as the model has them at the end, in the masters' order
   std::vector<double> norms;
   int64_t num_collectives = 0, num_bytes = 0;  // of the last step
   int part = 0, num_parts = 0;
@@ -112,10 +113,10 @@ Result train_alone(int size) {
   return result;
 }
 
-Result train_rank(World& world, const DistributedConfig& config) {
+Result train_rank(World& world, const DistributedConfig& config, bool recomputes) {
   TinyModel model;
   Sharding sharding(world, config, model.groups(), model.decoder());
-  model.recomputes = sharding.frees_blocks();
+  model.recomputes = recomputes || sharding.frees_blocks();
   if (!sharding.is_replicated()) model.hold = [&](size_t layer) { return sharding.hold(layer); };
   AdamW optimizer(model.groups(), {}, sharding.owned());
   Result result{.part = sharding.part(), .num_parts = sharding.num_parts()};
@@ -139,6 +140,9 @@ Result train_rank(World& world, const DistributedConfig& config) {
     world.sum(square)();
     result.norms.push_back(std::sqrt(square.item<double>()));
   }
+  sharding.hold_all();  // the last step's weights were on their way
+  for (const ParameterGroup& group : model.groups())
+    for (const NamedTensor& tensor : group.tensors) result.weights.push_back(tensor.value().clone());
   result.masters = sharding.is_replicated() ? optimizer.masters() : sharding.gather_masters(optimizer);
   return result;
 }
@@ -182,6 +186,7 @@ std::vector<std::invoke_result_t<Work, World&>> as_ranks(int size, int local_siz
 struct Case {
   std::string strategy, within;
   int size, local_size;
+  bool recomputes = false;
 };
 
 class ShardingTest : public testing::TestWithParam<Case> {};
@@ -190,12 +195,14 @@ TEST_P(ShardingTest, ComputesWhatOneRankDoesAndSendsWhatItSays) {
   const Case& c = GetParam();
   const Result expected = train_alone(c.size);
   const std::vector<Result> results = as_ranks(c.size, c.local_size, [&](World& world) {
-    return train_rank(world, {.strategy = c.strategy, .shard_within = c.within});
+    return train_rank(world, {.strategy = c.strategy, .shard_within = c.within}, c.recomputes);
   });
   ASSERT_EQ(results[0].masters.size(), expected.masters.size());
   for (size_t i = 0; i < expected.masters.size(); ++i) {
     EXPECT_EQ(results[0].masters[i].first, expected.masters[i].first);
     EXPECT_TRUE(at::allclose(results[0].masters[i].second, expected.masters[i].second, 1e-5, 1e-6)) << i;
+    for (const Result& result : results)
+      EXPECT_TRUE(at::equal(result.weights[i], results[0].masters[i].second)) << i;
   }
   for (const Result& result : results) {
     EXPECT_EQ(result.norms, results[0].norms) << "the same bits on every rank";
@@ -242,10 +249,12 @@ INSTANTIATE_TEST_SUITE_P(All, ShardingTest,
                                          Case{"zero3", "world", 2, 2}, Case{"zero3", "world", 4, 2},
                                          Case{"zero1", "node", 4, 2}, Case{"zero2", "node", 4, 2},
                                          Case{"zero3", "node", 4, 2}, Case{"zero3", "node", 6, 2},
-                                         Case{"zero2", "node", 2, 2}),
+                                         Case{"zero2", "node", 2, 2}, Case{"zero1", "world", 3, 3, true},
+                                         Case{"zero2", "node", 4, 2, true}),
                          [](const testing::TestParamInfo<Case>& parameter) {
                            const Case& c = parameter.param;
-                           return fmt::format("{}_{}_{}_of_{}", c.strategy, c.within, c.local_size, c.size);
+                           return fmt::format("{}_{}_{}_of_{}{}", c.strategy, c.within, c.local_size, c.size,
+                                              c.recomputes ? "_recomputing" : "");
                          });
 
 TEST(Sharding, TheNextBlockIsOnItsWayWhileOneIsHeld) {
