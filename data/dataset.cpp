@@ -103,16 +103,13 @@ PackedBatch pack(const std::vector<Sample>& samples, bool for_loss) {
   for (const Sample& sample : samples) {
     const int64_t start = batch.cu_seqlens.back(), num_ids = static_cast<int64_t>(sample.input_ids.size());
     CALDERA_ASSERT(sample.labels.size() == sample.input_ids.size());
-    const int64_t length = for_loss && sample.num_supervised() > 0 ? last_supervised(sample) : num_ids;
-    int64_t num_image_ids = 0;
+    const int64_t num_supervised = sample.num_supervised();
+    const int64_t length = for_loss && num_supervised > 0 ? last_supervised(sample) : num_ids;
     for (int64_t i = 0; i < length; ++i) {
       const int64_t id = sample.input_ids[static_cast<size_t>(i)];
       input_ids.push_back(id);
       position_ids.push_back(i);
-      if (id == kImageTokenIndex) {
-        image_rows.push_back(start + i);
-        ++num_image_ids;
-      }
+      if (id == kImageTokenIndex) image_rows.push_back(start + i);
       if (i + 1 == num_ids) continue;
       const int64_t next = sample.labels[static_cast<size_t>(i + 1)];
       if (next == kIgnoreIndex) continue;
@@ -120,13 +117,15 @@ PackedBatch pack(const std::vector<Sample>& samples, bool for_loss) {
       targets.push_back(next);
     }
     batch.cu_seqlens.push_back(start + length);
-    batch.num_supervised.push_back(sample.num_supervised());
+    batch.num_supervised.push_back(num_supervised);
     batch.sample_ids.push_back(sample.id);
     // Pictures are there in whole or not at all: between their ids nothing is supervised.
     int64_t num_pictures = std::ssize(sample.pixels);
-    if (const int64_t left_out = std::count(sample.input_ids.begin() + length, sample.input_ids.end(), kImageTokenIndex);
-        left_out > 0)
-      num_pictures = num_pictures * num_image_ids / (num_image_ids + left_out);
+    const auto cut = sample.input_ids.begin() + length;
+    if (const int64_t left_out = std::count(cut, sample.input_ids.end(), kImageTokenIndex); left_out > 0) {
+      const int64_t left = std::count(sample.input_ids.begin(), cut, kImageTokenIndex);
+      num_pictures = num_pictures * left / (left + left_out);
+    }
     pixels.insert(pixels.end(), sample.pixels.begin(), sample.pixels.begin() + num_pictures);
   }
   batch.input_ids_T = to_tensor(input_ids);

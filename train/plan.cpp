@@ -181,7 +181,8 @@ std::vector<std::string> ways_to_take_less(const StageConfig& stage, const Stage
   if (memory.masters > 0)
     ways.push_back(
         fmt::format("optimizer.master_weights: none   drops the masters' {}", gigabytes(memory.masters)));
-  if (stage.async_save && stage.save_steps > 0)
+  // On a GPU, whose plans have no program in them, checkpoints take none of its memory.
+  if (stage.async_save && stage.save_steps > 0 && stage.save_steps < plan.num_steps && memory.program > 0)
     ways.emplace_back("async_save: false   no copy of masters and states while a checkpoint is written");
   if (memory.moment == "saving a checkpoint")
     ways.emplace_back("save_steps: 0   no checkpoint before the end; saving is the peak");

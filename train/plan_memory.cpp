@@ -17,7 +17,7 @@
 namespace caldera {
 namespace {
 
-constexpr int64_t kAttentionRows = 256;     // queries whose scores exist at once
+constexpr int64_t kAttentionRows = 256;  // queries whose scores exist at once
 
 Json decoder_config(const fs::path& path) {
   if (fs::is_regular_file(path)) return open_gguf_decoder(path).config;

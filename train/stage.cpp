@@ -85,20 +85,18 @@ std::vector<ParameterGroup> parameter_groups(LlavaModel& model, const StageConfi
 
 // Matrices that products read: the tower's and the head forward, others for the gradients of their inputs as well.
 int64_t num_packed_elements(LlavaModel& model, const std::vector<ParameterGroup>& groups) {
-  std::unordered_set<const at::Tensor*> trained;
+  std::unordered_set<const at::Tensor*> seen;
   for (const ParameterGroup& group : groups)
-    for (const NamedTensor& tensor : group.tensors) trained.insert(tensor.owner);
+    for (const NamedTensor& tensor : group.tensors) seen.insert(tensor.owner);
   const at::Tensor* head = &model.language->head_weight();
   int64_t count = 0;
-  for (const std::string component : {"vision_tower", "projector", "language_model"}) {
-    std::unordered_set<const at::Tensor*> seen = trained;
-    for (const NamedTensor& tensor : model.component_tensors(component)) {
-      const bool is_looked_up =
-          (tensor.name.ends_with("position_embedding.weight") || tensor.name.ends_with("embed_tokens.weight")) &&
-          tensor.owner != head;
-      if (tensor.owner->dim() != 2 || is_looked_up || !seen.insert(tensor.owner).second) continue;
-      count += (component == "vision_tower" || tensor.owner == head ? 1 : 2) * tensor.owner->numel();
-    }
+  for (const NamedTensor& tensor : model.tensors()) {
+    const bool is_looked_up =
+        (tensor.name.ends_with("position_embedding.weight") || tensor.name.ends_with("embed_tokens.weight")) &&
+        tensor.owner != head;
+    if (tensor.owner->dim() != 2 || is_looked_up || !seen.insert(tensor.owner).second) continue;
+    const bool only_forward = tensor.name.starts_with("vision_tower") || tensor.owner == head;
+    count += (only_forward ? 1 : 2) * tensor.owner->numel();
   }
   return count;
 }

@@ -103,12 +103,9 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
                                                     .seed = recipe.seed},
                                        sharding_ ? sharding_->owned() : OwnedParts());
   if (memory.packs_frozen && device.is_cpu() && !(sharding_ && sharding_->frees_blocks())) {
-    NamedTensors frozen = model_->tensors();
-    std::erase_if(frozen, [](const NamedTensor& tensor) {
-      return tensor.owner->requires_grad() || tensor.owner->dim() != 2;
-    });
     std::vector<at::Tensor> weights;
-    for (const NamedTensor& tensor : frozen) weights.push_back(*tensor.owner);
+    for (const NamedTensor& tensor : model_->tensors())
+      if (!tensor.owner->requires_grad() && tensor.owner->dim() == 2) weights.push_back(*tensor.owner);
     const auto bytes_each = static_cast<int64_t>(c10::elementSize(parse_dtype(stage_.dtype)));
     if (copies_fit(num_packed_elements(*model_, optimizer_->groups()) * bytes_each, world_.spec().local_size))
       frozen_ = std::make_unique<FrozenWeights>(weights);

@@ -34,32 +34,35 @@ CALDERA_INLINE void update_each(const Weights& weights, const Arrays& a, const G
   }
 }
 
-CALDERA_SIMD void update(const WholeWeights& weights, const Arrays& a, int64_t begin, int64_t end,
-                         const AdamWFactors& factors) {
+template <class Weights>
+CALDERA_INLINE void update_range(const Weights& weights, const Arrays& a, int64_t begin, int64_t end,
+                                 const AdamWFactors& f) {
   if (a.gradient_bf16)
-    update_each(weights, a, a.gradient_bf16, begin, end, factors);
+    update_each(weights, a, a.gradient_bf16, begin, end, f);
   else
-    update_each(weights, a, a.gradient, begin, end, factors);
+    update_each(weights, a, a.gradient, begin, end, f);
 }
-CALDERA_SIMD void update(const SplitWeights& weights, const Arrays& a, int64_t begin, int64_t end,
-                         const AdamWFactors& factors) {
-  if (a.gradient_bf16)
-    update_each(weights, a, a.gradient_bf16, begin, end, factors);
-  else
-    update_each(weights, a, a.gradient, begin, end, factors);
+template <class From, class To>
+CALDERA_INLINE void convert_range(const From& from, const To& to, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const int64_t n = std::min(kLanes, end - i);
+    to.store(i, from.load(i, n), n);
+  }
 }
 
+CALDERA_SIMD void update(const WholeWeights& weights, const Arrays& a, int64_t begin, int64_t end,
+                         const AdamWFactors& f) {
+  update_range(weights, a, begin, end, f);
+}
+CALDERA_SIMD void update(const SplitWeights& weights, const Arrays& a, int64_t begin, int64_t end,
+                         const AdamWFactors& f) {
+  update_range(weights, a, begin, end, f);
+}
 CALDERA_SIMD void convert(const SplitWeights& from, const WholeWeights& to, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const int64_t n = std::min(kLanes, end - i);
-    to.store(i, from.load(i, n), n);
-  }
+  convert_range(from, to, begin, end);
 }
 CALDERA_SIMD void convert(const WholeWeights& from, const SplitWeights& to, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const int64_t n = std::min(kLanes, end - i);
-    to.store(i, from.load(i, n), n);
-  }
+  convert_range(from, to, begin, end);
 }
 void convert_all(const auto& from, const auto& to, int64_t count) {
   at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) { convert(from, to, begin, end); });

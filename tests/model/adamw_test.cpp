@@ -1,9 +1,10 @@
 // The one-pass update against ATen's fused kernel, whose numbers are torch.optim.AdamW(fused=True)'s.
 #include "model/ops/adamw.h"
-#include "tests/support.h"
 
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
+
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
