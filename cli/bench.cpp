@@ -1,6 +1,7 @@
 // caldera bench train|generate|load|tokenize|save|open: work in portions, one for each line on stdin, so that
 // another program can time several contenders in turn (scripts/bench). Says READY when it is set up; answers
-// each line with one of JSON: {"s": seconds, "hwm": peak resident MiB since READY, ...}. Ends with the input.
+// each line with one of JSON: {"s": seconds, "hwm": peak MiB since READY, resident or, where it trains on a GPU, of the
+// GPU's, ...}. Ends with the input.
 #include <chrono>
 #include <cstdio>
 #include <fstream>
@@ -17,6 +18,7 @@
 #include "eval/batches.h"
 #include "model/vision/towers.h"
 #include "train/checkpoint.h"
+#include "train/profile.h"
 #include "train/run.h"
 
 namespace caldera {
@@ -70,18 +72,29 @@ void serve(Work work) {
 // The trainer itself, held up between its steps.
 class StepByStep : public TrainingObserver {
  public:
-  void on_stage(const StageStart&) override {
+  void on_stage(const StageStart& stage) override {
+    device_ = at::Device(stage.device);
     say_ready();
     wait_for_line();
+    start_ = Clock::now();
   }
   void on_step(const StepMetrics& metrics) override {
-    answer_line(metrics.step_ms / 1000, {{"loss", metrics.loss},
-                                         {"grad_norm", metrics.grad_norm},
-                                         {"tokens", metrics.num_tokens},
-                                         {"supervised", metrics.num_supervised},
-                                         {"data_wait_ms", metrics.data_wait_ms}});
+    synchronize(device_);
+    const double seconds = seconds_since(start_);
+    Json more = {{"loss", metrics.loss},
+                 {"grad_norm", metrics.grad_norm},
+                 {"tokens", metrics.num_tokens},
+                 {"supervised", metrics.num_supervised},
+                 {"data_wait_ms", metrics.data_wait_ms}};
+    if (device_.is_cuda()) more["hwm"] = metrics.peak_memory_bytes >> 20;
+    answer_line(seconds, more);
     wait_for_line();
+    start_ = Clock::now();
   }
+
+ private:
+  at::Device device_ = at::kCPU;
+  Clock::time_point start_;
 };
 
 struct BenchCommand {

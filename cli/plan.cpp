@@ -137,10 +137,11 @@ void plan(const PlanCommand& command) {
         p.num_cut > 0 ? fmt::format("; {} are cut at {}", p.num_cut, stage.data.model_max_length) : "");
     fmt::print("  steps    {} ({} an epoch), {:.1f} micro-batches each, filled to {:.0f}%\n", p.num_steps,
                p.steps_per_epoch, p.micro_batches_per_step, 100 * p.fill);
-    const double seconds = p.flops_per_step / measured_matmul_flops(parse_dtype(stage.dtype));
+    const at::Device device = choose_device(recipe.device, 0);
+    const double seconds = p.flops_per_step / measured_matmul_flops(parse_dtype(stage.dtype), device);
     fmt::print(
-        "  time     {:.0f} GFLOP of products a step: {:.2f} s at this CPU's full speed, so about {} in all\n",
-        p.flops_per_step / 1e9, seconds, human_duration(1.6 * seconds * static_cast<double>(p.num_steps)));
+        "  time     {:.0f} GFLOP of products a step: {:.2f} s at this {}'s full speed, so about {} in all\n",
+        p.flops_per_step / 1e9, seconds, device.is_cuda() ? "GPU" : "CPU", human_duration(1.6 * seconds * static_cast<double>(p.num_steps)));
     if (p.choices.recomputed_halves > 0)
       fmt::print("  blocks   in the backward pass {} of {} recompute their MLP, {} of them the rest as well\n",
                  p.num_recomputed_mlps(), p.num_blocks, p.num_recomputed_blocks());

@@ -5,6 +5,7 @@
 #include "base/files.h"
 #include "base/log.h"
 #include "train/plan.h"
+#include "train/stage.h"
 
 namespace caldera {
 namespace {
@@ -47,21 +48,22 @@ void ProfiledSteps::report() {
       fmt::format("{} steps of {:.1f} ms, {:.0f} tokens each; waiting for data {:.1f}%\n", count,
                   step_ms / static_cast<double>(count),
                   static_cast<double>(num_tokens) / static_cast<double>(count), 100 * wait_ms / step_ms);
-  if (stage_.device == "cpu") {
-    // The plan's operations are those of an average step.
-    const std::vector<StagePlan> plans = plan_recipe(recipe_, /*max_samples=*/1000);
-    const auto plan =
-        std::find_if(plans.begin(), plans.end(), [&](const StagePlan& p) { return p.name == stage_.name; });
-    const auto stage = std::find_if(recipe_.stages.begin(), recipe_.stages.end(),
-                                    [&](const StageConfig& s) { return s.name == stage_.name; });
-    const double peak = measured_matmul_flops(parse_dtype(stage->dtype));
-    const double tokens_per_planned_step =
-        static_cast<double>(plan->num_tokens) / static_cast<double>(plan->steps_per_epoch);
-    const double flops = plan->flops_per_step * static_cast<double>(num_tokens) / tokens_per_planned_step;
-    text += fmt::format(
-        "{:.1f} GFLOP of products a step: {:.0f}% of what this CPU's products reach now ({:.0f} GFLOP/s)\n",
-        flops / 1e9 / static_cast<double>(count), 100 * flops / (step_ms / 1000) / peak, peak / 1e9);
-  }
+  // The plan's operations are those of an average step.
+  const std::vector<StagePlan> plans = plan_recipe(recipe_, /*max_samples=*/1000);
+  const auto plan =
+      std::find_if(plans.begin(), plans.end(), [&](const StagePlan& p) { return p.name == stage_.name; });
+  const auto stage = std::find_if(recipe_.stages.begin(), recipe_.stages.end(),
+                                  [&](const StageConfig& s) { return s.name == stage_.name; });
+  const double peak = measured_matmul_flops(parse_dtype(stage->dtype), at::Device(stage_.device));
+  const double tokens_per_planned_step =
+      static_cast<double>(plan->num_tokens) / static_cast<double>(plan->steps_per_epoch);
+  const double flops = plan->flops_per_step * static_cast<double>(num_tokens) / tokens_per_planned_step;
+  const bool on_gpu = stage_.device != "cpu";
+  text += fmt::format(
+      "{:.1f} {} of products a step, {:.1f} {}/s: {:.0f}% of what products reach here now ({:.1f} {}/s)\n",
+      flops / (on_gpu ? 1e12 : 1e9) / static_cast<double>(count), on_gpu ? "TFLOP" : "GFLOP",
+      flops / (on_gpu ? 1e12 : 1e9) / (step_ms / 1000), on_gpu ? "TFLOP" : "GFLOP", 100 * flops / (step_ms / 1000) / peak,
+      peak / (on_gpu ? 1e12 : 1e9), on_gpu ? "TFLOP" : "GFLOP");
   text += "\n" + profile_table(profile, count);
   write_file_atomic(stage_.folder / "profile.txt", text);
   log_info("profile of stage {}: {} and {}\n{}", stage_.name, (stage_.folder / "profile.txt").string(),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in at most ten minutes: each operation's kernels, training and scores against the CPU, a
-# profile, the benchmark beside transformers. Uses the build as it is (made here with CALDERA_CUDA=ON, or copied from
+# Everything that needs a GPU, in at most ten minutes: each operation's kernels, training and scores against the CPU, what
+# else there is to set (NCCL with one rank, too), a profile, the benchmark beside transformers. Uses the build as it is (made here with CALDERA_CUDA=ON, or copied from
 # another machine).
 #
 #   scripts/gpu_check.sh [FOLDER]      results go to FOLDER (default output/gpu_check)
@@ -60,24 +60,69 @@ fi
 data=$out/scenes
 [ -e "$data/finetune.json" ] || step data in_time "$build/caldera" data make-scenes --out "$data" --num-train 600
 
-# A short run of both stages on either device, from the same start: in float32 the losses must be the same to rounding.
-# Its end answers some questions, which tries generation too.
-train() { # DEVICE DTYPE [OPTIONS]
-  local run=$out/$1-$2
+# A short run of both stages, from the same start: in float32 the losses must be the same to rounding on either device. The
+# end of those that evaluate answers some questions, which tries generation too.
+train() { # NAME DEVICE DTYPE [OPTIONS]
+  local run=$out/$1
   rm -rf "$run"
-  in_time "$build/caldera" train configs/scenes/scenes.yaml device="$1" output="$run" \
+  in_time "$build/caldera" train configs/scenes/scenes.yaml device="$2" output="$run" \
     stages.pretrain.data.data_path="$data/pretrain.json" stages.pretrain.data.image_folder="$data/images" \
     stages.pretrain.data.eval_data_path="" stages.finetune.data.data_path="$data/finetune.json" \
-    stages.finetune.data.image_folder="$data/images" stages.pretrain.dtype="$2" stages.finetune.dtype="$2" \
-    stages.pretrain.max_steps=20 stages.finetune.max_steps=20 evaluation.data_path="$data/test.json" \
-    evaluation.image_folder="$data/images" evaluation.max_questions=20 "${@:3}"
+    stages.finetune.data.image_folder="$data/images" stages.pretrain.dtype="$3" stages.finetune.dtype="$3" \
+    stages.pretrain.max_steps=20 stages.finetune.max_steps=20 "${@:4}"
 }
-step train_cpu train cpu float32
-step train_cuda train cuda float32
-step train_cuda_bf16 train cuda bfloat16 --profile 10
+evaluated=(evaluation.data_path="$data/test.json" evaluation.image_folder="$data/images" evaluation.max_questions=20)
+step train_cpu train cpu-float32 cpu float32 "${evaluated[@]}"
+step train_cuda train cuda-float32 cuda float32 "${evaluated[@]}"
+step train_cuda_bf16 train cuda-bfloat16 cuda bfloat16 --profile 10 "${evaluated[@]}"
 for stage in pretrain finetune; do
   cp "$out/cuda-bfloat16/$stage/profile.txt" "$out/profile-$stage.txt" || failed+=("profile of $stage")
 done
+
+# What else there is to set, each beside the run that it should equal. Four at once.
+both() { printf 'stages.%s.'"$1"'\n' pretrain finetune; }
+variant() { # NAME DEVICE DTYPE SETTINGS...
+  local name=$1
+  step "train_$name" train "$name" "${@:2}" evaluation=null
+  [ -e "$out/$name/finetune/final" ]
+}
+group_of_one() { # STRATEGY PORT [SETTINGS]: through NCCL, as the only rank
+  CALDERA_GROUP_OF_ONE=1 RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$2 \
+    variant "nccl-$1" cuda float32 distributed.strategy="$1" "${@:3}"
+}
+mapfile -t recompute < <(both gradient_checkpointing=true)
+mapfile -t eight_bit < <(both optimizer.optim=adamw_8bit)
+mapfile -t no_masters < <(both optimizer.master_weights=none)
+mapfile -t offload < <(both memory.offload_optimizer=true)
+mapfile -t float8 < <(both float8=true)
+# (Dropout's masks are a device's own.)
+lora='stages.finetune.lora={lora_r: 8, lora_dropout: 0}' qlora='stages.finetune.lora={lora_r: 8, load_in_4bit: true}'
+run_variants() { # each a command line in one argument
+  local command running=()
+  for command in "$@"; do
+    eval "$command" &
+    running+=($!)
+    if [ ${#running[@]} -ge 4 ]; then
+      wait "${running[0]}" || failed+=("variant")
+      running=("${running[@]:1}")
+    fi
+  done
+  for command in "${running[@]}"; do wait "$command" || failed+=("variant"); done
+}
+run_variants \
+  'variant recompute cuda float32 "${recompute[@]}"' \
+  'variant 8bit cuda bfloat16 "${eight_bit[@]}"' \
+  'variant no-masters cuda bfloat16 "${no_masters[@]}"' \
+  'variant offload cuda bfloat16 "${offload[@]}"' \
+  'variant float8 cuda bfloat16 "${float8[@]}"' \
+  'variant lora-cpu cpu float32 "$lora"' \
+  'variant lora cuda float32 "$lora"' \
+  'variant qlora-cpu cpu bfloat16 "$qlora"' \
+  'variant qlora cuda bfloat16 "$qlora"' \
+  'group_of_one ddp 29511' \
+  'group_of_one zero1 29512' \
+  'group_of_one zero2 29513' \
+  'group_of_one zero3 29514 "${recompute[@]}"'
 
 score() { # DEVICE DTYPE
   in_time "$build/caldera" score --model "$out/cpu-float32/finetune/final" --data "$data/test.json" --images "$data/images" \
@@ -94,9 +139,14 @@ out = pathlib.Path(sys.argv[1])
 bad = []
 
 
-def compare(name, reference, other, bound):
-    if len(reference) != len(other) or not reference:
-        sys.exit(f"{name}: {len(reference)} against {len(other)} values")
+def compare(name, read, of, like, bound):
+    try:
+        reference, other = read(like), read(of)
+        if len(reference) != len(other) or not reference:
+            raise ValueError(f"{len(reference)} against {len(other)} values")
+    except (OSError, ValueError) as error:
+        print(f"{name}: {error}")
+        return bad.append(name)
     scale = sum(map(abs, reference)) / len(reference)
     worst = max(abs(a - b) for a, b in zip(reference, other)) / scale
     print(f"{name}: worst difference {worst:.1e} of the mean (bound {bound:.0e})")
@@ -104,27 +154,33 @@ def compare(name, reference, other, bound):
         bad.append(name)
 
 
-def losses(folder, stage):
-    return [row["loss"] for row in map(json.loads, open(out / folder / stage / "metrics.jsonl")) if "loss" in row]
+def losses(folder):
+    return [row["loss"] for stage in ("pretrain", "finetune") for row in map(json.loads, open(out / folder / stage / "metrics.jsonl"))
+            if "loss" in row]
 
 
 def scores(name):
     return [row["nll_sum"] for row in map(json.loads, open(out / f"score-{name}.jsonl"))]
 
 
-for stage in ("pretrain", "finetune"):
-    compare(f"losses of {stage}, cuda float32 against cpu", losses("cpu-float32", stage), losses("cuda-float32", stage), 1e-3)
-    compare(f"losses of {stage}, cuda bfloat16 against cpu", losses("cpu-float32", stage), losses("cuda-bfloat16", stage), 5e-2)
-compare("scores, cuda float32 against cpu", scores("cpu-float32"), scores("cuda-float32"), 1e-3)
+for of, like, bound in [("cuda-float32", "cpu-float32", 1e-3), ("cuda-bfloat16", "cpu-float32", 5e-2), ("recompute", "cuda-float32", 1e-4),
+                        ("8bit", "cuda-bfloat16", 5e-2), ("no-masters", "cuda-bfloat16", 5e-2), ("offload", "cuda-bfloat16", 5e-2),
+                        ("float8", "cuda-bfloat16", 1e-1), ("lora", "lora-cpu", 1e-3), ("qlora", "qlora-cpu", 5e-2),
+                        *[(f"nccl-{strategy}", "cuda-float32", 1e-4) for strategy in ("ddp", "zero1", "zero2", "zero3")]]:
+    compare(f"losses, {of} against {like}", losses, of, like, bound)
+compare("scores, cuda float32 against cpu", scores, "cuda-float32", "cpu-float32", 1e-3)
 # A single sample's may be off by a tenth in bfloat16; their sum is not.
-compare("sum of scores, cuda bfloat16 against cpu", [sum(scores("cpu-float32"))], [sum(scores("cuda-bfloat16"))], 5e-2)
+compare("sum of scores, cuda bfloat16 against cpu", lambda name: [sum(scores(name))], "cuda-bfloat16", "cpu-float32", 5e-2)
 sys.exit(f"too far apart: {', '.join(bad)}" if bad else 0)
 PYTHON
 }
 step numerics compare
 cat "$out/numerics.log"
 
-step bench in_time env CALDERA="$build/caldera" "$python" scripts/bench/train.py --device cuda --short --rounds 9 --only bfloat16
+# Beside transformers, at the shapes of LLaVA-1.5-7B with a few blocks; then all of its 32 blocks.
+bench() { in_time env CALDERA="$build/caldera" "$python" scripts/bench/train.py --device cuda "$@"; }
+step bench bench --rounds 9 --json "$out/bench.json"
+cat "$out/bench.log"
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "gpu_check: FAILED: ${failed[*]}; all of it is in $out" >&2

@@ -1,5 +1,6 @@
 // Where the time of a run's steps goes: a Chrome trace, and a table by operation.
 #pragma once
+#include <c10/core/Device.h>
 #include <c10/core/ScalarType.h>
 
 #include <cstdint>
@@ -17,7 +18,8 @@ struct ProfileRow {
 
 struct Profile {
   double seconds = 0;
-  std::vector<ProfileRow> operations;  // most self time first
+  std::vector<ProfileRow> operations;  // on the host's threads, most self time first
+  std::vector<ProfileRow> kernels;     // on the GPU, copies too, likewise; those of a stream run one after the other
 };
 
 // Records all operations of the process, on CPU and GPU, from construction to stop(). One at a time.
@@ -35,11 +37,15 @@ class Profiler {
   bool running_ = false;
 };
 
+// Waits until all that was asked of a GPU is done; nothing for a CPU.
+void synchronize(at::Device device);
+
 // The table, for people: a line an operation, most time first, what makes up less than half a percent left
 // out.
 std::string profile_table(const Profile& profile, int64_t num_steps);
 
-// Operations a second that matrix products of 1024 x 1024 reach on this CPU now, best of a few.
-double measured_matmul_flops(at::ScalarType dtype);
+// Operations a second that matrix products reach on this device now, best of a few: of 1024 x 1024 on a CPU, of 8192 x
+// 8192 on a GPU.
+double measured_matmul_flops(at::ScalarType dtype, at::Device device);
 
 }  // namespace caldera

@@ -105,7 +105,7 @@ Outcome run_stages(const Recipe& recipe, const RunOptions& options, TrainingObse
       suggestion(options.only_stage, names));
 
   for (const StageConfig& stage : recipe.stages)
-    CALDERA_CHECK(recipe.distributed.strategy != "zero3" || world.size() == 1 || stage.gradient_checkpointing,
+    CALDERA_CHECK(recipe.distributed.strategy != "zero3" || !world.has_group() || stage.gradient_checkpointing,
                   ConfigError,
                   "distributed.strategy zero3 has a block's weights only while it runs: also set "
                   "stages.{}.gradient_checkpointing: true",

@@ -87,7 +87,7 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
     set_trainable(group.tensors, true);
     num_trainable += count_parameters(group.tensors);
   }
-  if (world_.size() > 1)
+  if (world_.has_group())
     sharding_ = std::make_unique<Sharding>(world_, recipe.distributed, groups,
                                            model_->component_tensors("language_model"));
   if (sharding_ && !sharding_->is_replicated())

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """transformers' training step on one batch, as a contender of pair.py.
 
-  step_hf.py WORK MIX TEMPLATE --stage 1|2 --dtype float32|bfloat16|autocast [--packed] [--compile] [--checkpointing]
+  step_hf.py WORK MIX TEMPLATE --stage 1|2 --dtype float32|bfloat16|autocast [--lora] [--packed] [--compile] [--checkpointing]
 
 bfloat16: weights, gradients and AdamW's states in bfloat16; autocast: float32 weights under autocast. --packed: the samples in one row with
-restarting position_ids, transformers' padding-free form."""
+restarting position_ids, transformers' padding-free form. --lora: PEFT's adapters of rank 128 on the decoder's linear layers, as LLaVA has them."""
 import argparse, json, pathlib, sys, time
 
 import numpy, torch
@@ -21,7 +21,7 @@ parser.add_argument("--stage", type=int)
 parser.add_argument("--dtype")
 parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--device", default="cpu")
-for flag in ("--packed", "--compile", "--checkpointing"):
+for flag in ("--packed", "--compile", "--checkpointing", "--lora"):
     parser.add_argument(flag, action="store_true")
 args = parser.parse_args()
 torch.set_num_threads(args.threads)
@@ -31,9 +31,15 @@ model = LlavaForConditionalGeneration.from_pretrained(args.work / "model", dtype
 model.config.use_cache = model.config.text_config.use_cache = False
 if args.checkpointing:
     model.gradient_checkpointing_enable()
+if args.lora:
+    import peft
+    model = peft.get_peft_model(model, peft.LoraConfig(
+        r=fixtures.LORA["lora_r"], lora_alpha=fixtures.LORA["lora_alpha"], lora_dropout=0.0,
+        target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"), autocast_adapter_dtype=False)
 trained = []
 for name, parameter in model.named_parameters():
-    parameter.requires_grad_("multi_modal_projector" in name or (args.stage == 2 and "vision_tower" not in name))
+    is_decoder = "lora_" in name if args.lora else "vision_tower" not in name
+    parameter.requires_grad_("multi_modal_projector" in name or (args.stage == 2 and is_decoder))
     if parameter.requires_grad:
         trained.append(parameter)
 optimizer = torch.optim.AdamW(trained, lr=2e-5, weight_decay=0.0, fused=True)
@@ -64,6 +70,8 @@ def step():
     norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if args.device == "cuda":
+        torch.cuda.synchronize()
     return loss.item(), norm.item()
 
 

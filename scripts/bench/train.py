@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 """Training steps of both stages: Caldera (its own trainer, through the binary) against transformers, padded and at its best.
 
-  train.py [--short] [--rounds N] [--threads N] [--device cpu|cuda] [--prefix "nice -n -15 taskset -c 1"] [--only TEXT] [--json FILE]"""
+  train.py [--short] [--rounds N] [--threads N] [--prefix "nice -n -15 taskset -c 1"] [--only TEXT] [--json FILE]
+  train.py --device cuda [--layers N] [--one-by-one] ...       LLaVA-1.5-7B's shapes, with N of the decoder's 32 blocks
+
+--one-by-one: each contender runs when the one before has ended, where a GPU's memory does not hold all of them."""
 import argparse, json, pathlib, shlex, sys, tempfile
 
 import fixtures, pair
@@ -9,8 +12,14 @@ import fixtures, pair
 HERE = pathlib.Path(__file__).parent
 
 
-def cases(short):
+def cases(short, on_gpu=False):
     """(title, mix, template, stage, dtype, settings of transformers)"""
+    if on_gpu:  # as LLaVA's scripts run it; and at its best
+        plain, best = ("padded", ["--checkpointing"]), ("packed, compiled", ["--packed", "--compile"])
+        for title, mix, template, stage, flags in (("stage 2", "llava", "v1", 2, []), ("stage 1", "captions", "plain", 1, []),
+                                                   ("LoRA", "llava", "v1", 2, ["--lora"])):
+            yield title, mix, template, stage, "bfloat16", [(name, [*flags, *more]) for name, more in [plain] + ([] if short else [best])]
+        return
     padded, packed = ("padded", []), ("packed", ["--packed"])
     compiled = ("packed, compiled", ["--packed", "--compile"])
     for dtype in ("float32", "bfloat16"):
@@ -23,25 +32,35 @@ def cases(short):
 
 def run(work, case, args, say):
     title, mix, template, stage, dtype, settings = case
-    batch = fixtures.make_batch(work, mix, template)
+    shape, on_gpu, lora = args.shape, args.device == "cuda", title == "LoRA"
+    batch = fixtures.make_batch(work, mix, template, shape)
     tokens = [{**row, "image": record["image"]} for row, record in zip(batch["rows"], batch["records"])]
     (work / f"{mix}_{template}.tokens.json").write_text(json.dumps(tokens))
     real = sum(len(row["ids"]) for row in batch["rows"])
     padded = max(len(row["ids"]) for row in batch["rows"]) * len(batch["rows"])
+    if on_gpu:
+        title += f", {shape.text['num_hidden_layers']} blocks of LLaVA-1.5-7B"
     prefix = shlex.split(args.prefix)
-    env = {"OMP_NUM_THREADS": str(args.threads)}
-    contenders = []
-    for name, flags in settings:
+    env = {} if on_gpu else {"OMP_NUM_THREADS": str(args.threads)}
+    starts = []
+
+    def add_transformers(name, dtype, flags):
         command = [sys.executable, HERE / "step_hf.py", work, mix, template, "--stage", stage, "--dtype", dtype, "--threads", args.threads,
                    "--device", args.device, *flags]
-        contenders.append(pair.Contender("transformers " + name, command, {**env, **pair.TUNED_MALLOC}, prefix))
-    if dtype == "bfloat16":  # what Caldera's bfloat16 amounts to: float32 masters, gradients' sums and moments
-        command = [sys.executable, HERE / "step_hf.py", work, mix, template, "--stage", stage, "--dtype", "autocast", "--threads", args.threads,
-                   "--device", args.device]
-        contenders.append(pair.Contender("transformers padded, autocast", command, {**env, **pair.TUNED_MALLOC}, prefix))
-    recipe = fixtures.recipe(work, mix, template, stage, dtype, work / "run", args.device)
-    contenders.append(pair.Contender("Caldera", [fixtures.CALDERA, "bench", "train", recipe, "--resume", "never"], env, prefix))
-    rows = pair.race(contenders, args.rounds)
+        starts.append(lambda: pair.Contender("transformers " + name, command, {**env, **pair.TUNED_MALLOC}, prefix))
+
+    for name, flags in settings:
+        add_transformers(name, dtype, flags)
+    if dtype == "bfloat16" and not on_gpu:  # what Caldera's bfloat16 amounts to: float32 masters, gradients' sums and moments
+        add_transformers("padded, autocast", "autocast", [])
+
+    changes = {**({"lora": fixtures.LORA} if lora else {}), **args.changes}
+    recipe = fixtures.recipe(work, mix, template, stage, dtype, work / "run", args.device, shape, **changes)
+    starts.append(lambda: pair.Contender("Caldera", [fixtures.CALDERA, "bench", "train", recipe, "--resume", "never"], env, prefix))
+    if args.one_by_one:
+        rows = [row for start in starts for row in pair.race([start()], args.rounds)]
+    else:
+        rows = pair.race([start() for start in starts], args.rounds)
     # The same samples and mathematics: losses and gradient norms of the first two steps beside each other.
     measured = [row for row in rows if not row["failure"]]
     for row in measured:
@@ -56,7 +75,7 @@ def run(work, case, args, say):
 
 
 def name_of(case):
-    return f"{case[1]} {case[3]} {case[4]}"
+    return f"{case[0]} {case[1]} {case[3]} {case[4]}"
 
 
 def main():
@@ -66,15 +85,20 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefix", default="")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--only", default="", help="cases whose 'mix stage dtype' holds this")
+    parser.add_argument("--only", default="", help="cases whose 'title mix stage dtype' holds this")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--one-by-one", action="store_true")
+    parser.add_argument("--set", type=json.loads, default={}, dest="changes", help="of Caldera's stage, as JSON")
     parser.add_argument("--work", type=pathlib.Path)
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
+    on_gpu = args.device == "cuda"
+    args.shape = fixtures.shape_of("7b", args.layers) if on_gpu else fixtures.SMALL
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or pathlib.Path(temporary)
         work.mkdir(exist_ok=True)
-        fixtures.make_model(work)
-        results = [run(work, case, args, print) for case in cases(args.short) if args.only in name_of(case)]
+        fixtures.make_model(work, args.shape, args.device)
+        results = [run(work, case, args, print) for case in cases(args.short, on_gpu) if args.only in name_of(case)]
     if args.json:
         args.json.write_text(json.dumps(results))
 

@@ -44,6 +44,17 @@ def test_any_number_of_ranks_gives_the_same_curve():
             assert (runs.work / f"{strategy}_{n}/logs/rank-{rank}.log").exists()
 
 
+def test_a_single_rank_in_a_group():
+    """CALDERA_GROUP_OF_ONE: what a machine with one GPU can try of NCCL."""
+    straight("one", 1)
+    for strategy in ("ddp", "zero2", "zero3"):
+        name = f"{strategy}_1"
+        text = runs.run(["env", "CALDERA_GROUP_OF_ONE=1", *runs.start(1, "--max-restarts", "0"), *runs.train(name, strategy)])
+        assert f"1 rank on 1 machine, gloo, started by caldera launch; {strategy}" in text, text[:2000]
+        runs.same_curve("one", name)
+        assert all(line["comm_collectives"] > 0 for line in runs.metrics(name, "pretrain") if "loss" in line)
+
+
 def test_plans_tell_what_ranks_send():
     """`caldera plan --nodes`: collectives and bytes of a step, equal to what the first of the real ranks counts."""
     for nodes, n, strategy in [(1, 2, "ddp"), (1, 3, "zero1"), (1, 2, "zero2"), (1, 4, "zero3"), (2, 2, NODE)]:

@@ -77,7 +77,7 @@ Sharding::Sharding(World& world, const DistributedConfig& config, const std::vec
   num_replicas_ = static_cast<int>(split.num_replicas);
   shard_ = world.rank() % num_shards_;
   replica_ = world.rank() / num_shards_;
-  if (num_shards_ == 1) strategy_ = Strategy::kDdp;  // nobody to share with
+  if (num_shards_ == 1 && world.size() > 1) strategy_ = Strategy::kDdp;  // nobody to share with
   if (num_shards_ > 1 && num_shards_ < world.size()) {
     world.split_by_machine();
     sharers_ = Among::kMachine;
@@ -175,7 +175,7 @@ void Sharding::start_next() {
   if (!unit.gradient.defined())
     unit.gradient =
         at::zeros({unit.length}, unit.leaves.front().owner->options().dtype(at::kFloat).requires_grad(false));
-  if (num_shards_ == 1) {
+  if (is_replicated()) {
     unit.own_gradient = unit.gradient;
     return start_replicas(unit);
   }

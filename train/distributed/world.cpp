@@ -149,7 +149,7 @@ World::World(const WorldSpec& spec, at::Device device, double timeout_s,
              std::function<void(const std::string&)> on_abort)
     : spec_(spec), timeout_s_(timeout_s) {
   set_fault_rank(spec.rank, spec.attempt);
-  if (spec.size == 1) return;
+  if (spec.size == 1 && !spec.groups_alone) return;
   survive_broken_connections();
   const auto timeout = std::chrono::milliseconds(static_cast<int64_t>(timeout_s * 1000));
   group_ = std::make_unique<Group>();
@@ -210,7 +210,7 @@ World::~World() {
 std::string World::describe() const {
   if (!group_) return "1 process";
   const int machines = (size() + spec_.local_size - 1) / spec_.local_size;
-  return fmt::format("{} ranks on {} machine{}, {}, started by {}{}", size(), machines,
+  return fmt::format("{} rank{} on {} machine{}, {}, started by {}{}", size(), size() == 1 ? "" : "s", machines,
                      machines == 1 ? "" : "s", group_->backend_name, spec_.started_by,
                      spec_.attempt > 0 ? fmt::format(", attempt {}", spec_.attempt + 1) : "");
 }

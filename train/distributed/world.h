@@ -34,7 +34,7 @@ enum class Among { kAll, kMachine, kPeers };
 
 class World {
  public:
-  // A single process: no group, every operation is empty.
+  // A single process without a group: every operation is empty.
   static World& alone();
   // Joins the others; returns when all are there. `timeout_s`: how long a rank may be silent, or stuck in one
   // phase, before all stop with its name; also of joining. `on_abort` is called on the watching thread when
@@ -48,6 +48,7 @@ class World {
 
   int rank() const { return spec_.rank; }
   int size() const { return spec_.size; }
+  bool has_group() const { return group_ != nullptr; }
   bool is_first() const { return spec_.rank == 0; }
   const WorldSpec& spec() const { return spec_; }
   // "4 ranks on 2 machines, gloo, started by torchrun".
