@@ -130,7 +130,7 @@ void update_on_cuda(const Master& master, const Moment& exp_avg, const Moment& e
   const at::Tensor& weight = master.weight;
   const NoiseWords words(noise.key);
   cuda::with_type(gradient.defined() ? gradient : weight, [&]<class T>(T*, cuda::Stream stream) {
-    cuda::adamw_compact(state, cuda::in<T>(gradient), cuda::in<float>(dynamic_maps_on(weight.device())),
+    cuda::adamw_compact(state, cuda::in<T>(gradient), code_tables_on(weight.device()),
                         weight.numel(),
                         {f.decay, f.one_minus_beta1, f.beta2, f.one_minus_beta2, f.step_size,
                          f.inverse_correction2, f.epsilon, f.grad_scale},

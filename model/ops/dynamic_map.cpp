@@ -50,17 +50,6 @@ const std::array<float, 256>& dynamic_map(bool is_signed) {
   return is_signed ? with_sign : without;
 }
 
-at::Tensor dynamic_maps_on(at::Device device) {
-  thread_local at::Tensor last;
-  if (!last.defined() || last.device() != device) {
-    std::array<float, 512> both;
-    std::copy(dynamic_map(false).begin(), dynamic_map(false).end(),
-              std::copy(dynamic_map(true).begin(), dynamic_map(true).end(), both.begin()));
-    last = at::tensor(at::ArrayRef<float>(both)).to(device);
-  }
-  return last;
-}
-
 Quantized quantize_dynamic(const at::Tensor& values, bool is_signed) {
   const at::NoGradGuard no_grad;
   const int64_t count = values.numel(), blocks = (count + kQuantizedBlock - 1) / kQuantizedBlock;
@@ -85,17 +74,18 @@ at::Tensor dequantize_dynamic(const Quantized& quantized, bool is_signed) {
 CodeSearch::CodeSearch(bool is_signed) {
   const std::array<float, 256>& map = dynamic_map(is_signed);
   const std::vector<float> borders = middles(map);
-  middle_.fill(std::numeric_limits<float>::infinity());
-  std::copy(borders.begin(), borders.end(), middle_.begin());
+  std::copy(map.begin(), map.end(), table_.values);
+  std::fill(std::begin(table_.middles), std::end(table_.middles), std::numeric_limits<float>::infinity());
+  std::copy(borders.begin(), borders.end(), table_.middles);
   const auto nearest = [&](float value) {
     return static_cast<uint8_t>(std::lower_bound(borders.begin(), borders.end(), value) - borders.begin());
   };
-  for (int32_t cell = 0; cell < kCells; ++cell) {
+  for (int cell = 0; cell < kNumCells; ++cell) {
     const auto from =
-        cell == 0 ? 0.0f : __builtin_bit_cast(float, static_cast<uint32_t>(cell + kFirst) << 16);
-    const auto to = __builtin_bit_cast(float, (static_cast<uint32_t>(cell + kFirst + 1) << 16) - 1);
-    lowest_[static_cast<size_t>(cell)] = nearest(from);
-    lowest_[static_cast<size_t>(cell + kCells)] = nearest(-to);
+        cell == 0 ? 0.0f : __builtin_bit_cast(float, static_cast<uint32_t>(cell + kFirstCell) << 16);
+    const auto to = __builtin_bit_cast(float, (static_cast<uint32_t>(cell + kFirstCell + 1) << 16) - 1);
+    table_.lowest[cell] = nearest(from);
+    table_.lowest[cell + kNumCells] = nearest(-to);
     CALDERA_ASSERT(nearest(to) - nearest(from) <= 1 && nearest(-from) - nearest(-to) <= 1);
   }
 }
@@ -103,6 +93,24 @@ CodeSearch::CodeSearch(bool is_signed) {
 const CodeSearch& CodeSearch::of(bool is_signed) {
   static const CodeSearch with_sign(true), without(false);
   return is_signed ? with_sign : without;
+}
+
+CodeTables code_tables() {
+  const CodeTable<2>& without_sign = CodeSearch::of(false).table();
+  CodeTables tables{.exp_avg = CodeSearch::of(true).table(), .exp_avg_sq = {}};
+  std::copy(std::begin(without_sign.values), std::end(without_sign.values), tables.exp_avg_sq.values);
+  std::copy(std::begin(without_sign.middles), std::end(without_sign.middles), tables.exp_avg_sq.middles);
+  std::copy_n(without_sign.lowest, kNumCells, tables.exp_avg_sq.lowest);
+  return tables;
+}
+
+const CodeTables* code_tables_on(at::Device device) {
+  thread_local at::Tensor last;
+  if (!last.defined() || last.device() != device) {
+    CodeTables tables = code_tables();
+    last = at::from_blob(&tables, {static_cast<int64_t>(sizeof(tables))}, at::kByte).to(device);
+  }
+  return static_cast<const CodeTables*>(last.const_data_ptr());
 }
 
 }  // namespace caldera

@@ -7,6 +7,8 @@
 #include <array>
 #include <cstdint>
 
+#include "model/ops/code_tables.h"
+
 namespace caldera {
 
 inline constexpr int64_t kQuantizedBlock = 256;  // elements that share a scale
@@ -14,9 +16,6 @@ inline constexpr int64_t kQuantizedBlock = 256;  // elements that share a scale
 // 256 ascending values, dense near zero: seven powers of ten with ever more steps, zero and one. Signed: in
 // [-0.993, 1]; unsigned: in [0, 1].
 const std::array<float, 256>& dynamic_map(bool is_signed);
-// Both [2, 256] on a GPU, the signed one first. Every tensor asks for them: a thread copies them once.
-at::Tensor dynamic_maps_on(at::Device device);
-
 // Values as codes into a dynamic map times the largest magnitude of their block; blocks are ranges of the
 // flattened tensor.
 struct Quantized {
@@ -35,22 +34,24 @@ class CodeSearch {
   static const CodeSearch& of(bool is_signed);
   [[gnu::always_inline]] inline uint8_t operator()(float value) const {
     const auto bits = __builtin_bit_cast(uint32_t, value);
-    // A cell holds the numbers that share sign, exponent and seven bits: at most one step of the map.
-    const auto magnitude = static_cast<int32_t>((bits & 0x7FFFFFFFu) >> 16) - kFirst;
-    const auto cell = static_cast<uint32_t>(magnitude < 0        ? 0
-                                            : magnitude < kCells ? magnitude
-                                                                 : kCells - 1) +
-                      (bits >> 31) * static_cast<uint32_t>(kCells);
-    const uint8_t code = lowest_[cell];
-    return static_cast<uint8_t>(code + (value > middle_[code] ? 1 : 0));
+    const auto magnitude = static_cast<int32_t>((bits & 0x7FFFFFFFu) >> 16) - kFirstCell;
+    const auto cell = static_cast<uint32_t>(magnitude < 0           ? 0
+                                            : magnitude < kNumCells ? magnitude
+                                                                    : kNumCells - 1) +
+                      (bits >> 31) * static_cast<uint32_t>(kNumCells);
+    const uint8_t code = table_.lowest[cell];
+    return static_cast<uint8_t>(code + (value > table_.middles[code] ? 1 : 0));
   }
+  const CodeTable<2>& table() const { return table_; }
 
  private:
   explicit CodeSearch(bool is_signed);
-  static constexpr int32_t kFirst = 103 << 7;                 // 2^-24: all below is nearest to zero
-  static constexpr int32_t kCells = (127 << 7) + 1 - kFirst;  // up to 1 itself
-  std::array<uint8_t, 2 * kCells> lowest_;  // the code of a cell's lowest number; negative cells behind
-  std::array<float, 256> middle_;           // between a code and the next; infinite after the last
+  CodeTable<2> table_;
 };
+
+// Of both moments.
+CodeTables code_tables();
+// The same in a GPU's memory. Every tensor asks for them: a thread copies them once.
+const CodeTables* code_tables_on(at::Device device);
 
 }  // namespace caldera

@@ -74,11 +74,9 @@ TYPED_TEST(CudaKernels, AdamWOfMomentsIn8BitsAndWeightsWithoutMaster) {
   const kernels::CompactNoise words = {static_cast<uint32_t>(mix64(noise.key)),
                                        static_cast<uint32_t>(mix64(noise.key) >> 32),
                                        static_cast<uint32_t>(noise.first)};
-  at::Tensor maps = at::empty({2, 256});
-  for (const bool is_signed : {true, false})
-    maps[is_signed ? 0 : 1].copy_(at::tensor(at::ArrayRef<float>(dynamic_map(is_signed))));
-  // Whole ranges of 256, less than one, several blocks.
-  for (const int64_t count : {256, 100, 4096 + 300}) {
+  const CodeTables tables = code_tables();
+  // Whole ranges of 256, less than one, one element at a time, several blocks.
+  for (const int64_t count : {256, 100, 99, 64 * 256 + 300}) {
     for (const auto& [is_8bit, has_master, has_gradient] :
          {std::tuple{true, true, true}, {true, false, true}, {false, false, true}, {true, true, false}}) {
       SCOPED_TRACE(testing::Message()
@@ -98,8 +96,8 @@ TYPED_TEST(CudaKernels, AdamWOfMomentsIn8BitsAndWeightsWithoutMaster) {
       const Master master = has_master ? Master::of(weight.clone()) : Master{weight.clone(), {}};
       if (has_master) master.assign(random({count}));
       const Tensors got = in_both_orders([&]() -> Tensors {
-        Device<float> maps_(maps), m_(m.values), v_(v.values),
-            m_scale(is_8bit ? m.scale : maps), v_scale(is_8bit ? v.scale : maps);
+        Device<float> m_(m.values), v_(v.values), m_scale(is_8bit ? m.scale : m.values),
+            v_scale(is_8bit ? v.scale : v.values);
         Device<uint8_t> m_codes(m.values), v_codes(v.values);
         Device<T> gradient_(gradient);
         Device<Bf16> weight_(master.weight);
@@ -115,7 +113,7 @@ TYPED_TEST(CudaKernels, AdamWOfMomentsIn8BitsAndWeightsWithoutMaster) {
           state.exp_avg = *m_;
           state.exp_avg_sq = *v_;
         }
-        kernels::adamw_compact(state, has_gradient ? *gradient_ : nullptr, *maps_, count, factors, words,
+        kernels::adamw_compact(state, has_gradient ? *gradient_ : nullptr, &tables, count, factors, words,
                                nullptr);
         return {values_of(is_8bit ? m_codes.tensor() : m_.tensor(), m_scale.tensor(), true),
                 values_of(is_8bit ? v_codes.tensor() : v_.tensor(), v_scale.tensor(), false),

@@ -54,23 +54,50 @@ __global__ void adamw_kernel(Weights weights, float* exp_avg, float* exp_avg_sq,
   store_weights(weights, i, w);
 }
 
-static_assert(kCodesPerScale == kThreads);  // a thread takes an element of a range that shares a scale
-constexpr int64_t kRangesEach = 16;         // such ranges of a block, for which the maps are read once
+constexpr int64_t kRangesEach = 64;  // of kCodesPerScale elements, of a block, for which it reads the tables once
 
-// The code of the nearest of the map's 256 values, the lower one of two that are as near.
-__device__ inline uint8_t nearest_code(const float* map, float value) {
-  int code = 0;  // of the middles between two values, as many lie below `value`
-  CALDERA_UNROLL
-  for (int step = 128; step > 0; step /= 2)
-    if ((map[code + step - 1] + map[code + step]) / 2 < value) code += step;
-  return static_cast<uint8_t>(code);
+// The code of the nearest of the table's values, the lower one of two that are as near.
+template <int kSigns>
+__device__ inline uint8_t nearest_code(const CodeTable<kSigns>& table, float value) {
+  const uint32_t bits = __float_as_uint(value);
+  int cell = static_cast<int>((bits & 0x7FFFFFFFu) >> 16) - kFirstCell;
+  cell = cell < 0 ? 0 : cell < kNumCells ? cell : kNumCells - 1;
+  if (kSigns == 2 && bits >> 31 != 0) cell += kNumCells;
+  const uint8_t code = table.lowest[cell];
+  return static_cast<uint8_t>(code + (value > table.middles[code] ? 1 : 0));
 }
 
-// Writes the range's values as codes and returns, to every thread, their scale.
-__device__ inline float encode(const float* map, float value, uint8_t* code) {
-  const float scale = over_block(fabsf(value), Max());
-  if (code) *code = nearest_code(map, value * (1.0f / fmaxf(scale, FLT_MIN)));
-  return scale;
+template <int kSigns, int kN>
+__device__ inline Floats<kN> load_codes(const uint8_t* codes, const CodeTable<kSigns>& table, float scale) {
+  const Pack<uint8_t, kN> pack = pack_at<kN>(codes);
+  Floats<kN> values;
+  CALDERA_UNROLL
+  for (int k = 0; k < kN; ++k) values[k] = table.values[pack.values[k]] * scale;
+  return values;
+}
+
+// Writes what the lanes of a warp hold of a range as codes, and their scale.
+template <int kSigns, int kN, int kPacks>
+__device__ inline void store_codes(uint8_t* codes, float* scale, const CodeTable<kSigns>& table,
+                                   const Floats<kN> (&values)[kPacks], int64_t first, int64_t count) {
+  float most = 0;
+  CALDERA_UNROLL
+  for (int p = 0; p < kPacks; ++p) {
+    CALDERA_UNROLL
+    for (int k = 0; k < kN; ++k) most = fmaxf(most, fabsf(values[p][k]));
+  }
+  most = over_warp(most, Max());
+  const float factor = 1.0f / fmaxf(most, FLT_MIN);
+  CALDERA_UNROLL
+  for (int p = 0; p < kPacks; ++p) {
+    const int64_t i = first + p * kWarp * kN;
+    if (i >= count) continue;
+    Pack<uint8_t, kN> pack;
+    CALDERA_UNROLL
+    for (int k = 0; k < kN; ++k) pack.values[k] = nearest_code(table, values[p][k] * factor);
+    pack_at<kN>(codes + i) = pack;
+  }
+  if (threadIdx.x % kWarp == 0) *scale = most;
 }
 
 // adamw_compact.cpp's hash, whose upper half decides which way element `index` is rounded.
@@ -86,40 +113,61 @@ __device__ inline Bf16 rounded_by_noise(float value, uint32_t index, const Compa
   return {static_cast<uint16_t>((is_finite ? bits + (hash >> 16) : bits) >> 16)};
 }
 
-template <class T>
-__global__ void compact_kernel(CompactState s, const T* gradient, const float* maps, int64_t count,
+// A warp takes a range that shares scales: each of its lanes kN elements at a time. `count` is a multiple of kN.
+template <class T, int kN>
+__device__ inline void update_range(const CompactState& s, const T* gradient, const CodeTables& tables, int64_t range,
+                                    int64_t count, const AdamWFactors& f, const CompactNoise& noise) {
+  constexpr int kPacks = static_cast<int>(kCodesPerScale) / (kWarp * kN);
+  const int64_t first = range * kCodesPerScale + threadIdx.x % kWarp * kN;
+  // All loads are on their way before anything waits for one. What lies behind the end counts as zeros.
+  Floats<kN> w[kPacks] = {}, g[kPacks] = {}, m[kPacks] = {}, v[kPacks] = {};
+  const float m_scale = s.exp_avg ? 0.0f : s.exp_avg_scale[range];
+  const float v_scale = s.exp_avg_sq ? 0.0f : s.exp_avg_sq_scale[range];
+  CALDERA_UNROLL
+  for (int p = 0; p < kPacks; ++p) {
+    const int64_t i = first + p * kWarp * kN;
+    if (i >= count) continue;
+    w[p] = load_weights<kN>(s.weights, i);
+    if (gradient) g[p] = load<kN>(gradient + i);
+    m[p] = s.exp_avg ? load<kN>(s.exp_avg + i) : load_codes<2, kN>(s.exp_avg_codes + i, tables.exp_avg, m_scale);
+    v[p] = s.exp_avg_sq ? load<kN>(s.exp_avg_sq + i)
+                        : load_codes<1, kN>(s.exp_avg_sq_codes + i, tables.exp_avg_sq, v_scale);
+  }
+  CALDERA_UNROLL
+  for (int p = 0; p < kPacks; ++p) {
+    const int64_t i = first + p * kWarp * kN;
+    CALDERA_UNROLL
+    for (int k = 0; k < kN; ++k) w[p][k] = updated(w[p][k], m[p][k], v[p][k], g[p][k] * f.grad_scale, f);
+    if (i >= count) continue;
+    if (s.weights.whole || s.weights.remainder) {
+      store_weights(s.weights, i, w[p]);
+    } else {
+      Pack<Bf16, kN> pack;
+      CALDERA_UNROLL
+      for (int k = 0; k < kN; ++k)
+        pack.values[k] = rounded_by_noise(w[p][k], noise.first_index + static_cast<uint32_t>(i + k), noise);
+      pack_at<kN>(s.weights.weight + i) = pack;
+    }
+    if (s.exp_avg) store(s.exp_avg + i, m[p]);
+    if (s.exp_avg_sq) store(s.exp_avg_sq + i, v[p]);
+  }
+  if (s.exp_avg_codes) store_codes(s.exp_avg_codes, s.exp_avg_scale + range, tables.exp_avg, m, first, count);
+  if (s.exp_avg_sq_codes)
+    store_codes(s.exp_avg_sq_codes, s.exp_avg_sq_scale + range, tables.exp_avg_sq, v, first, count);
+}
+
+template <class T, int kN>
+__global__ void compact_kernel(CompactState s, const T* gradient, const CodeTables* tables, int64_t count,
                                AdamWFactors f, CompactNoise noise) {
-  __shared__ float m_map[kThreads], v_map[kThreads];
-  m_map[threadIdx.x] = load<1>(maps + threadIdx.x)[0];
-  v_map[threadIdx.x] = load<1>(maps + kThreads + threadIdx.x)[0];
+  __shared__ CodeTables near;  // what all threads look up at random
+  constexpr unsigned kWords = sizeof(CodeTables) / sizeof(uint32_t);
+  for (unsigned i = threadIdx.x; i < kWords; i += kThreads)
+    reinterpret_cast<uint32_t*>(&near)[i] = reinterpret_cast<const uint32_t*>(tables)[i];
   __syncthreads();
-  for (int64_t range = blockIdx.x * kRangesEach; range < (blockIdx.x + 1) * kRangesEach; ++range) {
-    if (range * kThreads >= count) return;
-    const int64_t i = range * kThreads + threadIdx.x;
-    const bool is_there = i < count;  // the others count as zeros
-    float m = 0, v = 0;
-    if (is_there) {
-      const float g = gradient ? load<1>(gradient + i)[0] * f.grad_scale : 0.0f;
-      m = s.exp_avg ? load<1>(s.exp_avg + i)[0] : m_map[s.exp_avg_codes[i]] * s.exp_avg_scale[range];
-      v = s.exp_avg_sq ? load<1>(s.exp_avg_sq + i)[0]
-                       : v_map[s.exp_avg_sq_codes[i]] * s.exp_avg_sq_scale[range];
-      const float w = updated(load_weights<1>(s.weights, i)[0], m, v, g, f);
-      if (s.weights.whole || s.weights.remainder)
-        store_weights(s.weights, i, Floats<1>{w});
-      else
-        s.weights.weight[i] = rounded_by_noise(w, noise.first_index + static_cast<uint32_t>(i), noise);
-      if (s.exp_avg) store(s.exp_avg + i, Floats<1>{m});
-      if (s.exp_avg_sq) store(s.exp_avg_sq + i, Floats<1>{v});
-    }
-    // The scales were read by all before they change: encode() has all threads meet.
-    if (s.exp_avg_codes) {
-      const float scale = encode(m_map, m, is_there ? s.exp_avg_codes + i : nullptr);
-      if (threadIdx.x == 0) s.exp_avg_scale[range] = scale;
-    }
-    if (s.exp_avg_sq_codes) {
-      const float scale = encode(v_map, v, is_there ? s.exp_avg_sq_codes + i : nullptr);
-      if (threadIdx.x == 0) s.exp_avg_sq_scale[range] = scale;
-    }
+  const int64_t end = (blockIdx.x + int64_t{1}) * kRangesEach;
+  for (int64_t range = blockIdx.x * kRangesEach + threadIdx.x / kWarp; range < end; range += kThreads / kWarp) {
+    if (range * kCodesPerScale >= count) return;
+    update_range<T, kN>(s, gradient, near, range, count, f, noise);
   }
 }
 
@@ -138,17 +186,23 @@ void adamw(const Weights& weights, float* exp_avg, float* exp_avg_sq, const T* g
 }
 
 template <class T>
-void adamw_compact(const CompactState& state, const T* gradient, const float* maps, int64_t count,
+void adamw_compact(const CompactState& state, const T* gradient, const CodeTables* tables, int64_t count,
                    const AdamWFactors& factors, const CompactNoise& noise, Stream stream) {
-  launch("adamw_compact", compact_kernel<T>, ceil_div(count, kCodesPerScale * kRangesEach), stream, state,
-         gradient, maps, count, factors, noise);
+  with_lanes<float>(
+      count,
+      [&](auto lanes) {
+        launch("adamw_compact", compact_kernel<T, lanes.value>, ceil_div(count, kCodesPerScale * kRangesEach), stream,
+               state, gradient, tables, count, factors, noise);
+      },
+      state.weights.whole, state.weights.weight, state.weights.remainder, state.exp_avg, state.exp_avg_sq,
+      state.exp_avg_codes, state.exp_avg_sq_codes, gradient);
 }
 
 template void adamw(const Weights&, float*, float*, const float*, int64_t, const AdamWFactors&, Stream);
 template void adamw(const Weights&, float*, float*, const Bf16*, int64_t, const AdamWFactors&, Stream);
-template void adamw_compact(const CompactState&, const float*, const float*, int64_t, const AdamWFactors&,
+template void adamw_compact(const CompactState&, const float*, const CodeTables*, int64_t, const AdamWFactors&,
                             const CompactNoise&, Stream);
-template void adamw_compact(const CompactState&, const Bf16*, const float*, int64_t, const AdamWFactors&,
+template void adamw_compact(const CompactState&, const Bf16*, const CodeTables*, int64_t, const AdamWFactors&,
                             const CompactNoise&, Stream);
 
 }  // namespace caldera::CALDERA_KERNELS

@@ -7,6 +7,8 @@
 #include <array>
 #include <cstdint>
 
+#include "model/ops/code_tables.h"
+
 // The tests compile the same sources for the CPU, under another name.
 #ifndef CALDERA_KERNELS
 #define CALDERA_KERNELS cuda
@@ -32,11 +34,11 @@ template <class T>
 void rms_norm_backward(const T* x, const T* weight, const float* rstd, const T* dy, T* dx,
                        float* dweight_parts, int64_t rows, int64_t width, Stream stream);
 
-// x [rows, heads, width], rows `x_stride` elements apart; cos, sin [rows, width], of which the first half of
-// a row is read -> y, dense: each head turned by its row's angles; with sign -1 turned back.
+// x and y [rows, heads, width], rows `x_stride` and `y_stride` elements apart; cos, sin [rows, width], of which the
+// first half of a row is read: each head turned by its row's angles; with sign -1 turned back.
 template <class T>
-void rotate(const T* x, int64_t x_stride, const float* cos, const float* sin, float sign, T* y, int64_t rows,
-            int64_t heads, int64_t width, Stream stream);
+void rotate(const T* x, int64_t x_stride, const float* cos, const float* sin, float sign, T* y, int64_t y_stride,
+            int64_t rows, int64_t heads, int64_t width, Stream stream);
 
 // gate_up [rows, 2 width] -> y [rows, width].
 template <class T>
@@ -73,8 +75,8 @@ void adamw(const Weights& weights, float* exp_avg, float* exp_avg_sq, const T* g
            const AdamWFactors& factors, Stream stream);
 
 // model/ops/adamw_compact.h. Each moment is float32, or codes with one scale for kCodesPerScale elements (the
-// other form's pointers are null). Where the weight is all there is, it is rounded by the noise. maps [2, 256]:
-// the values of exp_avg's codes, ascending, then those of exp_avg_sq's.
+// other form's pointers are null). Where the weight is all there is, it is rounded by the noise. `tables` lie in the
+// device's memory.
 inline constexpr int64_t kCodesPerScale = 256;
 struct CompactState {
   Weights weights;
@@ -86,7 +88,7 @@ struct CompactNoise {
   uint32_t first_word, second_word, first_index;
 };
 template <class T>
-void adamw_compact(const CompactState& state, const T* gradient, const float* maps, int64_t count,
+void adamw_compact(const CompactState& state, const T* gradient, const CodeTables* tables, int64_t count,
                    const AdamWFactors& factors, const CompactNoise& noise, Stream stream);
 
 // model/ops/nf4.h. Two elements a byte of `codes`, indices into `values` (in the host's memory), times a scale for each
