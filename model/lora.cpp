@@ -1,7 +1,5 @@
 #include "model/lora.h"
 
-#include <ATen/Context.h>
-
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -14,15 +12,6 @@ namespace caldera {
 namespace {
 
 std::string last_part(const std::string& name) { return name.substr(name.rfind('.') + 1); }
-
-// x with elements zeroed with probability p, the others scaled by 1 / (1 - p). A generator of its own, on x's
-// device: what others draw does not matter.
-at::Tensor dropped_out(const at::Tensor& x, double p, uint64_t seed) {
-  at::Generator generator = at::globalContext().defaultGenerator(x.device()).clone();
-  generator.set_current_seed(seed);
-  const at::Tensor keep = at::empty_like(x, x.options().requires_grad(false)).bernoulli_(1 - p, generator);
-  return x * keep.div_(1 - p);
-}
 
 }  // namespace
 
@@ -73,10 +62,14 @@ at::Tensor Linear::forward(const at::Tensor& x_TI, std::optional<uint64_t> dropo
   at::Tensor y_TO = nf4_ ? affine_nf4(x_TI, *nf4_, bias_O_, needs_value)
                          : affine(x_TI, weight_OI_, bias_O_, needs_value, in_float8_);
   if (adapters_.empty()) return y_TO;
-  std::vector<at::Tensor> updates;
-  for (size_t i = 0; i < modules_.size(); ++i) updates.push_back(update(i, x_TI, dropout_seed));
-  // One addition in place: nothing of y is kept for backward.
-  return y_TO.add_(updates.size() == 1 ? updates[0] : at::cat(updates, 1), scaling_);
+  std::vector<LowRankUpdate> updates;
+  int64_t first_row = 0;
+  for (size_t i = 0; i < modules_.size(); first_row += modules_[i++].num_rows) {
+    const uint64_t seed = dropout_seed ? mix64(*dropout_seed ^ hash_text(modules_[i].name)) : 0;
+    if (adapters_[i].a_RI.defined()) updates.push_back({adapters_[i].a_RI, adapters_[i].b_OR, first_row, seed});
+  }
+  // In place: nothing of y is kept for backward.
+  return add_low_rank_(y_TO, x_TI, updates, scaling_, dropout_seed ? dropout_ : 0, needs_value);
 }
 
 at::Tensor Linear::forward_of(const std::function<at::Tensor(const at::Tensor&)>& make,
@@ -84,16 +77,6 @@ at::Tensor Linear::forward_of(const std::function<at::Tensor(const at::Tensor&)>
                               std::optional<uint64_t> dropout_seed, bool needs_value) const {
   if (int8_ || nf4_ || !adapters_.empty()) return forward(make(source), dropout_seed, needs_value);
   return affine_of(make, source, parameters, weight_OI_, bias_O_, needs_value, in_float8_);
-}
-
-at::Tensor Linear::update(size_t module, const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed) const {
-  const Adapter& adapter = adapters_[module];
-  if (!adapter.a_RI.defined()) return at::zeros({x_TI.size(0), modules_[module].num_rows}, x_TI.options());
-  if (!dropout_seed || dropout_ == 0) return affine(affine(x_TI, adapter.a_RI), adapter.b_OR);
-  // The mask comes from its seed: backward draws it again.
-  const auto drop = [p = dropout_, seed = mix64(*dropout_seed ^ hash_text(modules_[module].name))](
-                        const at::Tensor& x) { return dropped_out(x, p, seed); };
-  return affine(affine_of(drop, x_TI, {}, adapter.a_RI), adapter.b_OR);
 }
 
 void Linear::append_tensors(NamedTensors& list) {

@@ -78,8 +78,6 @@ class Linear {
   struct Adapter {
     at::Tensor a_RI, b_OR;  // undefined where the module has none
   };
-  at::Tensor update(size_t module, const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed) const;
-
   std::vector<Module> modules_;
   std::vector<Adapter> adapters_;  // empty, or one a module
   std::vector<Adapter> merged_;    // what merge() took out

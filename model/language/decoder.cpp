@@ -203,28 +203,26 @@ class Decoder : public LanguageModel {
 
   // qkv [T, (H + 2G) K] -> [T, H K].
   at::Tensor attention(size_t layer, const at::Tensor& qkv, const Row& row) const {
-    const int64_t H = config_.num_attention_heads, G = config_.num_key_value_heads, K = config_.head_dim;
-    // split, not narrow: its gradient is one concatenation.
-    const std::vector<at::Tensor> parts = qkv.split_with_sizes({(H + G) * K, G * K}, 1);
-    const at::Tensor qk =
-        apply_rotary(normed_heads(blocks_[layer], parts[0].view({-1, H + G, K})), row.rotary);
-    const std::vector<at::Tensor> q_and_k = qk.split_with_sizes({H, G}, 1);
-    // A copy where backward will want it: a view would keep the whole projection, of which nothing else is kept.
-    const at::Tensor v = (at::GradMode::is_enabled() ? parts[1].contiguous() : parts[1]).view({-1, G, K});
-    const at::Tensor out = row.caches.empty() ? windowed_attention(q_and_k[0], q_and_k[1], v, row.cu_seqlens,
-                                                                   config_.windows[layer])
-                                              : attention_with_caches(layer, q_and_k[0], q_and_k[1], v, row);
-    return out.reshape({-1, H * K});
+    const auto [q, k, v] = heads(blocks_[layer], qkv, row.rotary);
+    const at::Tensor out = row.caches.empty()
+                               ? windowed_attention(q, k, v, row.cu_seqlens, config_.windows[layer])
+                               : attention_with_caches(layer, q, k, v, row);
+    return out.flatten(1);
   }
 
-  // qk [T, H + G, K]: each head normed by itself where the family does so.
-  at::Tensor normed_heads(const Block& block, const at::Tensor& qk) const {
-    if (!config_.qk_norm) return qk;
-    const std::vector<at::Tensor> q_and_k =
-        qk.split_with_sizes({config_.num_attention_heads, config_.num_key_value_heads}, 1);
-    return at::cat({rms_norm(q_and_k[0], block.q_norm, config_.rms_norm_eps),
-                    rms_norm(q_and_k[1], block.k_norm, config_.rms_norm_eps)},
-                   1);
+  // -> q [T, H, K] and k [T, G, K], rotated, and v [T, G, K]; each head of q and k normed by itself where the family
+  // does so.
+  std::array<at::Tensor, 3> heads(const Block& block, const at::Tensor& qkv, const Rotary& rotary) const {
+    const int64_t H = config_.num_attention_heads, G = config_.num_key_value_heads, K = config_.head_dim;
+    if (!config_.qk_norm) return split_rotary(qkv, H, G, rotary);
+    // split, not narrow: its gradient is one concatenation.
+    const std::vector<at::Tensor> parts = qkv.split_with_sizes({H * K, G * K, G * K}, 1);
+    const auto normed_heads = [&](const at::Tensor& x, const at::Tensor& weight) {
+      return apply_rotary(rms_norm(x.unflatten(1, {-1, K}), weight, config_.rms_norm_eps), rotary);
+    };
+    // A copy where backward will want it: a view would keep the whole projection, of which nothing else is kept.
+    const at::Tensor v = at::GradMode::is_enabled() ? parts[2].contiguous() : parts[2];
+    return {normed_heads(parts[0], block.q_norm), normed_heads(parts[1], block.k_norm), v.unflatten(1, {-1, K})};
   }
 
   at::Tensor attention_with_caches(size_t layer, const at::Tensor& q, const at::Tensor& k,

@@ -4,6 +4,7 @@
 #pragma once
 #include <ATen/ATen.h>
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -25,6 +26,10 @@ Rotary rotary_tables(const at::Tensor& inv_freq, const at::Tensor& positions_T, 
                      at::ScalarType dtype);
 // x [T, H, K] rotated by position: x * cos + rotate_half(x) * sin.
 at::Tensor apply_rotary(const at::Tensor& x_THK, const Rotary& rotary);
+// The fused projection's rows qkv [T, (H + 2G) K] as q [T, H, K] and k [T, G, K], rotated, and v [T, G, K]. Their
+// gradients are written into one such row each; of qkv itself backward keeps nothing.
+std::array<at::Tensor, 3> split_rotary(const at::Tensor& qkv, int64_t num_heads, int64_t num_kv_heads,
+                                       const Rotary& rotary);
 
 // SwiGLU: silu(gate) * up of the fused projection's output [T, 2F] (gate first) -> [T, F].
 at::Tensor swiglu(const at::Tensor& gate_up);
@@ -41,6 +46,18 @@ at::Tensor packed_attention(const at::Tensor& q_THK, const at::Tensor& k_TGK, co
 // and values keys[s], values[s] [L_s, G, K] (its own included) up to their own place.
 at::Tensor cached_attention(const at::Tensor& q_THK, const std::vector<at::Tensor>& keys,
                             const std::vector<at::Tensor>& values, const std::vector<int64_t>& cu_seqlens);
+
+// A low-rank adapter's part of a linear layer's result: rows [first_row, first_row + O) of the whole.
+struct LowRankUpdate {
+  at::Tensor a_RI, b_OR;
+  int64_t first_row = 0;
+  uint64_t dropout_seed = 0;
+};
+// y[:, rows of each update] += B A dropout(x) * scaling; y [T, all rows] is changed in place and returned. x [T, I].
+// `dropout` is the probability; masks come from the seeds. Backward keeps x and A dropout(x). Without `needs_value` y
+// is left as it is, and has its graph (see recompute()).
+at::Tensor add_low_rank_(const at::Tensor& y_TO, const at::Tensor& x_TI, const std::vector<LowRankUpdate>& updates,
+                         double scaling, double dropout, bool needs_value);
 
 // Sum over the N rows of -log softmax(hidden . weight^T)[target], in float32: output projection and cross
 // entropy in one, in chunks of rows, so that [N, V] is never held. hidden [N, D], weight [V, D], targets

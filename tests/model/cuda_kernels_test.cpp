@@ -76,10 +76,16 @@ TYPED_TEST(CudaKernels, Rotary) {
     const at::Tensor x = storage.as_strided({c.rows, c.heads, c.width}, {c.stride, c.width, 1});
     const auto turn = [&](const at::Tensor& from, float sign) {
       return in_both_orders([&]() -> Tensors {
-        Device<T> x_(from), y({c.rows, c.heads, c.width});
+        Device<T> x_(from), y({c.rows, c.heads, c.width}), wide(at::zeros({c.rows * c.stride}));
         Device<float> cos(rotary.cos_TK), sin(rotary.sin_TK);
-        const int64_t stride = from.dim() == 1 ? c.stride : c.heads * c.width;
-        kernels::rotate(*x_, stride, *cos, *sin, sign, *y, c.rows, c.heads, c.width, nullptr);
+        const int64_t dense = c.heads * c.width, stride = from.dim() == 1 ? c.stride : dense;
+        kernels::rotate(*x_, stride, *cos, *sin, sign, *y, dense, c.rows, c.heads, c.width, nullptr);
+        // Into rows that are wider: what lies between stays as it was.
+        kernels::rotate(*x_, stride, *cos, *sin, sign, *wide, c.stride, c.rows, c.heads, c.width, nullptr);
+        const at::Tensor rows = wide.tensor().view({c.rows, c.stride});
+        EXPECT_TRUE(at::equal(rows.narrow(1, 0, dense), y.tensor().view({c.rows, dense})));
+        const at::Tensor between = rows.narrow(1, dense, c.stride - dense);
+        EXPECT_TRUE(at::equal(between, at::zeros_like(between)));
         return {y.tensor()};
       })[0];
     };

@@ -146,6 +146,28 @@ TEST(Ops, Rotary) {
   }
 }
 
+TEST(Ops, SplitRotaryIsASplitAndRotations) {
+  constexpr int64_t kRows = 40, kHeads = 6, kKvHeads = 2, kWidth = 16;
+  const at::Tensor inv_freq = 1.0 / at::pow(100.0, at::arange(0, kWidth, 2).to(at::kFloat) / double{kWidth});
+  const Rotary rotary = rotary_tables(inv_freq, at::arange(kRows), 1.1, at::kFloat);
+  const auto on = [&](at::Device device) { return Rotary{rotary.cos_TK.to(device), rotary.sin_TK.to(device)}; };
+  const auto flat = [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+    return at::cat({q.flatten(1), k.flatten(1), v.flatten(1)}, 1);
+  };
+  const Operation plain = [&](const Tensors& t) {
+    const at::Tensor heads = t[0].unflatten(1, {-1, kWidth});
+    const auto turned = [&](int64_t first, int64_t count) { return apply_rotary(heads.narrow(1, first, count), rotary); };
+    return flat(turned(0, kHeads), turned(kHeads, kKvHeads), heads.narrow(1, kHeads + kKvHeads, kKvHeads));
+  };
+  const Operation fast = [&](const Tensors& t) {
+    const auto [q, k, v] = split_rotary(t[0], kHeads, kKvHeads, on(t[0].device()));
+    EXPECT_EQ(q.sizes(), (std::vector<int64_t>{kRows, kHeads, kWidth}));
+    EXPECT_EQ(v.sizes(), (std::vector<int64_t>{kRows, kKvHeads, kWidth}));
+    return flat(q, k, v);
+  };
+  expect_same(fast, plain, {random({kRows, (kHeads + 2 * kKvHeads) * kWidth})});
+}
+
 // Softmax attention written out, per sample and head.
 at::Tensor plain_attention(const Tensors& t, const std::vector<int64_t>& cu_seqlens, bool causal) {
   const int64_t H = t[0].size(1), R = H / t[1].size(1);
@@ -254,6 +276,50 @@ TEST(Ops, CachedAttentionSeesEverythingBefore) {
     const at::Tensor steps =
         cached_attention(q.slice(0, 9, 20, 10), {k.narrow(0, 0, 10), k}, {v.narrow(0, 0, 10), v}, {0, 1, 2});
     EXPECT_TRUE(at::allclose(steps, whole.slice(0, 9, 20, 10), 1e-5, 1e-6));
+  }
+}
+
+// Two modules of three have adapters: y [T, 4 + 3 + 5], x [T, 6].
+Tensors low_rank_inputs() {
+  return {random({9, 12}), random({9, 6}), random({2, 6}), random({4, 2}), random({3, 6}), random({5, 3})};
+}
+std::vector<LowRankUpdate> low_rank_updates(const Tensors& t) { return {{t[2], t[3], 0, 17}, {t[4], t[5], 7, 18}}; }
+
+TEST(Ops, AddLowRank) {
+  const Operation plain = [](const Tensors& t) {
+    const auto update = [&](size_t i) { return t[1].mm(t[i].t()).mm(t[i + 1].t()) * 0.5; };
+    return t[0] + at::cat({update(2), at::zeros({9, 3}, at::kDouble), update(4)}, 1);
+  };
+  const Operation fast = [](const Tensors& t) {
+    return add_low_rank_(t[0].clone(), t[1], low_rank_updates(t), 0.5, /*dropout=*/0, /*needs_value=*/true);
+  };
+  expect_same(fast, plain, low_rank_inputs());
+  const Tensors inputs = low_rank_inputs();
+  const at::NoGradGuard no_grad;
+  EXPECT_LT(error(fast(inputs), plain(inputs)), 1e-12);
+}
+
+// For a given mask it is linear in x, so its gradient tells how far two results lie apart; without the result's value,
+// the gradients are the same bits.
+TEST(Ops, AddLowRankDropsTheSameInBothPasses) {
+  for (const at::DeviceType device : devices()) {
+    Tensors t;
+    for (const at::Tensor& input : low_rank_inputs()) t.push_back(input.to(device, at::kFloat));
+    const at::Tensor other = random({9, 6}).to(device, at::kFloat), dy = random({9, 12}).to(device, at::kFloat);
+    const auto run = [&](const at::Tensor& x, bool needs_value) {
+      return add_low_rank_(t[0].clone(), x, low_rank_updates(t), 2.0, /*dropout=*/0.4, needs_value);
+    };
+    const auto gradients = [&](bool needs_value) {
+      Tensors leaves = {t[1].detach().requires_grad_(true)};
+      for (size_t i = 2; i < t.size(); ++i) leaves.push_back(t[i].set_requires_grad(true));
+      return torch::autograd::grad({run(leaves[0], needs_value)}, leaves, {dy});
+    };
+    const Tensors all = gradients(true), same = gradients(false);
+    for (size_t i = 0; i < all.size(); ++i) EXPECT_TRUE(at::equal(all[i], same[i])) << i;
+    const at::NoGradGuard no_grad;
+    const double apart = (dy * (run(other, true) - run(t[1], true))).sum(at::kDouble).item<double>();
+    EXPECT_NEAR((all[0] * (other - t[1])).sum(at::kDouble).item<double>(), apart, 1e-4 * std::abs(apart));
+    EXPECT_FALSE(at::allclose(run(t[1], true), add_low_rank_(t[0].clone(), t[1], low_rank_updates(t), 2.0, 0, true)));
   }
 }
 

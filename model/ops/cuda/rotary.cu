@@ -6,10 +6,10 @@ namespace {
 // A block turns all heads of a row.
 template <class T, int kN>
 __global__ void rotate_kernel(const T* x, int64_t x_stride, const float* cos, const float* sin, float sign,
-                              T* y, unsigned heads, unsigned width) {
+                              T* y, int64_t y_stride, unsigned heads, unsigned width) {
   const int64_t row = blockIdx.x;
   x += row * x_stride;
-  y += row * heads * width;
+  y += row * y_stride;
   cos += row * width;
   sin += row * width;
   const unsigned half = width / 2, packs = half / kN;
@@ -32,21 +32,22 @@ __global__ void rotate_kernel(const T* x, int64_t x_stride, const float* cos, co
 }  // namespace
 
 template <class T>
-void rotate(const T* x, int64_t x_stride, const float* cos, const float* sin, float sign, T* y, int64_t rows,
-            int64_t heads, int64_t width, Stream stream) {
-  const bool rows_are_aligned = x_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+void rotate(const T* x, int64_t x_stride, const float* cos, const float* sin, float sign, T* y, int64_t y_stride,
+            int64_t rows, int64_t heads, int64_t width, Stream stream) {
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
+  const bool rows_are_aligned = x_stride * kBytes % 16 == 0 && y_stride * kBytes % 16 == 0;
   with_lanes<T>(
       rows_are_aligned ? width / 2 : 1,
       [&](auto lanes) {
-        launch("rotate", rotate_kernel<T, lanes.value>, rows, stream, x, x_stride, cos, sin, sign, y,
+        launch("rotate", rotate_kernel<T, lanes.value>, rows, stream, x, x_stride, cos, sin, sign, y, y_stride,
                static_cast<unsigned>(heads), static_cast<unsigned>(width));
       },
       x, cos, sin, y);
 }
 
-template void rotate(const float*, int64_t, const float*, const float*, float, float*, int64_t, int64_t,
+template void rotate(const float*, int64_t, const float*, const float*, float, float*, int64_t, int64_t, int64_t,
                      int64_t, Stream);
-template void rotate(const Bf16*, int64_t, const float*, const float*, float, Bf16*, int64_t, int64_t,
+template void rotate(const Bf16*, int64_t, const float*, const float*, float, Bf16*, int64_t, int64_t, int64_t,
                      int64_t, Stream);
 
 }  // namespace caldera::CALDERA_KERNELS
