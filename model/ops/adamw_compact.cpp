@@ -10,6 +10,7 @@
 #include "model/ops/autograd.h"
 #include "model/ops/cuda/launch.h"
 #include "model/ops/dynamic_map.h"
+#include "model/ops/noise.h"
 
 namespace caldera {
 namespace {
@@ -19,25 +20,9 @@ using namespace simd;
 constexpr int64_t kBlock = kQuantizedBlock;
 constexpr int64_t kGrainBlocks = 64;  // blocks below which a second thread is not worth it
 
-// Two words of 32 bits from the key; a weight's element i hashes i with them (Wellons' lowbias32, the second
-// word between its multiplications).
-struct NoiseWords {
-  explicit NoiseWords(uint64_t key)
-      : first(static_cast<uint32_t>(mix64(key))), second(static_cast<uint32_t>(mix64(key) >> 32)) {}
-  uint32_t first, second;
-};
-constexpr uint32_t kMultiply1 = 0x7FEB352Du, kMultiply2 = 0x846CA68Bu;
-
 CALDERA_INLINE void store_stochastic(c10::BFloat16* x, const Vec& value, int64_t n, uint32_t index,
                                      const NoiseWords& words) {
-  Bits hash;
-  for (int64_t lane = 0; lane < kLanes; ++lane) hash[lane] = index + static_cast<uint32_t>(lane);
-  hash ^= words.first;
-  hash ^= hash >> 16;
-  hash *= kMultiply1;
-  hash ^= hash >> 15;
-  hash += words.second;
-  hash *= kMultiply2;
+  const Bits hash = noise_lanes(index, words);
   const Bits bits = reinterpret_cast<Bits>(value);
   // Infinities and NaN stay what they are.
   const Bits is_finite = reinterpret_cast<Bits>((bits & 0x7F800000u) != 0x7F800000u);
@@ -134,7 +119,7 @@ void update_on_cuda(const Master& master, const Moment& exp_avg, const Moment& e
                         weight.numel(),
                         {f.decay, f.one_minus_beta1, f.beta2, f.one_minus_beta2, f.step_size,
                          f.inverse_correction2, f.epsilon, f.grad_scale},
-                        {words.first, words.second, static_cast<uint32_t>(noise.first)}, stream);
+                        {{words.first, words.second}, static_cast<uint32_t>(noise.first)}, stream);
   });
 }
 
@@ -163,9 +148,9 @@ at::Tensor round_stochastically(const at::Tensor& values, const RoundingNoise& n
   at::Tensor hash =
       (at::arange(values.numel(), values.options().dtype(at::kLong)) + noise.first).bitwise_and(kWord);
   hash = hash.bitwise_xor(static_cast<int64_t>(words.first));
-  hash = multiply(hash.bitwise_xor(shift(hash, 16)), kMultiply1);
+  hash = multiply(hash.bitwise_xor(shift(hash, 16)), kNoiseMultiply1);
   hash = (hash.bitwise_xor(shift(hash, 15)) + static_cast<int64_t>(words.second)).bitwise_and(kWord);
-  hash = shift(multiply(hash, kMultiply2), 16).view(values.sizes());
+  hash = shift(multiply(hash, kNoiseMultiply2), 16).view(values.sizes());
   const at::Tensor bits = values.contiguous().view(at::kInt).to(at::kLong);
   const at::Tensor rounded = (bits + hash).bitwise_and(~int64_t{0xFFFF}).to(at::kInt).view(at::kFloat);
   return at::where(values.isfinite(), rounded, values).to(at::kBFloat16);

@@ -1,5 +1,3 @@
-#include <ATen/Context.h>
-
 #include "model/ops/autograd.h"
 #include "model/ops/matmul.h"
 #include "model/ops/ops.h"
@@ -7,14 +5,9 @@
 namespace caldera {
 namespace {
 
-// x with elements zeroed with probability p, the others scaled by 1 / (1 - p). The mask is a function of the seed and of
-// x's shape, dtype and device alone: what others draw does not matter, and backward draws it again.
-at::Tensor dropped_out(const at::Tensor& x, double p, uint64_t seed) {
-  if (p == 0) return x;
-  at::Generator generator = at::globalContext().defaultGenerator(x.device()).clone();
-  generator.set_current_seed(seed);
-  const at::Tensor keep = at::empty_like(x, x.options().requires_grad(false)).bernoulli_(1 - p, generator);
-  return x * keep.div_(1 - p);
+// A dropout(x) * scaling.
+at::Tensor narrowed(const at::Tensor& x, const LowRankUpdate& update, double scaling, double dropout_p) {
+  return affine(dropped_out(x, dropout_p, update.dropout_seed), update.a_RI).mul_(scaling);
 }
 
 // y[:, update's rows] += u b^T.
@@ -33,13 +26,13 @@ struct Updates : torch::CustomClassHolder {
 
 struct AddLowRankFunction : torch::autograd::Function<AddLowRankFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& y, const at::Tensor& x,
-                            const std::vector<LowRankUpdate>& updates, double scaling, double dropout, bool needs_value,
+                            const std::vector<LowRankUpdate>& updates, double scaling, double dropout_p, bool needs_value,
                             at::TensorList matrices) {
     variable_list saved = {x};
     saved.insert(saved.end(), matrices.begin(), matrices.end());
     std::vector<LowRankUpdate> places;  // without the matrices: those are saved as autograd wants it
     for (const LowRankUpdate& update : updates) {
-      const at::Tensor u = matrix_product(dropped_out(x, dropout, update.dropout_seed), update.a_RI.t()).mul_(scaling);
+      const at::Tensor u = narrowed(x, update, scaling, dropout_p);
       if (needs_value) add_update(y, update, u);
       saved.push_back(u);
       places.push_back({{}, {}, update.first_row, update.dropout_seed});
@@ -47,7 +40,7 @@ struct AddLowRankFunction : torch::autograd::Function<AddLowRankFunction> {
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["updates"] = c10::IValue::make_capsule(c10::make_intrusive<Updates>(std::move(places)));
     ctx->saved_data["scaling"] = scaling;
-    ctx->saved_data["dropout"] = dropout;
+    ctx->saved_data["dropout_p"] = dropout_p;
     ctx->mark_dirty({y});
     return y;
   }
@@ -56,7 +49,7 @@ struct AddLowRankFunction : torch::autograd::Function<AddLowRankFunction> {
     const variable_list saved = ctx->get_saved_variables();
     const std::vector<LowRankUpdate>& updates =
         c10::static_intrusive_pointer_cast<Updates>(ctx->saved_data["updates"].toCapsule())->list;
-    const double scaling = ctx->saved_data["scaling"].toDouble(), dropout = ctx->saved_data["dropout"].toDouble();
+    const double scaling = ctx->saved_data["scaling"].toDouble(), dropout_p = ctx->saved_data["dropout_p"].toDouble();
     const at::Tensor &x = saved[0], &dy = grads[0];
     at::Tensor dx;
     variable_list of_matrices;
@@ -64,15 +57,16 @@ struct AddLowRankFunction : torch::autograd::Function<AddLowRankFunction> {
       const at::Tensor &a = saved[1 + 2 * i], &b = saved[2 + 2 * i], &u = saved[1 + 2 * updates.size() + i];
       const at::Tensor rows = dy.narrow(1, updates[i].first_row, b.size(0));
       const at::Tensor du = matrix_product(rows, b).mul_(scaling);
-      of_matrices.push_back(matrix_product(du.t(), dropped_out(x, dropout, updates[i].dropout_seed)));
+      const uint64_t seed = updates[i].dropout_seed;
+      of_matrices.push_back(matrix_product(du.t(), dropped_out(x, dropout_p, seed)));
       of_matrices.push_back(matrix_product(rows.t(), u));
       if (!ctx->needs_input_grad(1)) continue;
-      if (dx.defined() && dropout == 0)
+      if (dx.defined() && dropout_p == 0) {
         matrix_product_into(du, a, dx, /*accumulate=*/true);
-      else if (at::Tensor part = dropped_out(matrix_product(du, a), dropout, updates[i].dropout_seed); dx.defined())
-        dx.add_(part);
-      else
-        dx = part;
+        continue;
+      }
+      const at::Tensor part = dropped_out(matrix_product(du, a), dropout_p, seed);
+      dx = dx.defined() ? dx.add_(part) : part;
     }
     variable_list result = {dy, dx, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
     result.insert(result.end(), of_matrices.begin(), of_matrices.end());
@@ -83,7 +77,7 @@ struct AddLowRankFunction : torch::autograd::Function<AddLowRankFunction> {
 }  // namespace
 
 at::Tensor add_low_rank_(const at::Tensor& y_TO, const at::Tensor& x_TI, const std::vector<LowRankUpdate>& updates,
-                         double scaling, double dropout, bool needs_value) {
+                         double scaling, double dropout_p, bool needs_value) {
   CALDERA_PROFILED("add_low_rank_");
   std::vector<at::Tensor> matrices;
   bool differentiable = wants_grad(y_TO) || wants_grad(x_TI);
@@ -92,11 +86,10 @@ at::Tensor add_low_rank_(const at::Tensor& y_TO, const at::Tensor& x_TI, const s
     differentiable = differentiable || wants_grad(update.a_RI) || wants_grad(update.b_OR);
   }
   if (differentiable)
-    return AddLowRankFunction::apply(y_TO, x_TI, updates, scaling, dropout, needs_value, at::TensorList(matrices));
+    return AddLowRankFunction::apply(y_TO, x_TI, updates, scaling, dropout_p, needs_value, at::TensorList(matrices));
   const at::NoGradGuard no_grad;
   for (const LowRankUpdate& update : updates)
-    add_update(y_TO, update,
-               affine(dropped_out(x_TI, dropout, update.dropout_seed), update.a_RI).mul_(scaling));
+    add_update(y_TO, update, narrowed(x_TI, update, scaling, dropout_p));
   return y_TO;
 }
 

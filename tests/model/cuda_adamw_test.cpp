@@ -71,8 +71,8 @@ TYPED_TEST(CudaKernels, AdamWOfMomentsIn8BitsAndWeightsWithoutMaster) {
   const kernels::AdamWFactors factors = {f.decay,     f.one_minus_beta1,     f.beta2,   f.one_minus_beta2,
                                          f.step_size, f.inverse_correction2, f.epsilon, f.grad_scale};
   const RoundingNoise noise = {.key = 77, .first = 123456};
-  const kernels::CompactNoise words = {static_cast<uint32_t>(mix64(noise.key)),
-                                       static_cast<uint32_t>(mix64(noise.key) >> 32),
+  const kernels::CompactNoise words = {{static_cast<uint32_t>(mix64(noise.key)),
+                                       static_cast<uint32_t>(mix64(noise.key) >> 32)},
                                        static_cast<uint32_t>(noise.first)};
   const CodeTables tables = code_tables();
   // Whole ranges of 256, less than one, one element at a time, several blocks.

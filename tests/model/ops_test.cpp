@@ -279,6 +279,27 @@ TEST(Ops, CachedAttentionSeesEverythingBefore) {
   }
 }
 
+TEST(Ops, DropoutIsTheSameEverywhere) {
+  const at::Tensor x = random({300, 337});
+  const at::Tensor mask = dropped_out(at::ones_like(x, at::kFloat), 0.3, 5) != 0;
+  EXPECT_NEAR(mask.to(at::kDouble).mean().item<double>(), 0.7, 0.005);
+  EXPECT_FALSE(at::equal(mask, dropped_out(at::ones_like(x, at::kFloat), 0.3, 6) != 0));
+  // Neither a neighbour nor the row above tells anything.
+  for (const int64_t dim : {0, 1}) {
+    const at::Tensor both = mask.narrow(dim, 1, mask.size(dim) - 1) & mask.narrow(dim, 0, mask.size(dim) - 1);
+    EXPECT_NEAR(both.to(at::kDouble).mean().item<double>(), 0.49, 0.008) << dim;
+  }
+  for (const at::DeviceType device : devices()) {
+    for (const auto dtype : {at::kFloat, at::kBFloat16, at::kDouble}) {
+      const at::Tensor here = x.to(device, dtype), got = dropped_out(here, 0.3, 5);
+      const at::Tensor expected = at::where(mask.to(device), here.to(at::kFloat) * (1 / 0.7f), 0.0f).to(dtype);
+      EXPECT_TRUE(at::allclose(got, expected, 1e-6, 1e-6)) << dtype << " on " << device;
+      EXPECT_TRUE(at::equal(dropped_out(here, 0, 5), here));
+    }
+  }
+  EXPECT_TRUE(dropped_out(at::full({64}, std::nan("")), 0.01, 1).isnan().any().item<bool>());
+}
+
 // Two modules of three have adapters: y [T, 4 + 3 + 5], x [T, 6].
 Tensors low_rank_inputs() {
   return {random({9, 12}), random({9, 6}), random({2, 6}), random({4, 2}), random({3, 6}), random({5, 3})};

@@ -1,4 +1,4 @@
-// SwiGLU and quick GELU.
+// SwiGLU, quick GELU and dropout.
 #include "model/ops/cuda/device.cuh"
 
 namespace caldera::CALDERA_KERNELS {
@@ -39,6 +39,17 @@ __global__ void swiglu_backward_kernel(const T* gate_up, const T* dy, T* d_gate_
     store(d_gate_up + i, d_gate);
     store(d_gate_up + width + i, d_up);
   }
+}
+
+template <class T, int kN>
+__global__ void dropout_kernel(const T* x, T* y, int64_t count, uint32_t threshold, float scale, NoiseWords words) {
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kN;
+  if (i >= count) return;
+  Floats<kN> v = load<kN>(x + i);
+  CALDERA_UNROLL
+  for (int k = 0; k < kN; ++k)
+    v[k] = noise_of(static_cast<uint32_t>(i + k), words) >= threshold ? v[k] * scale : 0.0f;
+  store(y + i, v);
 }
 
 constexpr float kQuick = 1.702f;
@@ -121,5 +132,19 @@ template void quick_gelu_forward(const float*, float*, int64_t, Stream);
 template void quick_gelu_forward(const Bf16*, Bf16*, int64_t, Stream);
 template void quick_gelu_backward(const float*, const float*, float*, int64_t, Stream);
 template void quick_gelu_backward(const Bf16*, const Bf16*, Bf16*, int64_t, Stream);
+
+template <class T>
+void dropout(const T* x, T* y, int64_t count, uint32_t threshold, float scale, const NoiseWords& words, Stream stream) {
+  with_lanes<T>(
+      count,
+      [&](auto lanes) {
+        launch("dropout", dropout_kernel<T, lanes.value>, ceil_div(count, kThreads * lanes.value), stream, x, y, count,
+               threshold, scale, words);
+      },
+      x, y);
+}
+
+template void dropout(const float*, float*, int64_t, uint32_t, float, const NoiseWords&, Stream);
+template void dropout(const Bf16*, Bf16*, int64_t, uint32_t, float, const NoiseWords&, Stream);
 
 }  // namespace caldera::CALDERA_KERNELS

@@ -100,14 +100,9 @@ __device__ inline void store_codes(uint8_t* codes, float* scale, const CodeTable
   if (threadIdx.x % kWarp == 0) *scale = most;
 }
 
-// adamw_compact.cpp's hash, whose upper half decides which way element `index` is rounded.
-__device__ inline Bf16 rounded_by_noise(float value, uint32_t index, const CompactNoise& noise) {
-  uint32_t hash = index ^ noise.first_word;
-  hash ^= hash >> 16;
-  hash *= 0x7FEB352Du;
-  hash ^= hash >> 15;
-  hash += noise.second_word;
-  hash *= 0x846CA68Bu;
+// The noise's upper half decides which way element `index` is rounded.
+__device__ inline Bf16 rounded_by_noise(float value, uint32_t index, const NoiseWords& words) {
+  const uint32_t hash = noise_of(index, words);
   const uint32_t bits = __float_as_uint(value);
   const bool is_finite = (bits & 0x7F800000u) != 0x7F800000u;
   return {static_cast<uint16_t>((is_finite ? bits + (hash >> 16) : bits) >> 16)};
@@ -145,7 +140,7 @@ __device__ inline void update_range(const CompactState& s, const T* gradient, co
       Pack<Bf16, kN> pack;
       CALDERA_UNROLL
       for (int k = 0; k < kN; ++k)
-        pack.values[k] = rounded_by_noise(w[p][k], noise.first_index + static_cast<uint32_t>(i + k), noise);
+        pack.values[k] = rounded_by_noise(w[p][k], noise.first_index + static_cast<uint32_t>(i + k), noise.words);
       pack_at<kN>(s.weights.weight + i) = pack;
     }
     if (s.exp_avg) store(s.exp_avg + i, m[p]);

@@ -103,6 +103,16 @@ __device__ void store(Bf16* x, const Floats<kN>& values) {
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
+// model/ops/noise.h's, of one element.
+__device__ inline uint32_t noise_of(uint32_t index, const NoiseWords& words) {
+  uint32_t hash = index ^ words.first;
+  hash ^= hash >> 16;
+  hash *= 0x7FEB352Du;
+  hash ^= hash >> 15;
+  hash += words.second;
+  return hash * 0x846CA68Bu;
+}
+
 struct Sum {
   __device__ float operator()(float a, float b) const { return a + b; }
 };

@@ -46,6 +46,14 @@ void swiglu_forward(const T* gate_up, T* y, int64_t rows, int64_t width, Stream 
 template <class T>
 void swiglu_backward(const T* gate_up, const T* dy, T* d_gate_up, int64_t rows, int64_t width, Stream stream);
 
+// The words of model/ops/noise.h.
+struct NoiseWords {
+  uint32_t first, second;
+};
+// model/ops/ops.h: y = x * scale where an element's noise is at least `threshold`, else 0; y may be x itself.
+template <class T>
+void dropout(const T* x, T* y, int64_t count, uint32_t threshold, float scale, const NoiseWords& words, Stream stream);
+
 // y = x * sigmoid(1.702 x), which may be x itself; dx may be dy itself.
 template <class T>
 void quick_gelu_forward(const T* x, T* y, int64_t count, Stream stream);
@@ -85,7 +93,8 @@ struct CompactState {
   float *exp_avg_scale = nullptr, *exp_avg_sq_scale = nullptr;
 };
 struct CompactNoise {
-  uint32_t first_word, second_word, first_index;
+  NoiseWords words;
+  uint32_t first_index;
 };
 template <class T>
 void adamw_compact(const CompactState& state, const T* gradient, const CodeTables* tables, int64_t count,
