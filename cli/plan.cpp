@@ -48,6 +48,16 @@ void print_json(const std::vector<StagePlan>& plans) {
   fmt::print("{}\n", json_line(list));
 }
 
+// What a step's products take on this machine; nothing where it is not the one that will train.
+std::string time_of(const Recipe& recipe, const StageConfig& stage, const StagePlan& plan) {
+  const at::Device here = choose_device("auto", 0);
+  if (recipe.device == "cuda" && !here.is_cuda()) return " (there is no GPU here to tell the time by)";
+  const at::Device device = choose_device(recipe.device, 0);
+  const double seconds = plan.flops_per_step / measured_matmul_flops(parse_dtype(stage.dtype), device);
+  return fmt::format(": {:.2f} s at this {}'s full speed, so about {} in all", seconds, device.is_cuda() ? "GPU" : "CPU",
+                     human_duration(1.6 * seconds * static_cast<double>(plan.num_steps)));
+}
+
 void print_advice(const StageConfig& stage, const StagePlan& plan, double budget_gb) {
   const double budget = budget_gb * 1e9;
   const auto fits = [&](const MemoryPlan& memory) { return static_cast<double>(memory.total()) <= budget; };
@@ -137,11 +147,7 @@ void plan(const PlanCommand& command) {
         p.num_cut > 0 ? fmt::format("; {} are cut at {}", p.num_cut, stage.data.model_max_length) : "");
     fmt::print("  steps    {} ({} an epoch), {:.1f} micro-batches each, filled to {:.0f}%\n", p.num_steps,
                p.steps_per_epoch, p.micro_batches_per_step, 100 * p.fill);
-    const at::Device device = choose_device(recipe.device, 0);
-    const double seconds = p.flops_per_step / measured_matmul_flops(parse_dtype(stage.dtype), device);
-    fmt::print(
-        "  time     {:.0f} GFLOP of products a step: {:.2f} s at this {}'s full speed, so about {} in all\n",
-        p.flops_per_step / 1e9, seconds, device.is_cuda() ? "GPU" : "CPU", human_duration(1.6 * seconds * static_cast<double>(p.num_steps)));
+    fmt::print("  time     {:.0f} GFLOP of products a step{}\n", p.flops_per_step / 1e9, time_of(recipe, stage, p));
     if (p.choices.recomputed_halves > 0)
       fmt::print("  blocks   in the backward pass {} of {} recompute their MLP, {} of them the rest as well\n",
                  p.num_recomputed_mlps(), p.num_blocks, p.num_recomputed_blocks());

@@ -18,6 +18,7 @@ namespace caldera {
 namespace {
 
 constexpr int64_t kAttentionRows = 256;  // queries whose scores exist at once
+constexpr int64_t kGpuLibraryBytes = 64 << 20;  // cuBLAS's workspaces
 
 Json decoder_config(const fs::path& path) {
   if (fs::is_regular_file(path)) return open_gguf_decoder(path).config;
@@ -45,13 +46,15 @@ int64_t weight_file_bytes(const fs::path& path) {
 struct Kept {
   int64_t before, after, mlp;
 };
-Kept kept_of(const PlannedModel& p) {
+Kept kept_of(const PlannedModel& p, bool on_gpu) {
   Kept kept{p.D + (p.H + 2 * p.G) * p.K, p.D, 2 * p.F};
   if (p.norms_heads) kept.before += (p.H + p.G) * p.K;  // q and k before their norms
-  if (p.language_trains) kept.after += p.H * p.K;  // the attention's output, for its projection's gradient
-  if (p.lora) {
-    kept.before += p.D;
-    kept.mlp += p.D + p.F;
+  // The attention's output, for its projection's gradient; flash attention's own backward wants it, too.
+  if (p.language_trains || on_gpu) kept.after += p.H * p.K;
+  if (p.lora) {  // the inputs, and what the first of each adapter's two products makes of them
+    kept.before += p.D + 3 * p.lora_r;
+    kept.after += p.lora_r;
+    kept.mlp += p.D + p.F + 3 * p.lora_r;
   }
   return kept;
 }
@@ -71,8 +74,10 @@ PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage) {
   model.projector = make_projector(recipe.model.mm_projector_type, model.vision->hidden_size(),
                                    model.language->hidden_size());
   p.lora = stage.uses_lora();
-  if (p.lora)
+  if (p.lora) {
+    p.lora_r = stage.lora->lora_r;
     for (Linear* linear : model.language->linears()) linear->attach(*stage.lora, recipe.seed);
+  }
 
   const Json text = model.language->config();
   p.D = model.language->hidden_size();
@@ -174,7 +179,7 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   const int64_t kept_head = is_fresh ? head_gradient : 0;
   const int64_t block_gradient = is_fresh ? e * p.block_trainable : 0;
 
-  const Kept kept = kept_of(p);
+  const Kept kept = kept_of(p, on_gpu);
   const int64_t input = T * p.D * e;
   const auto rows_of_mlp = [&](int64_t layer) { return layer + 1 == p.L ? N : T; };
   const auto mlp_of = [&](int64_t layer) { return rows_of_mlp(layer) * kept.mlp * e; };
@@ -191,8 +196,10 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   if (p.projector_trains) before_blocks += P * (p.tower_width + 2 * p.D) * e;
   if (p.tower_trains) before_blocks += P * p.tower_kept * e;
   const int64_t longest = std::min(numbers.longest, T), rows = std::min(kAttentionRows, longest);
+  // On a GPU: sums of q's gradients in float32, and the libraries' own.
   const int64_t attention =
-      at::get_num_threads() * (2 * p.H * rows * longest * e + (p.H + 2 * p.G) * longest * p.K * (e + 4));
+      on_gpu ? 4 * T * p.H * p.K + kGpuLibraryBytes
+             : at::get_num_threads() * (2 * p.H * rows * longest * e + (p.H + 2 * p.G) * longest * p.K * (e + 4));
 
   // What a checkpoint is written from, in host memory: in the background a copy of all, beside the steps that follow;
   // else the masters where they are kept in halves or in parts.

@@ -26,6 +26,7 @@ def cases(short, on_gpu=False):
         yield "stage 2, LLaVA-like lengths", "llava", "v1", 2, dtype, [padded, packed] + ([] if short else [compiled])
         yield "stage 1, captions", "captions", "plain", 1, dtype, [padded, packed]
         yield "stage 2, no padding in the batch", "uniform", "v1", 2, dtype, [padded]
+        yield "LoRA", "llava", "v1", 2, dtype, [(name, ["--lora", *flags]) for name, flags in (padded, packed)]
         if not short:
             yield "stage 2, long conversations", "long", "v1", 2, dtype, [padded, packed]
 
@@ -47,11 +48,11 @@ def run(work, case, args, say):
     def add_transformers(name, dtype, flags):
         command = [sys.executable, HERE / "step_hf.py", work, mix, template, "--stage", stage, "--dtype", dtype, "--threads", args.threads,
                    "--device", args.device, *flags]
-        starts.append(lambda: pair.Contender("transformers " + name, command, {**env, **pair.TUNED_MALLOC}, prefix))
+        starts.append(lambda: pair.Contender(("PEFT " if lora else "transformers ") + name, command, {**env, **pair.TUNED_MALLOC}, prefix))
 
     for name, flags in settings:
         add_transformers(name, dtype, flags)
-    if dtype == "bfloat16" and not on_gpu:  # what Caldera's bfloat16 amounts to: float32 masters, gradients' sums and moments
+    if dtype == "bfloat16" and not on_gpu and not lora:  # what Caldera's bfloat16 amounts to: float32 masters, gradients' sums and moments
         add_transformers("padded, autocast", "autocast", [])
 
     changes = {**({"lora": fixtures.LORA} if lora else {}), **args.changes}
