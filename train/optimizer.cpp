@@ -8,6 +8,7 @@
 #include "base/rng.h"
 #include "model/ops/accumulate.h"
 #include "model/ops/dynamic_map.h"
+#include "model/ops/ops.h"
 
 namespace caldera {
 
@@ -79,10 +80,10 @@ at::Tensor AdamW::grad_norm() const {
   for (const Slot& slot : slots_) {
     const at::Tensor gradient = slot.grad_sum.defined() ? slot.grad_sum : slot.weight.grad();
     if (gradient.defined())
-      norms.push_back(at::linalg_vector_norm(gradient, 2, std::nullopt, false, at::kFloat));
+      norms.push_back(vector_norm(gradient));
   }
   if (norms.empty()) return at::zeros({}, at::kFloat);
-  return at::linalg_vector_norm(at::stack(norms), 2);
+  return vector_norm(at::stack(norms));
 }
 
 void AdamW::update(const Slot& slot, const AdamWStep& step) const {

@@ -91,4 +91,7 @@ at::Tensor affine_of(std::function<at::Tensor(const at::Tensor&)> make, const at
                      const std::vector<at::Tensor>& parameters, const at::Tensor& weight,
                      const at::Tensor& bias = {}, bool needs_value = true, bool in_float8 = false);
 
+// The square root of the sum of all squares, read once: -> scalar float32 on x's device. No gradients.
+at::Tensor vector_norm(const at::Tensor& x);
+
 }  // namespace caldera

@@ -344,6 +344,25 @@ TEST(Ops, AddLowRankDropsTheSameInBothPasses) {
   }
 }
 
+TEST(Ops, VectorNorm) {
+  for (const int64_t count : {0, 1, 37, 16384, 1000003}) {
+    const at::Tensor x = random({count}, 3);
+    for (const at::DeviceType device : devices()) {
+      for (const auto dtype : {at::kFloat, at::kBFloat16, at::kDouble}) {
+        const at::Tensor here = x.to(device, dtype), got = vector_norm(here);
+        EXPECT_EQ(got.scalar_type(), at::kFloat);
+        const auto expected = here.to(at::kCPU, at::kDouble).square().sum().sqrt().item<double>();
+        EXPECT_NEAR(got.item<double>(), expected, 1e-6 * expected) << count << ", " << dtype << " on " << device;
+      }
+    }
+  }
+  // Parts of a dense tensor, and what is not finite.
+  const at::Tensor x = random({8, 6}).to(at::kFloat);
+  EXPECT_FLOAT_EQ(vector_norm(x.t()).item<float>(), vector_norm(x).item<float>());
+  EXPECT_TRUE(std::isnan(vector_norm(at::tensor({1.0f, std::nanf("")})).item<float>()));
+  EXPECT_TRUE(std::isinf(vector_norm(at::tensor({1.0f, std::numeric_limits<float>::infinity()})).item<float>()));
+}
+
 TEST(Ops, LinearCrossEntropy) {
   const at::Tensor targets = at::randint(0, 91, {33}, at::kLong);
   const Operation plain = [&](const Tensors& t) {

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "model/ops/ops.h"
 
 namespace caldera {
 namespace {
@@ -296,7 +297,7 @@ double Sharding::hand_gradients_to(AdamW& optimizer) {
   for (const auto& unit : units_) {
     // Those that hold the same part share the work.
     const int64_t share = unit->part / num_replicas_;
-    norms.push_back(at::linalg_vector_norm(unit->own_gradient.narrow(0, replica_ * share, share), 2));
+    norms.push_back(vector_norm(unit->own_gradient.narrow(0, replica_ * share, share)));
     for (const FlatUnit::Leaf& leaf : unit->leaves) {
       if (is_replicated()) {
         optimizer.set_gradient(leaf.owner, unit->of(unit->gradient, leaf));

@@ -1,0 +1,53 @@
+#include <cmath>
+#include <numeric>
+
+#include "model/ops/autograd.h"
+#include "model/ops/ops.h"
+#include "model/ops/simd.h"
+
+namespace caldera {
+namespace {
+
+using namespace simd;
+
+constexpr int64_t kRange = 1 << 14;  // elements whose squares are summed in float32
+
+template <class T>
+CALDERA_INLINE float squares_each(const T* x, int64_t count) {
+  Vec sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    for (int64_t k = 0; k < 4; ++k) {
+      const Vec v = load(x + i + k * kLanes);
+      sums[k] += v * v;
+    }
+  }
+  for (; i < count; i += kLanes) {
+    const Vec v = load(x + i, std::min(kLanes, count - i));
+    sums[0] += v * v;
+  }
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+CALDERA_SIMD float squares(const float* x, int64_t count) { return squares_each(x, count); }
+CALDERA_SIMD float squares(const c10::BFloat16* x, int64_t count) { return squares_each(x, count); }
+
+}  // namespace
+
+at::Tensor vector_norm(const at::Tensor& x_in) {
+  const at::NoGradGuard no_grad;
+  if (x_in.scalar_type() == at::kDouble) return at::linalg_vector_norm(x_in, 2).to(at::kFloat);
+  if (!has_cpu_kernel(x_in)) return at::linalg_vector_norm(x_in, 2, std::nullopt, false, at::kFloat);
+  const at::Tensor x = x_in.contiguous();
+  // The ranges are the same on any number of threads, and so is the sum.
+  std::vector<double> parts(static_cast<size_t>((x.numel() + kRange - 1) / kRange));
+  with_cpu_type(x, [&]<class T>(T*) {
+    const T* data = x.const_data_ptr<T>();
+    at::parallel_for(0, std::ssize(parts), 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        parts[static_cast<size_t>(i)] = squares(data + i * kRange, std::min(kRange, x.numel() - i * kRange));
+    });
+  });
+  return at::scalar_tensor(std::sqrt(std::accumulate(parts.begin(), parts.end(), 0.0)), at::kFloat);
+}
+
+}  // namespace caldera
