@@ -5,7 +5,7 @@
 #
 #   scripts/gpu_check.sh [FOLDER]      results go to FOLDER (default output/gpu_check)
 #
-#   BUILD=build                        the folder of caldera and, where it was built, model_ops_test
+#   BUILD=build                        the folder of caldera and, where they were built, the tests of operations
 #   PYTHON=/path/to/python             for the benchmark: with torch and transformers (default .deps/venv/bin/python)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -45,17 +45,19 @@ nvidia-smi > "$out/nvidia-smi.txt"
 [ -x "$build/caldera" ] || { echo "gpu_check: $build/caldera is not built: CALDERA_CUDA=ON scripts/setup.sh --tests" >&2; exit 1; }
 
 # Each operation on the GPU against double precision. A test that is skipped means that no GPU was seen.
-operations() {
+operations() { # TEST
   local log
-  log=$(in_time "$build/model_ops_test" 2>&1) || { echo "$log"; return 1; }
+  log=$(in_time "$build/$1" 2>&1) || { echo "$log"; return 1; }
   echo "$log"
   [[ $log != *SKIPPED* ]]
 }
-if [ -x "$build/model_ops_test" ]; then
-  step operations operations
-else
-  echo "gpu_check: operations are not tested by themselves: $build/model_ops_test is not built (scripts/setup.sh --tests)"
-fi
+for test in model_ops_test model_adapter_ops_test; do
+  if [ -x "$build/$test" ]; then
+    step "$test" operations "$test"
+  else
+    echo "gpu_check: operations are not tested by themselves: $build/$test is not built (scripts/setup.sh --tests)"
+  fi
+done
 
 data=$out/scenes
 [ -e "$data/finetune.json" ] || step data in_time "$build/caldera" data make-scenes --out "$data" --num-train 600
