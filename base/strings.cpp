@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <numeric>
+#include <span>
 
 namespace caldera {
 
@@ -51,6 +52,16 @@ size_t edit_distance(std::string_view a, std::string_view b) {
   return row.back();
 }
 
+// The largest unit of which the number has at least one, each a thousand of the one before.
+std::string in_thousands(double number, std::span<const char* const> units) {
+  size_t unit = 0;
+  while (number >= 999.5 && unit + 1 < units.size()) {
+    number /= 1000;
+    ++unit;
+  }
+  return unit == 0 ? fmt::format("{:.0f} {}", number, units[0]) : fmt::format("{:.1f} {}", number, units[unit]);
+}
+
 }  // namespace
 
 std::string near_match(std::string_view word, const std::vector<std::string>& candidates) {
@@ -76,12 +87,12 @@ std::string suggestion(std::string_view word, const std::vector<std::string>& ca
 
 std::string human_bytes(double num_bytes) {
   constexpr std::array kUnits = {"B", "kB", "MB", "GB", "TB"};
-  size_t unit = 0;
-  while (num_bytes >= 999.5 && unit + 1 < kUnits.size()) {
-    num_bytes /= 1000;
-    ++unit;
-  }
-  return unit == 0 ? fmt::format("{:.0f} B", num_bytes) : fmt::format("{:.1f} {}", num_bytes, kUnits[unit]);
+  return in_thousands(num_bytes, kUnits);
+}
+
+std::string human_flops(double num_operations) {
+  constexpr std::array kUnits = {"FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"};
+  return in_thousands(num_operations, kUnits);
 }
 
 std::string human_duration(double seconds) {

@@ -16,6 +16,8 @@ std::string near_match(std::string_view word, const std::vector<std::string>& ca
 std::string suggestion(std::string_view word, const std::vector<std::string>& candidates);
 // "1.4 GB", "12.3 MB", "812 B" (powers of 1000).
 std::string human_bytes(double num_bytes);
+// "3.2 TFLOP" in powers of ten.
+std::string human_flops(double num_operations);
 // "2:05:09" or "3:07" from seconds.
 std::string human_duration(double seconds);
 

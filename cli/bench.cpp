@@ -1,7 +1,7 @@
 // caldera bench train|generate|load|tokenize|save|open: work in portions, one for each line on stdin, so that
 // another program can time several contenders in turn (scripts/bench). Says READY when it is set up; answers
-// each line with one of JSON: {"s": seconds, "hwm": peak MiB since READY, resident or, where it trains on a GPU, of the
-// GPU's, ...}. Ends with the input.
+// each line with one of JSON: {"s": seconds, "hwm": peak resident MiB since READY or, where it trains on a GPU, of
+// the GPU's since the start, ...}. Ends with the input.
 #include <chrono>
 #include <cstdio>
 #include <fstream>
@@ -18,8 +18,8 @@
 #include "eval/batches.h"
 #include "model/vision/towers.h"
 #include "train/checkpoint.h"
-#include "train/profile.h"
 #include "train/run.h"
+#include "train/stage.h"
 
 namespace caldera {
 namespace {

@@ -48,7 +48,7 @@ void print_json(const std::vector<StagePlan>& plans) {
   fmt::print("{}\n", json_line(list));
 }
 
-// What a step's products take on this machine; nothing where it is not the one that will train.
+// What a step's products take on this machine, where it is one that can train the recipe.
 std::string time_of(const Recipe& recipe, const StageConfig& stage, const StagePlan& plan) {
   const at::Device here = choose_device("auto", 0);
   if (recipe.device == "cuda" && !here.is_cuda()) return " (there is no GPU here to tell the time by)";
@@ -147,7 +147,7 @@ void plan(const PlanCommand& command) {
         p.num_cut > 0 ? fmt::format("; {} are cut at {}", p.num_cut, stage.data.model_max_length) : "");
     fmt::print("  steps    {} ({} an epoch), {:.1f} micro-batches each, filled to {:.0f}%\n", p.num_steps,
                p.steps_per_epoch, p.micro_batches_per_step, 100 * p.fill);
-    fmt::print("  time     {:.0f} GFLOP of products a step{}\n", p.flops_per_step / 1e9, time_of(recipe, stage, p));
+    fmt::print("  time     {} of products a step{}\n", human_flops(p.flops_per_step), time_of(recipe, stage, p));
     if (p.choices.recomputed_halves > 0)
       fmt::print("  blocks   in the backward pass {} of {} recompute their MLP, {} of them the rest as well\n",
                  p.num_recomputed_mlps(), p.num_blocks, p.num_recomputed_blocks());

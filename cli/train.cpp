@@ -75,8 +75,9 @@ void train(const TrainCommand& command) {
                 abort_rank);
     RunOptions run = command.run;
     run.world = &world;
-    ProfiledSteps profiled(recipe, command.profile_steps, progress);
-    TrainingObserver& observer = command.profile_steps > 0 ? static_cast<TrainingObserver&>(profiled) : progress;
+    ProfiledSteps profiled(recipe, command.profile_steps, spec.size, progress);
+    const bool is_profiled = command.profile_steps > 0 && spec.rank == 0;
+    TrainingObserver& observer = is_profiled ? static_cast<TrainingObserver&>(profiled) : progress;
     outcome = run_recipe(recipe, run, observer, [] { return static_cast<int>(g_signal); });
     stop_signal = progress.stop_signal();
   }

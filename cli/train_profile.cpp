@@ -4,6 +4,7 @@
 
 #include "base/files.h"
 #include "base/log.h"
+#include "base/strings.h"
 #include "train/plan.h"
 #include "train/stage.h"
 
@@ -28,11 +29,13 @@ void ProfiledSteps::on_step(const StepMetrics& metrics) {
     profiled_.push_back(metrics);
     if (std::ssize(profiled_) == num_steps_ || metrics.step == stage_.num_steps) report();
   } else if (steps_seen_ == kWarmUpSteps && metrics.step < stage_.num_steps) {
+    synchronize(at::Device(stage_.device));
     profiler_ = std::make_unique<Profiler>();
   }
 }
 
 void ProfiledSteps::report() {
+  synchronize(at::Device(stage_.device));
   const fs::path trace = stage_.folder / "profile.trace.json";
   const Profile profile = profiler_->stop(trace);
   profiler_.reset();
@@ -57,13 +60,10 @@ void ProfiledSteps::report() {
   const double peak = measured_matmul_flops(parse_dtype(stage->dtype), at::Device(stage_.device));
   const double tokens_per_planned_step =
       static_cast<double>(plan->num_tokens) / static_cast<double>(plan->steps_per_epoch);
-  const double flops = plan->flops_per_step * static_cast<double>(num_tokens) / tokens_per_planned_step;
-  const bool on_gpu = stage_.device != "cpu";
-  text += fmt::format(
-      "{:.1f} {} of products a step, {:.1f} {}/s: {:.0f}% of what products reach here now ({:.1f} {}/s)\n",
-      flops / (on_gpu ? 1e12 : 1e9) / static_cast<double>(count), on_gpu ? "TFLOP" : "GFLOP",
-      flops / (on_gpu ? 1e12 : 1e9) / (step_ms / 1000), on_gpu ? "TFLOP" : "GFLOP", 100 * flops / (step_ms / 1000) / peak,
-      peak / (on_gpu ? 1e12 : 1e9), on_gpu ? "TFLOP" : "GFLOP");
+  const double flops = plan->flops_per_step * static_cast<double>(num_tokens) / tokens_per_planned_step / num_ranks_;
+  text += fmt::format("{} of products a step, {}/s: {:.0f}% of what products reach here now ({}/s)\n",
+                      human_flops(flops / static_cast<double>(count)), human_flops(1000 * flops / step_ms),
+                      100 * 1000 * flops / step_ms / peak, human_flops(peak));
   text += "\n" + profile_table(profile, count);
   write_file_atomic(stage_.folder / "profile.txt", text);
   log_info("profile of stage {}: {} and {}\n{}", stage_.name, (stage_.folder / "profile.txt").string(),

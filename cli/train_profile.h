@@ -11,8 +11,9 @@ namespace caldera {
 // Passes everything on to another observer.
 class ProfiledSteps : public TrainingObserver {
  public:
-  ProfiledSteps(const Recipe& recipe, int64_t num_steps, TrainingObserver& next)
-      : recipe_(recipe), num_steps_(num_steps), next_(next) {}
+  // Of one of `num_ranks` ranks.
+  ProfiledSteps(const Recipe& recipe, int64_t num_steps, int num_ranks, TrainingObserver& next)
+      : recipe_(recipe), num_steps_(num_steps), num_ranks_(num_ranks), next_(next) {}
   void on_stage(const StageStart& stage) override;
   void on_step(const StepMetrics& metrics) override;
   void on_evaluation(int64_t step, double eval_loss) override { next_.on_evaluation(step, eval_loss); }
@@ -24,6 +25,7 @@ class ProfiledSteps : public TrainingObserver {
 
   const Recipe& recipe_;
   const int64_t num_steps_;
+  const int num_ranks_;
   TrainingObserver& next_;
   StageStart stage_;
   int64_t steps_seen_ = 0;

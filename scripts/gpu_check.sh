@@ -84,9 +84,9 @@ done
 # What else there is to set, each beside the run that it should equal. Four at once.
 both() { printf 'stages.%s.'"$1"'\n' pretrain finetune; }
 variant() { # NAME DEVICE DTYPE SETTINGS...
-  local name=$1
+  local name=$1 failures=${#failed[@]}
   step "train_$name" train "$name" "${@:2}" evaluation=null
-  [ -e "$out/$name/finetune/final" ]
+  [ ${#failed[@]} -eq "$failures" ]
 }
 group_of_one() { # STRATEGY PORT [SETTINGS]: through NCCL, as the only rank
   CALDERA_GROUP_OF_ONE=1 RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$2 \
@@ -97,19 +97,19 @@ mapfile -t eight_bit < <(both optimizer.optim=adamw_8bit)
 mapfile -t no_masters < <(both optimizer.master_weights=none)
 mapfile -t offload < <(both memory.offload_optimizer=true)
 mapfile -t float8 < <(both float8=true)
-# (Dropout's masks are a device's own.)
-lora='stages.finetune.lora={lora_r: 8, lora_dropout: 0}' qlora='stages.finetune.lora={lora_r: 8, load_in_4bit: true}'
-run_variants() { # each a command line in one argument
-  local command running=()
+lora='stages.finetune.lora={lora_r: 8}' qlora='stages.finetune.lora={lora_r: 8, load_in_4bit: true}'
+run_variants() { # each a command line in one argument; they run in shells of their own
+  local command pids=() names=()
+  await_first() {
+    wait "${pids[0]}" || failed+=("${names[0]}")
+    pids=("${pids[@]:1}") names=("${names[@]:1}")
+  }
   for command in "$@"; do
     eval "$command" &
-    running+=($!)
-    if [ ${#running[@]} -ge 4 ]; then
-      wait "${running[0]}" || failed+=("variant")
-      running=("${running[@]:1}")
-    fi
+    pids+=($!) names+=("${command%% \"*}")
+    if [ ${#pids[@]} -ge 4 ]; then await_first; fi
   done
-  for command in "${running[@]}"; do wait "$command" || failed+=("variant"); done
+  while [ ${#pids[@]} -gt 0 ]; do await_first; done
 }
 run_variants \
   'variant recompute cuda float32 "${recompute[@]}"' \
@@ -136,7 +136,7 @@ step score_cuda_bf16 score cuda bfloat16
 
 compare() {
   python3 - "$out" << 'PYTHON'
-import json, pathlib, sys
+import json, math, pathlib, sys
 out = pathlib.Path(sys.argv[1])
 bad = []
 
@@ -146,7 +146,9 @@ def compare(name, read, of, like, bound):
         reference, other = read(like), read(of)
         if len(reference) != len(other) or not reference:
             raise ValueError(f"{len(reference)} against {len(other)} values")
-    except (OSError, ValueError) as error:
+        if not all(map(math.isfinite, reference + other)):
+            raise ValueError("not all values are finite")
+    except (OSError, ValueError, TypeError, KeyError) as error:
         print(f"{name}: {error}")
         return bad.append(name)
     scale = sum(map(abs, reference)) / len(reference)
@@ -181,11 +183,15 @@ cat "$out/numerics.log"
 
 # Beside transformers, at the shapes of LLaVA-1.5-7B with a few blocks; then all of its 32 blocks.
 # Weights with 7 billion numbers are written and read faster where memory serves as a disk.
-scratch=$([ -w /dev/shm ] && echo /dev/shm || echo "${TMPDIR:-/tmp}")
+scratch_in=${TMPDIR:-/tmp}
+shared_kb=$(df --output=avail /dev/shm 2> /dev/null | tail -n 1 || echo 0)
+if [ -w /dev/shm ] && [ "${shared_kb:-0}" -gt $((60 << 20)) ]; then scratch_in=/dev/shm; fi
+scratch=$(mktemp -d -p "$scratch_in")
+trap 'rm -rf "$scratch"' EXIT
 bench() { in_time env TMPDIR="$scratch" CALDERA="$build/caldera" "$python" scripts/bench/train.py --device cuda "$@"; }
 step bench bench --rounds 9 --json "$out/bench.json"
 cat "$out/bench.log"
-step bench_7b bench --layers 32 --one-by-one --short --rounds 5 --only "stage 2" --json "$out/bench_7b.json" --set \
+step bench_7b bench --layers 32 --one-by-one --short --rounds 5 --only "llava 2" --json "$out/bench_7b.json" --set \
   '{"optimizer": {"learning_rate": 2e-5, "lr_scheduler_type": "constant", "warmup_ratio": 0, "optim": "adamw_8bit", "master_weights": "none"}}'
 cat "$out/bench_7b.log"
 

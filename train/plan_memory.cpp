@@ -196,9 +196,9 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   if (p.projector_trains) before_blocks += P * (p.tower_width + 2 * p.D) * e;
   if (p.tower_trains) before_blocks += P * p.tower_kept * e;
   const int64_t longest = std::min(numbers.longest, T), rows = std::min(kAttentionRows, longest);
-  // On a GPU: sums of q's gradients in float32, and the libraries' own.
+  // On a GPU: sums of q's gradients in float32, gradients of k and v for each query head, and the libraries' own.
   const int64_t attention =
-      on_gpu ? 4 * T * p.H * p.K + kGpuLibraryBytes
+      on_gpu ? (4 + (p.G < p.H ? 2 * e : 0)) * T * p.H * p.K + kGpuLibraryBytes
              : at::get_num_threads() * (2 * p.H * rows * longest * e + (p.H + 2 * p.G) * longest * p.K * (e + 4));
 
   // What a checkpoint is written from, in host memory: in the background a copy of all, beside the steps that follow;

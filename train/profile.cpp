@@ -14,6 +14,7 @@
 #include "base/error.h"
 #include "base/files.h"
 #include "model/ops/matmul.h"
+#include "train/stage.h"
 
 namespace caldera {
 namespace {
@@ -76,10 +77,6 @@ std::string table_of(const std::vector<ProfileRow>& rows, const char* title, int
 
 }  // namespace
 
-void synchronize(at::Device device) {
-  if (device.is_cuda()) at::detail::getCUDAHooks().deviceSynchronize(std::max<c10::DeviceIndex>(device.index(), 0));
-}
-
 Profiler::Profiler() {
   const torch::profiler::impl::ProfilerConfig config(torch::profiler::impl::ProfilerState::KINETO);
   std::set<ActivityType> activities = {ActivityType::CPU};
@@ -120,7 +117,7 @@ Profile Profiler::stop(const fs::path& trace) {
 
 double measured_matmul_flops(at::ScalarType dtype, at::Device device) {
   const int64_t n = device.is_cuda() ? 8192 : 1024;
-  const at::Tensor a = at::randn({n, n}, device).to(dtype), out = at::empty_like(a);
+  const at::Tensor a = at::empty({n, n}, at::TensorOptions(device).dtype(dtype)).normal_(), out = at::empty_like(a);
   double best = 1e9;
   for (int i = 0; i < 6; ++i) {
     synchronize(device);

@@ -37,9 +37,6 @@ class Profiler {
   bool running_ = false;
 };
 
-// Waits until all that was asked of a GPU is done; nothing for a CPU.
-void synchronize(at::Device device);
-
 // The table, for people: a line an operation, most time first, what makes up less than half a percent left
 // out.
 std::string profile_table(const Profile& profile, int64_t num_steps);

@@ -3,6 +3,7 @@
 #include <ATen/Context.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 
+#include <algorithm>
 #include <unordered_set>
 
 #include "base/error.h"
@@ -29,6 +30,10 @@ at::Device choose_device(const std::string& device, int local_rank) {
                 "local rank {} has no GPU of its own: this machine shows {}; start {} ranks", local_rank,
                 num_gpus, num_gpus);
   return {at::kCUDA, static_cast<c10::DeviceIndex>(local_rank)};
+}
+
+void synchronize(at::Device device) {
+  if (device.is_cuda()) at::detail::getCUDAHooks().deviceSynchronize(std::max<c10::DeviceIndex>(device.index(), 0));
 }
 
 at::ScalarType parse_dtype(const std::string& dtype) {

@@ -15,6 +15,8 @@ namespace caldera {
 // "auto": CUDA where there is a GPU, else the CPU. Throws ConfigError for "cuda" without one,
 // DistributedError where there are fewer GPUs than ranks on this machine.
 at::Device choose_device(const std::string& device, int local_rank = 0);
+// Waits until all that was asked of a GPU is done; nothing for a CPU.
+void synchronize(at::Device device);
 at::ScalarType parse_dtype(const std::string& dtype);  // "float32" or "bfloat16"
 // How the model of a stage is built: the recipe's parts, and what earlier stages trained laid over.
 BuildSpec build_spec_of(const Recipe& recipe, size_t stage_index);

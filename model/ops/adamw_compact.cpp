@@ -113,13 +113,13 @@ void update_on_cuda(const Master& master, const Moment& exp_avg, const Moment& e
   set_pointers(exp_avg_sq, state.exp_avg_sq, state.exp_avg_sq_codes, state.exp_avg_sq_scale);
   state.weights = cuda::weights_of(master);
   const at::Tensor& weight = master.weight;
-  const NoiseWords words(noise.key);
+  const NoiseWords words = noise_words(noise.key);
   cuda::with_type(gradient.defined() ? gradient : weight, [&]<class T>(T*, cuda::Stream stream) {
     cuda::adamw_compact(state, cuda::in<T>(gradient), code_tables_on(weight.device()),
                         weight.numel(),
                         {f.decay, f.one_minus_beta1, f.beta2, f.one_minus_beta2, f.step_size,
                          f.inverse_correction2, f.epsilon, f.grad_scale},
-                        {{words.first, words.second}, static_cast<uint32_t>(noise.first)}, stream);
+                        {words, static_cast<uint32_t>(noise.first)}, stream);
   });
 }
 
@@ -135,7 +135,7 @@ Moment zero_moment(const at::Tensor& like, bool is_8bit) {
 
 at::Tensor round_stochastically(const at::Tensor& values, const RoundingNoise& noise) {
   const at::NoGradGuard no_grad;
-  const NoiseWords words(noise.key);
+  const NoiseWords words = noise_words(noise.key);
   constexpr int64_t kWord = 0xFFFFFFFF;
   const auto shift = [](const at::Tensor& x, int64_t bits) { return x.bitwise_right_shift(bits); };
   const auto multiply = [](const at::Tensor& x, uint32_t by) {
@@ -148,9 +148,9 @@ at::Tensor round_stochastically(const at::Tensor& values, const RoundingNoise& n
   at::Tensor hash =
       (at::arange(values.numel(), values.options().dtype(at::kLong)) + noise.first).bitwise_and(kWord);
   hash = hash.bitwise_xor(static_cast<int64_t>(words.first));
-  hash = multiply(hash.bitwise_xor(shift(hash, 16)), kNoiseMultiply1);
+  hash = multiply(hash.bitwise_xor(shift(hash, 16)), NoiseWords::kMultiply1);
   hash = (hash.bitwise_xor(shift(hash, 15)) + static_cast<int64_t>(words.second)).bitwise_and(kWord);
-  hash = shift(multiply(hash, kNoiseMultiply2), 16).view(values.sizes());
+  hash = shift(multiply(hash, NoiseWords::kMultiply2), 16).view(values.sizes());
   const at::Tensor bits = values.contiguous().view(at::kInt).to(at::kLong);
   const at::Tensor rounded = (bits + hash).bitwise_and(~int64_t{0xFFFF}).to(at::kInt).view(at::kFloat);
   return at::where(values.isfinite(), rounded, values).to(at::kBFloat16);
@@ -180,7 +180,7 @@ void adamw_update_compact(const Master& master, const Moment& exp_avg, const Mom
     arrays.gradient_bf16 = gradient.const_data_ptr<c10::BFloat16>();
   set_pointers(exp_avg, arrays.m, arrays.m_codes, arrays.m_scale);
   set_pointers(exp_avg_sq, arrays.v, arrays.v_codes, arrays.v_scale);
-  const NoiseWords words(noise.key);
+  const NoiseWords words = noise_words(noise.key);
   at::parallel_for(0, (count + kBlock - 1) / kBlock, kGrainBlocks, [&](int64_t begin, int64_t end) {
     update_blocks(arrays, begin, end, count, factors, static_cast<uint32_t>(noise.first), words);
   });

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 
 #include "base/error.h"
@@ -13,7 +14,6 @@ using namespace simd;
 
 constexpr int64_t kGrain = 1 << 15;  // elements below which a second thread is not worth it
 
-// y may be x itself.
 template <class T>
 CALDERA_INLINE void drop_each(const T* x, T* y, int64_t begin, int64_t end, uint32_t threshold, float scale,
                               const NoiseWords& words) {
@@ -34,12 +34,12 @@ CALDERA_SIMD void drop(const c10::BFloat16* x, c10::BFloat16* y, int64_t begin, 
 
 // x and y dense.
 void drop_into(const at::Tensor& x, const at::Tensor& y, double p, uint64_t seed) {
-  const NoiseWords words(seed);
-  const auto threshold = static_cast<uint32_t>(std::lround(p * 0x1p32));
+  const NoiseWords words = noise_words(seed);
+  const auto threshold = static_cast<uint32_t>(std::min(std::llround(p * 0x1p32), 0xFFFFFFFFll));
   const auto scale = static_cast<float>(1 / (1 - p));
   if (x.is_cuda()) {
     cuda::with_type(x, [&]<class T>(T*, cuda::Stream stream) {
-      cuda::dropout(cuda::in<T>(x), cuda::out<T>(y), x.numel(), threshold, scale, {words.first, words.second}, stream);
+      cuda::dropout(cuda::in<T>(x), cuda::out<T>(y), x.numel(), threshold, scale, words, stream);
     });
     return;
   }

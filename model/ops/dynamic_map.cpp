@@ -105,6 +105,7 @@ CodeTables code_tables() {
 }
 
 const CodeTables* code_tables_on(at::Device device) {
+  CALDERA_ASSERT(device.is_cuda());
   thread_local at::Tensor last;
   if (!last.defined() || last.device() != device) {
     CodeTables tables = code_tables();

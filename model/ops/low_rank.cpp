@@ -6,7 +6,7 @@ namespace caldera {
 namespace {
 
 // A dropout(x) * scaling.
-at::Tensor narrowed(const at::Tensor& x, const LowRankUpdate& update, double scaling, double dropout_p) {
+at::Tensor down_product(const at::Tensor& x, const LowRankUpdate& update, double scaling, double dropout_p) {
   return affine(dropped_out(x, dropout_p, update.dropout_seed), update.a_RI).mul_(scaling);
 }
 
@@ -32,7 +32,7 @@ struct AddLowRankFunction : torch::autograd::Function<AddLowRankFunction> {
     saved.insert(saved.end(), matrices.begin(), matrices.end());
     std::vector<LowRankUpdate> places;  // without the matrices: those are saved as autograd wants it
     for (const LowRankUpdate& update : updates) {
-      const at::Tensor u = narrowed(x, update, scaling, dropout_p);
+      const at::Tensor u = down_product(x, update, scaling, dropout_p);
       if (needs_value) add_update(y, update, u);
       saved.push_back(u);
       places.push_back({{}, {}, update.first_row, update.dropout_seed});
@@ -89,7 +89,7 @@ at::Tensor add_low_rank_(const at::Tensor& y_TO, const at::Tensor& x_TI, const s
     return AddLowRankFunction::apply(y_TO, x_TI, updates, scaling, dropout_p, needs_value, at::TensorList(matrices));
   const at::NoGradGuard no_grad;
   for (const LowRankUpdate& update : updates)
-    add_update(y_TO, update, narrowed(x_TI, update, scaling, dropout_p));
+    if (needs_value) add_update(y_TO, update, down_product(x_TI, update, scaling, dropout_p));
   return y_TO;
 }
 

@@ -51,7 +51,8 @@ at::Tensor affine_forward(const at::Tensor& x_in, const at::Tensor& weight, cons
   if (const at::Tensor y = takes_onednn(x, weight, weight) ? product_with_frozen(x, weight.t(), bias) : at::Tensor();
       y.defined())
     return at::_unsafe_view(y, shape);
-  const at::Tensor y = bias.expand(shape).contiguous();
+  const at::Tensor y = at::empty(shape, x.options().requires_grad(false));
+  y.copy_(bias);  // of its own: for one row, expanded bias would be the bias itself
   matrix_product_into(x, weight.t(), y.view({x.size(0), weight.size(0)}), /*accumulate=*/true);
   return y;
 }

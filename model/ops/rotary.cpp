@@ -88,7 +88,8 @@ struct Heads {
   at::Tensor q_and_k, q, k, v;
 };
 Heads heads_of(const at::Tensor& qkv, int64_t num_heads, int64_t num_kv_heads) {
-  const at::Tensor all = qkv.view({qkv.size(0), num_heads + 2 * num_kv_heads, -1});
+  const int64_t count = num_heads + 2 * num_kv_heads;
+  const at::Tensor all = qkv.view({qkv.size(0), count, qkv.size(1) / count});
   return {all.narrow(1, 0, num_heads + num_kv_heads), all.narrow(1, 0, num_heads),
           all.narrow(1, num_heads, num_kv_heads), all.narrow(1, num_heads + num_kv_heads, num_kv_heads)};
 }
@@ -101,7 +102,7 @@ struct SplitRotaryFunction : torch::autograd::Function<SplitRotaryFunction> {
     ctx->saved_data["num_kv_heads"] = num_kv_heads;
     const Heads heads = heads_of(qkv, num_heads, num_kv_heads);
     const at::Tensor turned = rotated(heads.q_and_k, cos, sin, 1);
-    // v is a copy: a view would keep the whole projection, of which backward wants nothing else.
+    // v in memory of its own: a view would keep the whole projection, of which backward wants nothing else.
     return {turned.narrow(1, 0, num_heads), turned.narrow(1, num_heads, num_kv_heads), heads.v.contiguous()};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {

@@ -4,7 +4,7 @@ import json, pathlib, random, re, shutil, subprocess, typing
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CALDERA = pathlib.Path(__import__("os").environ.get("CALDERA", ROOT / "build/caldera"))
 VOCAB, IMAGE_TOKEN = 32000, 31999
-LORA = {"lora_r": 128, "lora_alpha": 256, "lora_dropout": 0}  # LLaVA's
+LORA = {"lora_r": 128, "lora_alpha": 256, "lora_dropout": 0}  # LLaVA's but for its dropout of 0.05, whose masks no two programs share
 
 
 
@@ -54,9 +54,12 @@ def configs(shape=SMALL):
 
 def make_model(work, shape=SMALL, device="cpu"):
     """LlavaForConditionalGeneration with random weights as an HF folder (the small one: 63.4 M parameters), and its parts."""
-    import torch
+    import gc, torch
     from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
     if (work / "model/config.json").exists():
+        made = json.loads((work / "model/config.json").read_text())["text_config"]
+        if any(made[key] != value for key, value in shape.text.items()):
+            raise SystemExit(f"{work} holds a model of another shape: name another folder")
         return
     torch.manual_seed(0)
     vision, text = configs(shape)
@@ -81,6 +84,10 @@ def make_model(work, shape=SMALL, device="cpu"):
     tower.load_state_dict(weights, strict=False)
     tower.save_pretrained(work / "tower")
     model.save_pretrained(work / "model")
+    if device == "cuda":  # whose memory the contenders want
+        del model, language, tower, weights
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def english():

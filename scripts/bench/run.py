@@ -50,7 +50,6 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=fixtures.ROOT / "docs/performance.md")
     args = parser.parse_args()
     args.rounds, args.device = args.rounds or (4 if args.short else 7), "cpu"
-    args.shape, args.one_by_one, args.changes = fixtures.SMALL, False, {}
     import torch, transformers
     version = subprocess.run(["git", "-C", fixtures.ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     page, began, failures = Page(args.out), time.time(), []

@@ -34,7 +34,7 @@ if args.checkpointing:
 if args.lora:
     import peft
     model = peft.get_peft_model(model, peft.LoraConfig(
-        r=fixtures.LORA["lora_r"], lora_alpha=fixtures.LORA["lora_alpha"], lora_dropout=0.0,
+        r=fixtures.LORA["lora_r"], lora_alpha=fixtures.LORA["lora_alpha"], lora_dropout=fixtures.LORA["lora_dropout"],
         target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"), autocast_adapter_dtype=False)
 trained = []
 for name, parameter in model.named_parameters():

@@ -12,28 +12,32 @@ import fixtures, pair
 HERE = pathlib.Path(__file__).parent
 
 
+LORA = {"lora": fixtures.LORA}
+
+
 def cases(short, on_gpu=False):
-    """(title, mix, template, stage, dtype, settings of transformers)"""
+    """(title, mix, template, stage, dtype, settings of transformers, settings of Caldera's stage)"""
     if on_gpu:  # as LLaVA's scripts run it; and at its best
-        plain, best = ("padded", ["--checkpointing"]), ("packed, compiled", ["--packed", "--compile"])
-        for title, mix, template, stage, flags in (("stage 2", "llava", "v1", 2, []), ("stage 1", "captions", "plain", 1, []),
-                                                   ("LoRA", "llava", "v1", 2, ["--lora"])):
-            yield title, mix, template, stage, "bfloat16", [(name, [*flags, *more]) for name, more in [plain] + ([] if short else [best])]
+        settings = [("padded", ["--checkpointing"])] + ([] if short else [("packed, compiled", ["--packed", "--compile"])])
+        yield "stage 2", "llava", "v1", 2, "bfloat16", settings, {}
+        yield "stage 1", "captions", "plain", 1, "bfloat16", settings, {}
+        yield "LoRA", "llava", "v1", 2, "bfloat16", settings, LORA
         return
     padded, packed = ("padded", []), ("packed", ["--packed"])
     compiled = ("packed, compiled", ["--packed", "--compile"])
     for dtype in ("float32", "bfloat16"):
-        yield "stage 2, LLaVA-like lengths", "llava", "v1", 2, dtype, [padded, packed] + ([] if short else [compiled])
-        yield "stage 1, captions", "captions", "plain", 1, dtype, [padded, packed]
-        yield "stage 2, no padding in the batch", "uniform", "v1", 2, dtype, [padded]
-        yield "LoRA", "llava", "v1", 2, dtype, [(name, ["--lora", *flags]) for name, flags in (padded, packed)]
+        yield "stage 2, LLaVA-like lengths", "llava", "v1", 2, dtype, [padded, packed] + ([] if short else [compiled]), {}
+        yield "stage 1, captions", "captions", "plain", 1, dtype, [padded, packed], {}
+        yield "stage 2, no padding in the batch", "uniform", "v1", 2, dtype, [padded], {}
+        yield "LoRA", "llava", "v1", 2, dtype, [padded, packed], LORA
         if not short:
-            yield "stage 2, long conversations", "long", "v1", 2, dtype, [padded, packed]
+            yield "stage 2, long conversations", "long", "v1", 2, dtype, [padded, packed], {}
 
 
-def run(work, case, args, say):
-    title, mix, template, stage, dtype, settings = case
-    shape, on_gpu, lora = args.shape, args.device == "cuda", title == "LoRA"
+def run(work, case, args, say, shape=fixtures.SMALL, one_by_one=False, more={}):
+    """`more`: settings of Caldera's stage, as well."""
+    title, mix, template, stage, dtype, settings, changes = case
+    on_gpu, lora = args.device == "cuda", "lora" in changes
     batch = fixtures.make_batch(work, mix, template, shape)
     tokens = [{**row, "image": record["image"]} for row, record in zip(batch["rows"], batch["records"])]
     (work / f"{mix}_{template}.tokens.json").write_text(json.dumps(tokens))
@@ -47,7 +51,7 @@ def run(work, case, args, say):
 
     def add_transformers(name, dtype, flags):
         command = [sys.executable, HERE / "step_hf.py", work, mix, template, "--stage", stage, "--dtype", dtype, "--threads", args.threads,
-                   "--device", args.device, *flags]
+                   "--device", args.device, *flags, *(["--lora"] if lora else [])]
         starts.append(lambda: pair.Contender(("PEFT " if lora else "transformers ") + name, command, {**env, **pair.TUNED_MALLOC}, prefix))
 
     for name, flags in settings:
@@ -55,10 +59,9 @@ def run(work, case, args, say):
     if dtype == "bfloat16" and not on_gpu and not lora:  # what Caldera's bfloat16 amounts to: float32 masters, gradients' sums and moments
         add_transformers("padded, autocast", "autocast", [])
 
-    changes = {**({"lora": fixtures.LORA} if lora else {}), **args.changes}
-    recipe = fixtures.recipe(work, mix, template, stage, dtype, work / "run", args.device, shape, **changes)
+    recipe = fixtures.recipe(work, mix, template, stage, dtype, work / "run", args.device, shape, **changes, **more)
     starts.append(lambda: pair.Contender("Caldera", [fixtures.CALDERA, "bench", "train", recipe, "--resume", "never"], env, prefix))
-    if args.one_by_one:
+    if one_by_one:
         rows = [row for start in starts for row in pair.race([start()], args.rounds)]
     else:
         rows = pair.race([start() for start in starts], args.rounds)
@@ -76,7 +79,7 @@ def run(work, case, args, say):
 
 
 def name_of(case):
-    return f"{case[0]} {case[1]} {case[3]} {case[4]}"
+    return f"{'lora' if case[6] else case[1]} {case[3]} {case[4]}"
 
 
 def main():
@@ -86,20 +89,21 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefix", default="")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--only", default="", help="cases whose 'title mix stage dtype' holds this")
+    parser.add_argument("--only", default="", help="cases whose 'mix stage dtype' holds this; of LoRA 'lora 2 dtype'")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--one-by-one", action="store_true")
-    parser.add_argument("--set", type=json.loads, default={}, dest="changes", help="of Caldera's stage, as JSON")
+    parser.add_argument("--set", type=json.loads, default={}, dest="more", help="settings of Caldera's stage, as JSON")
     parser.add_argument("--work", type=pathlib.Path)
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
-    args.shape = fixtures.shape_of("7b", args.layers) if on_gpu else fixtures.SMALL
+    shape = fixtures.shape_of("7b", args.layers) if on_gpu else fixtures.SMALL
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or pathlib.Path(temporary)
         work.mkdir(exist_ok=True)
-        fixtures.make_model(work, args.shape, args.device)
-        results = [run(work, case, args, print) for case in cases(args.short, on_gpu) if args.only in name_of(case)]
+        fixtures.make_model(work, shape, args.device)
+        results = [run(work, case, args, print, shape, args.one_by_one, args.more) for case in cases(args.short, on_gpu)
+                   if args.only in name_of(case)]
     if args.json:
         args.json.write_text(json.dumps(results))
 

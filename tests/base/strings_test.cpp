@@ -20,6 +20,8 @@ TEST(Strings, SplitKeepsEmptyParts) {
 TEST(Strings, HumanUnits) {
   EXPECT_EQ(human_bytes(812), "812 B");
   EXPECT_EQ(human_bytes(1.4e9), "1.4 GB");
+  EXPECT_EQ(human_flops(269.53e12), "269.5 TFLOP");
+  EXPECT_EQ(human_flops(7), "7 FLOP");
   EXPECT_EQ(human_duration(187), "3:07");
   EXPECT_EQ(human_duration(7509), "2:05:09");
 }

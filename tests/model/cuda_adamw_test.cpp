@@ -1,10 +1,10 @@
 // The CUDA kernels of AdamW, run on the CPU (cuda_on_cpu.h), against the CPU's own.
 #include <array>
 
-#include "base/rng.h"
 #include "model/ops/adamw_compact.h"
 #include "model/ops/adamw_math.h"
 #include "model/ops/dynamic_map.h"
+#include "model/ops/noise.h"
 #include "tests/model/cuda_kernels.h"
 #include "tests/support.h"
 // In this order: what the kernels need of CUDA stands above.
@@ -71,9 +71,7 @@ TYPED_TEST(CudaKernels, AdamWOfMomentsIn8BitsAndWeightsWithoutMaster) {
   const kernels::AdamWFactors factors = {f.decay,     f.one_minus_beta1,     f.beta2,   f.one_minus_beta2,
                                          f.step_size, f.inverse_correction2, f.epsilon, f.grad_scale};
   const RoundingNoise noise = {.key = 77, .first = 123456};
-  const kernels::CompactNoise words = {{static_cast<uint32_t>(mix64(noise.key)),
-                                       static_cast<uint32_t>(mix64(noise.key) >> 32)},
-                                       static_cast<uint32_t>(noise.first)};
+  const kernels::CompactNoise words = {noise_words(noise.key), static_cast<uint32_t>(noise.first)};
   const CodeTables tables = code_tables();
   // Whole ranges of 256, less than one, one element at a time, several blocks.
   for (const int64_t count : {256, 100, 99, 64 * 256 + 300}) {

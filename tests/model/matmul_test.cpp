@@ -66,6 +66,14 @@ TEST_P(Matmul, AffineGivesTheGradientsOfALinearLayer) {
     EXPECT_LT(error(got[i], wanted[i]), tolerance()) << "input " << i;
 }
 
+TEST_P(Matmul, AffineOfOneRowLeavesItsBiasAsItIs) {
+  const at::Tensor x = random({1, 40}), weight = random({24, 40}).set_requires_grad(true),
+                   bias = random({24}).set_requires_grad(true), before = bias.detach().clone();
+  const at::Tensor first = affine(x, weight, bias);
+  EXPECT_TRUE(at::equal(bias, before));
+  EXPECT_TRUE(at::equal(affine(x, weight, bias), first));
+}
+
 TEST_P(Matmul, AFrozenWeightHasNoGradientAndItsLayerMayBeAddedToInPlace) {
   const at::Tensor weight = random({8, 6});
   at::Tensor x = random({5, 6}).requires_grad_();

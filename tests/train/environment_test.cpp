@@ -34,6 +34,7 @@ class Environment {
                                         "MASTER_ADDR",
                                         "MASTER_PORT",
                                         "CALDERA_LAUNCH",
+                                        "CALDERA_GROUP_OF_ONE",
                                         "TORCHELASTIC_USE_AGENT_STORE",
                                         "TORCHELASTIC_RESTART_COUNT",
                                         "OMPI_COMM_WORLD_RANK",
@@ -61,6 +62,22 @@ TEST(WorldFromEnvironment, NothingSetIsASingleProcess) {
   const Environment environment({});
   EXPECT_EQ(world_from_environment().size, 1);
   EXPECT_EQ(world_from_environment().started_by, "");
+}
+
+TEST(WorldFromEnvironment, AGroupOfOneNeedsAPlaceToMeet) {
+  const auto complaint = [](std::map<std::string, std::string> variables) -> std::string {
+    variables["CALDERA_GROUP_OF_ONE"] = "1";
+    const Environment environment(variables);
+    try {
+      EXPECT_TRUE(world_from_environment().group_of_one);
+      return "";
+    } catch (const DistributedError& error) {
+      return error.what();
+    }
+  };
+  EXPECT_THAT(complaint({}), testing::HasSubstr("CALDERA_GROUP_OF_ONE=1: also set RANK=0 WORLD_SIZE=1 MASTER_PORT"));
+  EXPECT_THAT(complaint({{"RANK", "0"}, {"WORLD_SIZE", "1"}}), testing::HasSubstr("MASTER_PORT is not set"));
+  EXPECT_EQ(complaint({{"RANK", "0"}, {"WORLD_SIZE", "1"}, {"MASTER_PORT", "29500"}}), "");
 }
 
 TEST(WorldFromEnvironment, Torchrun) {

@@ -55,6 +55,7 @@ void take_address(WorldSpec& spec, const std::string& job) {
 
 WorldSpec from_variables() {
   WorldSpec spec;
+  spec.group_of_one = text("CALDERA_GROUP_OF_ONE") == "1";
   if (text("RANK") && text("WORLD_SIZE")) {
     spec.started_by = text("CALDERA_LAUNCH") ? "caldera launch" : "torchrun";
     spec.rank = needed("RANK", spec.started_by);
@@ -64,7 +65,7 @@ WorldSpec from_variables() {
     spec.attempt = number("TORCHELASTIC_RESTART_COUNT").value_or(0);
     spec.store_is_hosted = text("TORCHELASTIC_USE_AGENT_STORE") == "True";
     spec.address = text("MASTER_ADDR").value_or(spec.address);
-    spec.port = spec.size > 1 ? needed("MASTER_PORT", spec.started_by) : number("MASTER_PORT").value_or(0);
+    spec.port = spec.size > 1 || spec.group_of_one ? needed("MASTER_PORT", spec.started_by) : 0;
   } else if (text("OMPI_COMM_WORLD_SIZE")) {
     spec.started_by = "mpirun";
     spec.rank = needed("OMPI_COMM_WORLD_RANK", spec.started_by);
@@ -101,7 +102,8 @@ WorldSpec from_variables() {
 
 WorldSpec world_from_environment() {
   WorldSpec spec = from_variables();
-  spec.groups_alone = text("CALDERA_GROUP_OF_ONE") == "1";
+  CALDERA_CHECK(!spec.group_of_one || !spec.started_by.empty(), DistributedError,
+                "CALDERA_GROUP_OF_ONE=1: also set RANK=0 WORLD_SIZE=1 MASTER_PORT=..., or start it by a launcher");
   CALDERA_CHECK(spec.size > 0 && spec.rank < spec.size && spec.local_rank < spec.local_size, DistributedError,
                 "started by {}: rank {} of {}, local rank {} of {}: the environment contradicts itself",
                 spec.started_by, spec.rank, spec.size, spec.local_rank, spec.local_size);

@@ -12,13 +12,14 @@ struct WorldSpec {
   std::string address = "127.0.0.1";   // where the store listens
   int port = 0;
   bool store_is_hosted = false;  // by the launcher; else rank 0 hosts it
-  bool groups_alone = false;     // a single rank, too, goes through a process group: what a machine with one GPU can try
+  bool group_of_one = false;     // a single rank goes through a process group, too
   std::string started_by;        // "caldera launch", "torchrun", "mpirun", "srun", or "" for a single process
 };
 
 // Reads the variables of `caldera launch` and torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...), of
 // Open MPI's and MPICH's mpirun, or of srun. Where mpirun or srun names no port, one is derived from the
-// job's number. CALDERA_GROUP_OF_ONE=1 sets `groups_alone`. Throws DistributedError for variables that are missing or contradict each other.
+// job's number. CALDERA_GROUP_OF_ONE=1 sets `group_of_one`.
+// Throws DistributedError for variables that are missing or contradict each other.
 WorldSpec world_from_environment();
 
 }  // namespace caldera

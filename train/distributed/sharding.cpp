@@ -78,7 +78,8 @@ Sharding::Sharding(World& world, const DistributedConfig& config, const std::vec
   num_replicas_ = static_cast<int>(split.num_replicas);
   shard_ = world.rank() % num_shards_;
   replica_ = world.rank() / num_shards_;
-  if (num_shards_ == 1 && world.size() > 1) strategy_ = Strategy::kDdp;  // nobody to share with
+  // Nobody to share with. (A group of one keeps its strategy, so that its collectives run.)
+  if (num_shards_ == 1 && world.size() > 1) strategy_ = Strategy::kDdp;
   if (num_shards_ > 1 && num_shards_ < world.size()) {
     world.split_by_machine();
     sharers_ = Among::kMachine;

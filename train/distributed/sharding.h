@@ -39,8 +39,8 @@ namespace caldera {
 
 class Sharding {
  public:
-  // Lays the tensors out; but for ddp the model's weights become views of the flat buffers. For two or more
-  // ranks. `decoder`: all tensors of the language model, of which some may train.
+  // Lays the tensors out; but for ddp the model's weights become views of the flat buffers. For ranks that
+  // have a group. `decoder`: all tensors of the language model, of which some may train.
   Sharding(World& world, const DistributedConfig& config, const std::vector<ParameterGroup>& groups,
            const NamedTensors& decoder);
   ~Sharding();

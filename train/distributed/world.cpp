@@ -149,7 +149,7 @@ World::World(const WorldSpec& spec, at::Device device, double timeout_s,
              std::function<void(const std::string&)> on_abort)
     : spec_(spec), timeout_s_(timeout_s) {
   set_fault_rank(spec.rank, spec.attempt);
-  if (spec.size == 1 && !spec.groups_alone) return;
+  if (spec.size == 1 && !spec.group_of_one) return;
   survive_broken_connections();
   const auto timeout = std::chrono::milliseconds(static_cast<int64_t>(timeout_s * 1000));
   group_ = std::make_unique<Group>();

@@ -68,11 +68,10 @@ __device__ inline uint8_t nearest_code(const CodeTable<kSigns>& table, float val
 }
 
 template <int kSigns, int kN>
-__device__ inline Floats<kN> load_codes(const uint8_t* codes, const CodeTable<kSigns>& table, float scale) {
-  const Pack<uint8_t, kN> pack = pack_at<kN>(codes);
+__device__ inline Floats<kN> decoded(const Pack<uint8_t, kN>& codes, const CodeTable<kSigns>& table, float scale) {
   Floats<kN> values;
   CALDERA_UNROLL
-  for (int k = 0; k < kN; ++k) values[k] = table.values[pack.values[k]] * scale;
+  for (int k = 0; k < kN; ++k) values[k] = table.values[codes.values[k]] * scale;
   return values;
 }
 
@@ -116,6 +115,7 @@ __device__ inline void update_range(const CompactState& s, const T* gradient, co
   const int64_t first = range * kCodesPerScale + threadIdx.x % kWarp * kN;
   // All loads are on their way before anything waits for one. What lies behind the end counts as zeros.
   Floats<kN> w[kPacks] = {}, g[kPacks] = {}, m[kPacks] = {}, v[kPacks] = {};
+  Pack<uint8_t, kN> m_codes[kPacks] = {}, v_codes[kPacks] = {};
   const float m_scale = s.exp_avg ? 0.0f : s.exp_avg_scale[range];
   const float v_scale = s.exp_avg_sq ? 0.0f : s.exp_avg_sq_scale[range];
   CALDERA_UNROLL
@@ -124,13 +124,16 @@ __device__ inline void update_range(const CompactState& s, const T* gradient, co
     if (i >= count) continue;
     w[p] = load_weights<kN>(s.weights, i);
     if (gradient) g[p] = load<kN>(gradient + i);
-    m[p] = s.exp_avg ? load<kN>(s.exp_avg + i) : load_codes<2, kN>(s.exp_avg_codes + i, tables.exp_avg, m_scale);
-    v[p] = s.exp_avg_sq ? load<kN>(s.exp_avg_sq + i)
-                        : load_codes<1, kN>(s.exp_avg_sq_codes + i, tables.exp_avg_sq, v_scale);
+    if (s.exp_avg) m[p] = load<kN>(s.exp_avg + i);
+    if (s.exp_avg_sq) v[p] = load<kN>(s.exp_avg_sq + i);
+    if (s.exp_avg_codes) m_codes[p] = pack_at<kN>(s.exp_avg_codes + i);
+    if (s.exp_avg_sq_codes) v_codes[p] = pack_at<kN>(s.exp_avg_sq_codes + i);
   }
   CALDERA_UNROLL
   for (int p = 0; p < kPacks; ++p) {
     const int64_t i = first + p * kWarp * kN;
+    if (s.exp_avg_codes && i < count) m[p] = decoded(m_codes[p], tables.exp_avg, m_scale);
+    if (s.exp_avg_sq_codes && i < count) v[p] = decoded(v_codes[p], tables.exp_avg_sq, v_scale);
     CALDERA_UNROLL
     for (int k = 0; k < kN; ++k) w[p][k] = updated(w[p][k], m[p][k], v[p][k], g[p][k] * f.grad_scale, f);
     if (i >= count) continue;
@@ -159,11 +162,9 @@ __global__ void compact_kernel(CompactState s, const T* gradient, const CodeTabl
   for (unsigned i = threadIdx.x; i < kWords; i += kThreads)
     reinterpret_cast<uint32_t*>(&near)[i] = reinterpret_cast<const uint32_t*>(tables)[i];
   __syncthreads();
-  const int64_t end = (blockIdx.x + int64_t{1}) * kRangesEach;
-  for (int64_t range = blockIdx.x * kRangesEach + threadIdx.x / kWarp; range < end; range += kThreads / kWarp) {
-    if (range * kCodesPerScale >= count) return;
+  const int64_t begin = blockIdx.x * kRangesEach, last = (count - 1) / kCodesPerScale;
+  for (int64_t range = begin + threadIdx.x / kWarp; range < begin + kRangesEach && range <= last; range += kThreads / kWarp)
     update_range<T, kN>(s, gradient, near, range, count, f, noise);
-  }
 }
 
 }  // namespace

@@ -107,10 +107,10 @@ __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ inline uint32_t noise_of(uint32_t index, const NoiseWords& words) {
   uint32_t hash = index ^ words.first;
   hash ^= hash >> 16;
-  hash *= 0x7FEB352Du;
+  hash *= NoiseWords::kMultiply1;
   hash ^= hash >> 15;
   hash += words.second;
-  return hash * 0x846CA68Bu;
+  return hash * NoiseWords::kMultiply2;
 }
 
 struct Sum {

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "model/ops/code_tables.h"
+#include "model/ops/noise_words.h"
 
 // The tests compile the same sources for the CPU, under another name.
 #ifndef CALDERA_KERNELS
@@ -46,11 +47,7 @@ void swiglu_forward(const T* gate_up, T* y, int64_t rows, int64_t width, Stream 
 template <class T>
 void swiglu_backward(const T* gate_up, const T* dy, T* d_gate_up, int64_t rows, int64_t width, Stream stream);
 
-// The words of model/ops/noise.h.
-struct NoiseWords {
-  uint32_t first, second;
-};
-// model/ops/ops.h: y = x * scale where an element's noise is at least `threshold`, else 0; y may be x itself.
+// y = x * scale where an element's noise is at least `threshold`, else 0.
 template <class T>
 void dropout(const T* x, T* y, int64_t count, uint32_t threshold, float scale, const NoiseWords& words, Stream stream);
 
