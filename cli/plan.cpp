@@ -44,7 +44,8 @@ void print_json(const std::vector<StagePlan>& plans) {
                     {"num_recomputed_mlps", p.num_recomputed_mlps()},
                     {"num_recomputed_blocks", p.num_recomputed_blocks()},
                     {"memory", to_json(p.memory)},
-                    {"memory_recomputed", to_json(p.memory_recomputed)}});
+                    {"num_offloaded_inputs", p.num_offloaded_inputs()},
+                    {"least_memory", to_json(p.least_memory)}});
   fmt::print("{}\n", json_line(list));
 }
 
@@ -66,12 +67,11 @@ void print_advice(const StageConfig& stage, const StagePlan& plan, double budget
     return;
   }
   fmt::print("  does NOT fit in {:.1f} GB. What helps:\n", budget_gb);
-  if (plan.num_recomputed_blocks() < plan.num_blocks)
+  if (plan.least_memory.total() < plan.memory.total())
     fmt::print("    memory.budget_gb: {}   {}\n", budget_gb,
-               fits(plan.memory_recomputed)
+               fits(plan.least_memory)
                    ? "recomputes as much as it takes; same numbers, up to a quarter more time"
-                   : fmt::format("not enough alone: {} with all blocks recomputing",
-                                 bytes(plan.memory_recomputed.total())));
+                   : fmt::format("not enough alone: {} with all blocks recomputing", bytes(plan.least_memory.total())));
   for (const std::string& way : ways_to_take_less(stage, plan)) fmt::print("    {}\n", way);
 }
 
@@ -149,8 +149,7 @@ void plan(const PlanCommand& command) {
                p.steps_per_epoch, p.micro_batches_per_step, 100 * p.fill);
     fmt::print("  time     {} of products a step{}\n", human_flops(p.flops_per_step), time_of(recipe, stage, p));
     if (p.choices.recomputed_halves > 0)
-      fmt::print("  blocks   in the backward pass {} of {} recompute their MLP, {} of them the rest as well\n",
-                 p.num_recomputed_mlps(), p.num_blocks, p.num_recomputed_blocks());
+      fmt::print("  blocks   in the backward pass {}\n", what_recomputes(p));
     const MemoryPlan& m = p.memory;
     fmt::print("  memory   {} at the most, at {}\n", bytes(m.total()), m.moment);
     for (const auto& [name, value] : {std::pair{"program and pictures", m.program},

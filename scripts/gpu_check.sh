@@ -93,6 +93,7 @@ group_of_one() { # STRATEGY PORT [SETTINGS]: through NCCL, as the only rank
     variant "nccl-$1" cuda float32 distributed.strategy="$1" "${@:3}"
 }
 mapfile -t recompute < <(both gradient_checkpointing=true)
+mapfile -t inputs_on_host < <(both gradient_checkpointing=true; both memory.offload_activations=true)
 mapfile -t eight_bit < <(both optimizer.optim=adamw_8bit)
 mapfile -t no_masters < <(both optimizer.master_weights=none)
 mapfile -t offload < <(both memory.offload_optimizer=true)
@@ -113,6 +114,7 @@ run_variants() { # each a command line in one argument; they run in shells of th
 }
 run_variants \
   'variant recompute cuda float32 "${recompute[@]}"' \
+  'variant inputs-on-host cuda float32 "${inputs_on_host[@]}"' \
   'variant 8bit cuda bfloat16 "${eight_bit[@]}"' \
   'variant no-masters cuda bfloat16 "${no_masters[@]}"' \
   'variant offload cuda bfloat16 "${offload[@]}"' \
@@ -167,7 +169,7 @@ def scores(name):
     return [row["nll_sum"] for row in map(json.loads, open(out / f"score-{name}.jsonl"))]
 
 
-for of, like, bound in [("cuda-float32", "cpu-float32", 1e-3), ("cuda-bfloat16", "cpu-float32", 5e-2), ("recompute", "cuda-float32", 1e-4),
+for of, like, bound in [("cuda-float32", "cpu-float32", 1e-3), ("cuda-bfloat16", "cpu-float32", 5e-2), ("recompute", "cuda-float32", 1e-4), ("inputs-on-host", "recompute", 1e-4),
                         ("8bit", "cuda-bfloat16", 5e-2), ("no-masters", "cuda-bfloat16", 5e-2), ("offload", "cuda-bfloat16", 5e-2),
                         ("float8", "cuda-bfloat16", 1e-1), ("lora", "lora-cpu", 1e-3), ("qlora", "qlora-cpu", 5e-2),
                         *[(f"nccl-{strategy}", "cuda-float32", 1e-4) for strategy in ("ddp", "zero1", "zero2", "zero3")]]:

@@ -141,13 +141,16 @@ StagePlan plan_stage(const Recipe& recipe, const StageConfig& stage, int64_t max
   const auto memory_with = [&](const MemoryChoices& choices) {
     return plan_memory(model, recipe, stage, plan, on_gpu, program, choices, num_ranks);
   };
-  plan.memory_recomputed = memory_with({.recomputed_halves = 2 * model.L});
-  // The copies go first, then as few halves recompute as keep it below the budget; all of them where none do.
+  // Where all blocks recompute, what is left of them may wait in host memory; on the CPU it would be the same memory.
+  const int64_t movable = on_gpu ? model.L - 1 : 0;
+  plan.least_memory = memory_with({.recomputed_halves = 2 * model.L, .offloaded_inputs = movable});
+  // The copies go first, then as few halves recompute as keep it below the budget, then as few inputs move.
   const double budget = stage.memory.budget_gb * 1e9;
   const int64_t copies = model.num_packed * (stage.dtype == "float32" ? 4 : 2);
   plan.choices = {.packs_frozen = !on_gpu && recipe.distributed.strategy != "zero3" &&
                                   has_onednn_products(parse_dtype(stage.dtype)) && copies_fit(copies, num_ranks),
-                  .recomputed_halves = stage.gradient_checkpointing ? 2 * model.L : 0};
+                  .recomputed_halves = stage.gradient_checkpointing ? 2 * model.L : 0,
+                  .offloaded_inputs = stage.memory.offload_activations ? movable : 0};
   plan.memory = memory_with(plan.choices);
   const auto is_too_much = [&] { return budget > 0 && static_cast<double>(plan.memory.total()) > budget; };
   if (is_too_much()) {
@@ -156,6 +159,10 @@ StagePlan plan_stage(const Recipe& recipe, const StageConfig& stage, int64_t max
   }
   while (is_too_much() && plan.choices.recomputed_halves < 2 * model.L) {
     ++plan.choices.recomputed_halves;
+    plan.memory = memory_with(plan.choices);
+  }
+  while (is_too_much() && plan.choices.offloaded_inputs < movable) {
+    ++plan.choices.offloaded_inputs;
     plan.memory = memory_with(plan.choices);
   }
   plan.flops_per_step = flops_of_step(model, plan);
@@ -168,9 +175,16 @@ std::vector<StagePlan> plan_recipe(const Recipe& recipe, int64_t max_samples) {
   return plans;
 }
 
+std::string what_recomputes(const StagePlan& plan) {
+  const int64_t offloaded = plan.num_offloaded_inputs();
+  return fmt::format("{} of {} blocks recompute their MLP, {} of them the rest as well{}", plan.num_recomputed_mlps(),
+                     plan.num_blocks, plan.num_recomputed_blocks(),
+                     offloaded > 0 ? fmt::format(", the inputs of {} wait in host memory", offloaded) : "");
+}
+
 std::vector<std::string> ways_to_take_less(const StageConfig& stage, const StagePlan& plan) {
   std::vector<std::string> ways;
-  const MemoryPlan& memory = plan.memory_recomputed;
+  const MemoryPlan& memory = plan.least_memory;
   if (plan.largest_micro_batch > plan.longest)
     ways.push_back(fmt::format("max_tokens_per_micro_batch: {}   the longest sample; same numbers; now {}",
                                plan.longest, plan.largest_micro_batch));
@@ -201,9 +215,11 @@ bool copies_fit(int64_t bytes, int num_ranks) {
 
 MemoryChoices choose_memory(const Recipe& recipe, size_t stage_index, World& world) {
   const StageConfig& stage = recipe.stages[stage_index];
+  constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
   if (stage.memory.budget_gb == 0)
     return {.packs_frozen = true,
-            .recomputed_halves = stage.gradient_checkpointing ? std::numeric_limits<int64_t>::max() : 0};
+            .recomputed_halves = stage.gradient_checkpointing ? kAll : 0,
+            .offloaded_inputs = stage.memory.offload_activations ? kAll : 0};
   // The ranks' programs differ in size; the first one decides for all.
   const std::string chosen = world.from_first([&]() -> std::string {
     if (!world.is_first()) return "";
@@ -211,21 +227,24 @@ MemoryChoices choose_memory(const Recipe& recipe, size_t stage_index, World& wor
     const StagePlan plan = plan_stage(recipe, stage, kSamples, world.size());
     const int64_t total = plan.memory.total();
     CALDERA_CHECK(static_cast<double>(total) <= stage.memory.budget_gb * 1e9, ConfigError,
-                  "stage {}: memory.budget_gb is {}, but with all {} blocks recomputing it still takes {} at "
+                  "stage {}: memory.budget_gb is {}, but with all {} blocks recomputing{} it still takes {} at "
                   "{} ({} of it "
                   "program and pictures). What helps:\n  {}",
-                  stage.name, stage.memory.budget_gb, plan.num_blocks, gigabytes(total), plan.memory.moment,
-                  gigabytes(plan.memory.program), fmt::join(ways_to_take_less(stage, plan), "\n  "));
-    log_info("stage {}: {} of {} blocks recompute their MLP, {} of them the rest as well, so that it takes {} of the {} "
-             "GB of memory.budget_gb",
-             stage.name, plan.num_recomputed_mlps(), plan.num_blocks, plan.num_recomputed_blocks(), gigabytes(total),
-             stage.memory.budget_gb);
-    return Json{{"packs_frozen", plan.choices.packs_frozen}, {"recomputed_halves", plan.choices.recomputed_halves}}
+                  stage.name, stage.memory.budget_gb, plan.num_blocks,
+                  plan.num_offloaded_inputs() > 0 ? " and their inputs in host memory" : "", gigabytes(total),
+                  plan.memory.moment, gigabytes(plan.memory.program),
+                  fmt::join(ways_to_take_less(stage, plan), "\n  "));
+    log_info("stage {}: {}, so that it takes {} of the {} GB of memory.budget_gb", stage.name, what_recomputes(plan),
+             gigabytes(total), stage.memory.budget_gb);
+    return Json{{"packs_frozen", plan.choices.packs_frozen},
+                {"recomputed_halves", plan.choices.recomputed_halves},
+                {"offloaded_inputs", plan.choices.offloaded_inputs}}
         .dump();
   }());
   const Json choices = Json::parse(chosen);
   return {.packs_frozen = choices.at("packs_frozen").get<bool>(),
-          .recomputed_halves = choices.at("recomputed_halves").get<int64_t>()};
+          .recomputed_halves = choices.at("recomputed_halves").get<int64_t>(),
+          .offloaded_inputs = choices.at("offloaded_inputs").get<int64_t>()};
 }
 
 }  // namespace caldera

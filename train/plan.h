@@ -30,6 +30,7 @@ struct MemoryPlan {
 struct MemoryChoices {
   bool packs_frozen = false;      // keeps copies of weights that do not train in the products' order (FrozenWeights)
   int64_t recomputed_halves = 0;  // of the decoder's blocks (recomputed_of)
+  int64_t offloaded_inputs = 0;   // of blocks that recompute wholly (is_offloaded)
 };
 
 struct StagePlan {
@@ -46,12 +47,14 @@ struct StagePlan {
   double flops_per_step = 0;        // of the matrix products, forward and backward
   int64_t num_blocks = 0;
   MemoryChoices choices;
-  // Of how many blocks at least the MLP recomputes, and of how many the rest as well.
+  // Of how many blocks at least the MLP recomputes, of how many the rest as well, and of how many of these the input
+  // waits in host memory.
   int64_t num_recomputed_mlps() const { return std::min(choices.recomputed_halves, num_blocks); }
   int64_t num_recomputed_blocks() const { return choices.recomputed_halves - num_recomputed_mlps(); }
+  int64_t num_offloaded_inputs() const { return std::min(choices.offloaded_inputs, num_recomputed_blocks()); }
   std::vector<std::vector<int64_t>> step_lengths;  // tokens of each sample, of the steps looked at
   std::vector<FlatUnit> units;  // how several ranks would share it, without its tensors
-  MemoryPlan memory, memory_recomputed;  // with these choices; with all blocks recomputing
+  MemoryPlan memory, least_memory;  // with these choices; with all that a budget may choose
 };
 
 // Throws what the data's and the models' readers throw. Looks at `max_samples` samples of a stage at most. Of
@@ -60,6 +63,8 @@ StagePlan plan_stage(const Recipe& recipe, const StageConfig& stage, int64_t max
                      int num_ranks = 1);
 std::vector<StagePlan> plan_recipe(const Recipe& recipe, int64_t max_samples = 20000);
 
+// "2 of 4 blocks recompute their MLP, 1 of them the rest as well".
+std::string what_recomputes(const StagePlan& plan);
 // Settings that would lower a stage's memory, each with what it brings.
 std::vector<std::string> ways_to_take_less(const StageConfig& stage, const StagePlan& plan);
 

@@ -187,7 +187,11 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
     return (T * kept.before + rows_of_mlp(layer) * kept.after) * e + mlp_of(layer);
   };
   const auto recomputed = [&](int64_t layer) { return recomputed_of(choices.recomputed_halves, layer, p.L); };
+  const auto offloads = [&](int64_t layer) {
+    return is_offloaded(recomputed(layer), choices.offloaded_inputs, layer, p.L);
+  };
   const auto kept_by = [&](int64_t layer) {
+    if (offloads(layer)) return int64_t{0};
     if (recomputed(layer) == Recomputed::kBlock) return input;
     return block_of(layer) - (recomputed(layer) == Recomputed::kMlp ? mlp_of(layer) : 0);
   };
@@ -237,7 +241,9 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   for (int64_t layer = p.L; layer-- > 0;) {
     const int64_t gradients = sums + kept_head + (p.L - 1 - layer) * block_gradient;
     const Recomputed part = recomputed(layer);
-    const int64_t again = part == Recomputed::kBlock ? block_of(layer) : part == Recomputed::kMlp ? mlp_of(layer) : 0;
+    const int64_t on_its_way = offloads(layer) && layer > 0 ? input : 0;  // the next block's, from host memory
+    const int64_t again =
+        on_its_way + (part == Recomputed::kBlock ? block_of(layer) : part == Recomputed::kMlp ? mlp_of(layer) : 0);
     const int64_t wide = rows_of_mlp(layer);
     const std::string moment = fmt::format("backward of block {} of {}", layer + 1, p.L);
     // Its MLP: the gated product again, its gradient and that of gate and up; then its attention and the

@@ -62,6 +62,9 @@ void check_stage(const ReadState& state, const std::string& path, const StageCon
     state.fault(path + ".float8", "conflicts with dtype: float32: the products are rounded to bfloat16");
   if (stage.float8 && stage.uses_4bit())
     state.fault(path + ".float8", "conflicts with lora.load_in_4bit, whose weights are restored in bfloat16");
+  if (stage.memory.offload_activations && !stage.gradient_checkpointing && stage.memory.budget_gb == 0)
+    state.fault(path + ".memory.offload_activations",
+                "needs gradient_checkpointing: true or memory.budget_gb: it moves the inputs of blocks that recompute");
   if (stage.eval_steps > 0 && stage.data.eval_data_path.empty())
     state.fault(path + ".eval_steps", "needs data.eval_data_path, the samples to evaluate on");
   if (stage.save_best &&

@@ -50,6 +50,7 @@ struct OptimizerConfig {
 struct MemoryConfig {
   double budget_gb = 0;  // > 0: as many blocks recompute as it takes to stay below
   bool offload_optimizer = false;
+  bool offload_activations = false;
 };
 
 // How the language model learns where it has `lora`: its weights stay, low-rank adapters on its linear layers train.

@@ -77,6 +77,9 @@ void fields(V& v, MemoryConfig& c) {
     at_least(0));
   v("offload_optimizer", c.offload_optimizer,
     "on a GPU: masters and moments stay in host memory, and the update runs there");
+  v("offload_activations", c.offload_activations,
+    "on a GPU: what a block that recomputes keeps, its input, waits for the backward pass in host memory; needs "
+    "`gradient_checkpointing` or `budget_gb`; same numbers");
 }
 
 template <class V>

@@ -2,6 +2,7 @@
 
 #include "base/error.h"
 #include "model/language/sliding_window.h"
+#include "model/ops/host_copies.h"
 #include "model/ops/ops.h"
 #include "model/taps.h"
 
@@ -21,6 +22,7 @@ struct Row {
   std::vector<int64_t> cu_seqlens;
   std::span<KvCache*> caches;
   std::optional<uint64_t> dropout_seed;
+  std::shared_ptr<HostCopies> offloaded = std::make_shared<HostCopies>();  // inputs of blocks
 };
 
 class Decoder : public LanguageModel {
@@ -76,7 +78,7 @@ class Decoder : public LanguageModel {
       std::function<std::shared_ptr<void>()> hold;
       if (block_hold_) hold = [this, layer] { return block_hold_(layer); };
       if (recomputed(layer) == Recomputed::kBlock) {
-        x = recompute(run, x, leaves(blocks_[layer]), hold);
+        x = recompute(run, x, leaves(blocks_[layer]), hold, offloads_input(layer) ? row->offloaded : nullptr);
       } else {
         const std::shared_ptr<void> weights = hold ? hold() : nullptr;
         x = run(x, /*needs_value=*/true);
@@ -144,6 +146,7 @@ class Decoder : public LanguageModel {
   const char* id() const override { return config_.id; }
   int64_t num_blocks() const override { return std::ssize(blocks_); }
   void set_recomputed_halves(int64_t num_halves) override { recomputed_halves_ = num_halves; }
+  void set_offloaded_inputs(int64_t num_blocks) override { offloaded_inputs_ = num_blocks; }
   void set_block_hold(std::function<std::shared_ptr<void>(size_t)> hold) override { block_hold_ = std::move(hold); }
   void set_dropout_seed(std::optional<uint64_t> seed) override { dropout_seed_ = seed; }
   double initializer_range() const { return config_.initializer_range; }
@@ -153,6 +156,9 @@ class Decoder : public LanguageModel {
 
   Recomputed recomputed(size_t layer) const {
     return recomputed_of(recomputed_halves_, static_cast<int64_t>(layer), num_blocks());
+  }
+  bool offloads_input(size_t layer) const {
+    return is_offloaded(recomputed(layer), offloaded_inputs_, static_cast<int64_t>(layer), num_blocks());
   }
 
   static std::vector<at::Tensor> mlp_leaves(const Block& b) {
@@ -241,7 +247,7 @@ class Decoder : public LanguageModel {
   }
 
   DecoderConfig config_;
-  int64_t recomputed_halves_ = 0;
+  int64_t recomputed_halves_ = 0, offloaded_inputs_ = 0;
   std::function<std::shared_ptr<void>(size_t)> block_hold_;
   std::optional<uint64_t> dropout_seed_;
   at::Tensor embed_tokens_, norm_, lm_head_;

@@ -3,6 +3,7 @@
 #pragma once
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -31,6 +32,11 @@ enum class Recomputed { kNothing, kMlp, kBlock };
 inline Recomputed recomputed_of(int64_t num_halves, int64_t layer, int64_t num_blocks) {
   if (num_halves - num_blocks > layer) return Recomputed::kBlock;
   return num_halves > layer ? Recomputed::kMlp : Recomputed::kNothing;
+}
+// Whether the block's input waits for backward in host memory: that of the first `num_offloaded` ones that recompute
+// wholly. The last block's never does, because backward begins with it.
+inline bool is_offloaded(Recomputed part, int64_t num_offloaded, int64_t layer, int64_t num_blocks) {
+  return part == Recomputed::kBlock && layer < std::min(num_offloaded, num_blocks - 1);
 }
 
 class LanguageModel {
@@ -66,6 +72,8 @@ class LanguageModel {
   virtual int64_t num_blocks() const = 0;
   // See recomputed_of().
   virtual void set_recomputed_halves(int64_t num_halves) = 0;
+  // See is_offloaded().
+  virtual void set_offloaded_inputs(int64_t num_blocks) = 0;
   // `hold(layer)` is called before a block runs, and where it recomputes before it runs again. What it returns lives as long as
   // that pass needs the block's weights; without recomputing, backward needs them longer.
   virtual void set_block_hold(std::function<std::shared_ptr<void>(size_t layer)> hold) = 0;

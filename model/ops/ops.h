@@ -12,6 +12,8 @@
 
 namespace caldera {
 
+class HostCopies;
+
 // x * rsqrt(mean(x^2) + eps) * weight, mean in float32. x [..., D], weight [D] -> [..., D]. As HF
 // LlamaRMSNorm.
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
@@ -79,10 +81,11 @@ at::Tensor linear_nll(const at::Tensor& hidden_ND, const at::Tensor& weight_VD, 
 // 1604.06174) as block(x, false), for the graph of its result alone: a last product whose numbers nobody reads may
 // be left out. `parameters` are the leaves that the block uses. Gradients are bit for bit those of block(x, true) on
 // CPU. `hold`, where given, is called before the block runs, in either pass; what it returns lives as long as the
-// block's weights are needed there.
+// block's weights are needed there. With `host` x waits there for backward, which must come to blocks that share it in
+// the opposite order.
 at::Tensor recompute(std::function<at::Tensor(const at::Tensor& x, bool needs_value)> block, const at::Tensor& x,
                      const std::vector<at::Tensor>& parameters,
-                     std::function<std::shared_ptr<void>()> hold = {});
+                     std::function<std::shared_ptr<void>()> hold = {}, std::shared_ptr<HostCopies> host = {});
 
 // affine(make(source), weight, bias) (matmul.h) of whose input nothing but `source` is kept for backward: there it
 // is made again. For what is cheap beside the product: norms, gates. `parameters` are the leaves that make() uses.

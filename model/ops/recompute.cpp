@@ -2,6 +2,7 @@
 
 #include "base/error.h"
 #include "model/ops/autograd.h"
+#include "model/ops/host_copies.h"
 #include "model/ops/matmul.h"
 #include "model/ops/ops.h"
 
@@ -13,11 +14,14 @@ using Block = std::function<at::Tensor(const at::Tensor&, bool)>;
 using Hold = std::function<std::shared_ptr<void>()>;
 std::shared_ptr<void> held(const Hold& hold) { return hold ? hold() : nullptr; }
 
-// Carries what runs again from forward to backward through the context.
+// Carries what runs again from forward to backward through the context; its input too, where that waits in host memory.
 struct BlockHolder : torch::CustomClassHolder {
   BlockHolder(Block run, Hold weights) : block(std::move(run)), hold(std::move(weights)) {}
   Block block;
   Hold hold;
+  std::shared_ptr<HostCopies> host;
+  size_t place = 0;
+  bool trains_input = false;
 };
 struct MakeHolder : torch::CustomClassHolder {
   explicit MakeHolder(Make run) : make(std::move(run)) {}
@@ -25,34 +29,39 @@ struct MakeHolder : torch::CustomClassHolder {
 };
 
 struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
-  static at::Tensor forward(AutogradContext* ctx, const Block& block, const Hold& hold, const at::Tensor& x,
-                            at::TensorList parameters) {
-    variable_list saved = {x};
+  static at::Tensor forward(AutogradContext* ctx, const Block& block, const Hold& hold,
+                            const std::shared_ptr<HostCopies>& host, const at::Tensor& x, at::TensorList parameters) {
+    const auto holder = c10::make_intrusive<BlockHolder>(block, hold);
+    holder->trains_input = x.requires_grad();
+    variable_list saved = {host ? at::Tensor() : x};
     saved.insert(saved.end(), parameters.begin(), parameters.end());
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["block"] = c10::IValue::make_capsule(c10::make_intrusive<BlockHolder>(block, hold));
+    if (host) {
+      holder->host = host;
+      holder->place = host->put(x);
+    }
+    ctx->saved_data["block"] = c10::IValue::make_capsule(holder);
     const std::shared_ptr<void> weights = held(hold);
     return block(x, /*needs_value=*/true);  // gradients are off in here: nothing inside is kept
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const variable_list saved = ctx->get_saved_variables();
+    variable_list leaves = ctx->get_saved_variables();
     const auto holder = c10::static_intrusive_pointer_cast<BlockHolder>(ctx->saved_data["block"].toCapsule());
     const std::shared_ptr<void> weights = held(holder->hold);
     const at::AutoGradMode record(true);
-    const at::Tensor x = saved[0].detach().requires_grad_(saved[0].requires_grad());
+    const at::Tensor x = holder->host ? holder->host->take(holder->place) : leaves[0].detach();
+    leaves[0] = x.requires_grad_(holder->trains_input);
     variable_list inputs;
-    for (size_t i = 0; i < saved.size(); ++i) {
-      const at::Tensor& input = i == 0 ? x : saved[i];
-      if (input.requires_grad()) inputs.push_back(input);
-    }
+    for (const at::Tensor& leaf : leaves)
+      if (leaf.requires_grad()) inputs.push_back(leaf);
     const variable_list gradients =
         torch::autograd::grad({holder->block(x, /*needs_value=*/false)}, inputs, grads, /*retain_graph=*/false,
                               /*create_graph=*/false, /*allow_unused=*/true);
-    variable_list result = {at::Tensor(), at::Tensor()};  // the block itself, and its hold
+    variable_list result = {at::Tensor(), at::Tensor(), at::Tensor()};  // the block itself, its hold, the copies
     size_t next = 0;
-    for (const at::Tensor& input : saved)
-      result.push_back(input.requires_grad() ? gradients[next++] : at::Tensor());
+    for (const at::Tensor& leaf : leaves)
+      result.push_back(leaf.requires_grad() ? gradients[next++] : at::Tensor());
     return result;
   }
 };
@@ -109,14 +118,15 @@ at::Tensor affine_of(Make make, const at::Tensor& source, const std::vector<at::
                                  in_float8, source, at::TensorList(parameters));
 }
 
-at::Tensor recompute(Block block, const at::Tensor& x, const std::vector<at::Tensor>& parameters, Hold hold) {
+at::Tensor recompute(Block block, const at::Tensor& x, const std::vector<at::Tensor>& parameters, Hold hold,
+                     std::shared_ptr<HostCopies> host) {
   bool differentiable = wants_grad(x);
   for (const at::Tensor& parameter : parameters) differentiable = differentiable || wants_grad(parameter);
   if (!differentiable) {
     const std::shared_ptr<void> weights = held(hold);
     return block(x, /*needs_value=*/true);
   }
-  return RecomputeFunction::apply(block, hold, x, at::TensorList(parameters));
+  return RecomputeFunction::apply(block, hold, host, x, at::TensorList(parameters));
 }
 
 }  // namespace caldera

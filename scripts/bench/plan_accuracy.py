@@ -80,7 +80,7 @@ def measure(work, case, steps):
     plan = planned()
     if saves is not None:
         total = plan["memory"]["total"]
-        stage["memory"] = {"budget_gb": (total - saves * (total - plan["memory_recomputed"]["total"])) / 1e9}
+        stage["memory"] = {"budget_gb": (total - saves * (total - plan["least_memory"]["total"])) / 1e9}
         plan = planned()
         what += f" ({plan['num_recomputed_mlps']} MLPs, {plan['num_recomputed_blocks']} blocks of {plan['num_blocks']})"
     memory = plan["memory"]

@@ -4,8 +4,10 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include "base/cpu_allocator.h"
+#include "model/ops/host_copies.h"
 #include "model/ops/matmul.h"
 #include "model/ops/ops.h"
+#include "tests/model/operations.h"
 
 namespace caldera {
 namespace {
@@ -74,6 +76,49 @@ TEST(Recompute, LeavesOutALastProductInBackward) {
     const auto got = torch::autograd::grad({made_again}, inputs, {dy});
     for (size_t i = 0; i < inputs.size(); ++i) EXPECT_TRUE(at::equal(got[i], expected[i])) << i;
     EXPECT_EQ(needed, (std::vector<bool>{true, true, false}));
+  }
+}
+
+// Three blocks in a row whose inputs wait in host memory, on each device; the memory of each is free for others meanwhile.
+TEST(Recompute, InputsComeBackFromHostMemory) {
+  for (const at::DeviceType device : devices()) {
+    for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+      SCOPED_TRACE(testing::Message() << dtype << " on " << device);
+      const at::Tensor x = random({257, 33}).to(device, dtype), weight = random({33, 33}, 0.2).to(device, dtype);
+      const auto block = [&](const at::Tensor& input, bool) { return affine(input.sin(), weight); };
+      const auto gradients = [&](const std::shared_ptr<HostCopies>& host) {
+        const at::Tensor leaf = x.detach().clone().requires_grad_();
+        at::Tensor y = leaf;
+        for (int i = 0; i < 3; ++i) {
+          y = recompute(block, y, {weight}, {}, host);
+          at::full_like(y, 7);  // takes the place of what was let go of
+        }
+        return torch::autograd::grad({y}, {leaf, weight}, {at::ones_like(y)});
+      };
+      weight.requires_grad_();
+      const auto expected = gradients(nullptr), got = gradients(std::make_shared<HostCopies>());
+      for (size_t i = 0; i < 2; ++i) EXPECT_TRUE(at::equal(got[i], expected[i])) << i;
+    }
+  }
+}
+
+TEST(HostCopies, GiveBackEachTensorOnItsDevice) {
+  for (const at::DeviceType device : devices()) {
+    HostCopies copies;
+    std::vector<at::Tensor> tensors;
+    for (int64_t i = 0; i < 5; ++i) {
+      tensors.push_back(random({100 + i, 3}).to(device, at::kFloat));
+      const at::Tensor passing = tensors.back().clone();
+      EXPECT_EQ(copies.put(passing), static_cast<size_t>(i));
+      passing.clone().zero_();
+    }
+    for (size_t i = 5; i-- > 0;) {
+      const at::Tensor back = copies.take(i);
+      EXPECT_EQ(back.device(), tensors[i].device());
+      EXPECT_TRUE(at::equal(back, tensors[i])) << i;
+    }
+    EXPECT_TRUE(at::equal(copies.take(2), tensors[2]));  // again, out of turn
+    EXPECT_THROW(copies.take(5), std::exception);
   }
 }
 

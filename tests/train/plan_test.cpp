@@ -77,12 +77,40 @@ TEST_F(PlanTest, WhatACheckpointIsWrittenFromCounts) {
 
 TEST_F(PlanTest, RecomputingKeepsLess) {
   const StagePlan plan = plan_recipe(recipe_).front();
-  EXPECT_LT(plan.memory_recomputed.activations, plan.memory.activations);
+  EXPECT_LT(plan.least_memory.activations, plan.memory.activations);
   recipe_.stages[0].gradient_checkpointing = true;
   const StagePlan recomputing = plan_recipe(recipe_).front();
   EXPECT_EQ(recomputing.memory.total() - recomputing.memory.program - recomputing.memory.packed,
-            plan.memory_recomputed.total() - plan.memory_recomputed.program);
+            plan.least_memory.total() - plan.least_memory.program);
   EXPECT_GT(recomputing.flops_per_step, plan.flops_per_step);
+}
+
+// On a GPU alone: what blocks that recompute keep may wait in host memory, the last thing that a budget chooses.
+TEST_F(PlanTest, OnAGpuABudgetMovesInputsOfBlocksToTheHost) {
+  StageConfig& stage = recipe_.stages[0];
+  recipe_.device = "cuda";
+  stage.gradient_checkpointing = true;
+  const StagePlan plain = plan_recipe(recipe_).front();
+  EXPECT_EQ(plain.num_offloaded_inputs(), 0);
+  ASSERT_LT(plain.least_memory.total(), plain.memory.total());
+  stage.memory.offload_activations = true;
+  const StagePlan all = plan_recipe(recipe_).front();
+  EXPECT_EQ(all.num_offloaded_inputs(), plain.num_blocks - 1);
+  EXPECT_EQ(all.memory.total(), plain.least_memory.total());
+  EXPECT_EQ(all.flops_per_step, plain.flops_per_step);
+  stage.memory.offload_activations = stage.gradient_checkpointing = false;
+  stage.memory.budget_gb = static_cast<double>(plain.memory.total() - 1) / 1e9;
+  const StagePlan budget = plan_recipe(recipe_).front();
+  EXPECT_LE(static_cast<double>(budget.memory.total()), stage.memory.budget_gb * 1e9);
+  EXPECT_EQ(budget.num_recomputed_blocks(), budget.num_blocks);
+  EXPECT_EQ(budget.num_offloaded_inputs(), 1);
+  EXPECT_EQ(what_recomputes(budget), fmt::format("{0} of {0} blocks recompute their MLP, {0} of them the rest as well, the "
+                                                 "inputs of 1 wait in host memory",
+                                                 budget.num_blocks));
+  recipe_.device = "cpu";
+  stage.memory = {.offload_activations = true};
+  stage.gradient_checkpointing = true;
+  EXPECT_EQ(plan_recipe(recipe_).front().num_offloaded_inputs(), 0);
 }
 
 TEST_F(PlanTest, LowRankAdaptersNeedNoStatesForTheWeights) {
