@@ -51,10 +51,10 @@ at::Tensor LlavaModel::embed(const PackedBatch& batch) {
   return x.index_copy(0, batch.image_rows_IP, projected.to(x.scalar_type()));
 }
 
-at::Tensor LlavaModel::loss_sum(const PackedBatch& batch) {
+at::Tensor LlavaModel::loss_sum(const PackedBatch& batch, double scale) {
   const at::Tensor hidden =
       language->forward(embed(batch), batch.position_ids_T, batch.cu_seqlens, batch.supervised_K);
-  return linear_cross_entropy(hidden, language->head_weight(), batch.targets_K);
+  return linear_cross_entropy(hidden, language->head_weight(), batch.targets_K, scale);
 }
 
 at::Tensor LlavaModel::nll(const PackedBatch& batch) {

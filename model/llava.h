@@ -25,8 +25,8 @@ class LlavaModel {
   at::Tensor image_features(const at::Tensor& pixels_ICYX);
   // Embeddings of the packed row, image features put in their rows by one index_copy -> [T, D].
   at::Tensor embed(const PackedBatch& batch);
-  // Sum of the negative log likelihood over the batch's supervised positions, a float32 scalar in nats.
-  at::Tensor loss_sum(const PackedBatch& batch);
+  // `scale` times the sum of the negative log likelihood over the batch's supervised positions, a float32 scalar in nats.
+  at::Tensor loss_sum(const PackedBatch& batch, double scale = 1);
   // The same per supervised position, float32 [K], without gradients.
   at::Tensor nll(const PackedBatch& batch);
   // Logits of every row, [T, V] float32 (for parity tests and debugging; training never makes them).

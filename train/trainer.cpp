@@ -200,7 +200,7 @@ double Trainer::forward_and_backward(const StepData& data) {
       const double weight =
           1.0 / static_cast<double>(token_mean ? data.num_supervised : num_supervised * total);
       model_->language->set_dropout_seed(Rng(recipe_.seed, steps_done_, num_before + i).next());
-      micro_loss = model_->loss_sum(batch) * (fault == Fault::kNan ? std::nan("") : weight);
+      micro_loss = model_->loss_sum(batch, fault == Fault::kNan ? std::nan("") : weight);
       loss += micro_loss.detach();
     } else if (sharding_) {
       sharding_->idle_forward();

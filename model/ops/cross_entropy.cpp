@@ -14,47 +14,43 @@ namespace {
 
 using namespace simd;
 
-// nll = log(sum(exp(row))) - row[target]; with `gradient`, the row becomes d nll / d row = softmax(row) -
-// onehot(target).
+// nll = log(sum(exp(row))) - row[target]; with `gradient`, the row becomes scale * d nll / d row = scale * (softmax(row) -
+// onehot(target)).
 template <class T>
 CALDERA_INLINE void cross_entropy_each(T* logits, const int64_t* targets, float* nll, int64_t rows,
-                                       int64_t vocab, bool gradient) {
+                                       int64_t vocab, bool gradient, float scale) {
   for (int64_t r = 0; r < rows; ++r) {
     T* row = logits + r * vocab;
+    const int64_t tail = vocab / kLanes * kLanes;
     Vec best = splat(-std::numeric_limits<float>::infinity());
-    int64_t i = 0;
-    for (; i + kLanes <= vocab; i += kLanes) best = simd::max(best, load(row + i));
+    for_each_vector(tail, [&](const Vec& v) CALDERA_ALWAYS { best = simd::max(best, v); }, row);
     float top = maximum(best);
-    const int64_t tail = i;
-    for (; i < vocab; ++i) top = std::max(top, static_cast<float>(row[i]));
+    for (int64_t i = tail; i < vocab; ++i) top = std::max(top, static_cast<float>(row[i]));
     Vec total = {};
-    for (i = 0; i < tail; i += kLanes) total += exp(load(row + i) - top);
+    for_each_vector(tail, [&](const Vec& v) CALDERA_ALWAYS { total += exp(v - top); }, row);
     float rest = 0;
-    for (; i < vocab; ++i) rest += std::exp(static_cast<float>(row[i]) - top);
+    for (int64_t i = tail; i < vocab; ++i) rest += std::exp(static_cast<float>(row[i]) - top);
     const float log_total = std::log(sum(total) + rest) + top;
     nll[r] = log_total - static_cast<float>(row[targets[r]]);
     if (!gradient) continue;
     const float at_target = -std::expm1(-nll[r]);  // 1 - p, exact where p is almost 1
-    for (i = 0; i < vocab; i += kLanes) {
-      const int64_t n = std::min(kLanes, vocab - i);
-      store(row + i, exp(load(row + i, n) - log_total), n);
-    }
-    row[targets[r]] = static_cast<T>(-at_target);
+    map(vocab, [=](const Vec& v) CALDERA_ALWAYS { return exp(v - log_total) * scale; }, row, row);
+    row[targets[r]] = static_cast<T>(-at_target * scale);
   }
 }
 
 CALDERA_SIMD void cross_entropy_rows(float* logits, const int64_t* targets, float* nll, int64_t rows,
-                                     int64_t vocab, bool gradient) {
-  cross_entropy_each(logits, targets, nll, rows, vocab, gradient);
+                                     int64_t vocab, bool gradient, float scale) {
+  cross_entropy_each(logits, targets, nll, rows, vocab, gradient, scale);
 }
 CALDERA_SIMD void cross_entropy_rows(c10::BFloat16* logits, const int64_t* targets, float* nll, int64_t rows,
-                                     int64_t vocab, bool gradient) {
-  cross_entropy_each(logits, targets, nll, rows, vocab, gradient);
+                                     int64_t vocab, bool gradient, float scale) {
+  cross_entropy_each(logits, targets, nll, rows, vocab, gradient, scale);
 }
 
-// logits [n, V] -> nll [n] float32; with `gradient`, logits become its gradient (a new tensor where no kernel
-// takes them).
-at::Tensor cross_entropy(at::Tensor& logits, const at::Tensor& targets, bool gradient) {
+// logits [n, V] -> nll [n] float32; with `gradient`, logits become its gradient, times `scale` (a new tensor where no
+// kernel takes them).
+at::Tensor cross_entropy(at::Tensor& logits, const at::Tensor& targets, bool gradient, float scale = 1) {
   if (has_cpu_kernel(logits)) {
     at::Tensor nll = at::empty({logits.size(0)}, at::kFloat);
     with_cpu_type(logits, [&]<class T>(T*) {
@@ -64,7 +60,7 @@ at::Tensor cross_entropy(at::Tensor& logits, const at::Tensor& targets, bool gra
       const int64_t vocab = logits.size(1);
       at::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
         cross_entropy_rows(data + begin * vocab, target_data + begin, nll_data + begin, end - begin, vocab,
-                           gradient);
+                           gradient, scale);
       });
     });
     return nll;
@@ -73,7 +69,7 @@ at::Tensor cross_entropy(at::Tensor& logits, const at::Tensor& targets, bool gra
     at::Tensor nll = at::empty({logits.size(0)}, logits.options().dtype(at::kFloat));
     cuda::with_type(logits, [&]<class T>(T*, cuda::Stream stream) {
       cuda::cross_entropy(cuda::out<T>(logits), targets.const_data_ptr<int64_t>(), cuda::out<float>(nll),
-                          logits.size(0), logits.size(1), gradient, stream);
+                          logits.size(0), logits.size(1), gradient, scale, stream);
     });
     return nll;
   }
@@ -84,7 +80,7 @@ at::Tensor cross_entropy(at::Tensor& logits, const at::Tensor& targets, bool gra
   if (gradient) {
     log_p.exp_();
     log_p.scatter_add_(1, index, at::full_like(index, -1, log_p.options()));
-    logits = log_p.to(dtype);
+    logits = log_p.mul_(scale).to(dtype);
   }
   return nll;
 }
@@ -114,7 +110,7 @@ void check(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor&
 
 struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropyFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& hidden_in, const at::Tensor& weight,
-                            const at::Tensor& targets_in, bool wants_dhidden, bool wants_dweight) {
+                            const at::Tensor& targets_in, double scale, bool wants_dhidden, bool wants_dweight) {
     const at::Tensor hidden = hidden_in.contiguous(), targets = targets_in.contiguous();
     const bool gradient = wants_dhidden || wants_dweight;
     at::Tensor total = at::zeros({}, hidden.options().dtype(at::kFloat)), dhidden, dweight;
@@ -122,7 +118,7 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     for_each_chunk(hidden, weight, [&](int64_t begin, int64_t count) {
       const at::Tensor rows = hidden.narrow(0, begin, count);
       at::Tensor logits = matrix_product(rows, weight.t());
-      total += cross_entropy(logits, targets.narrow(0, begin, count), gradient).sum();
+      total += cross_entropy(logits, targets.narrow(0, begin, count), gradient, static_cast<float>(scale)).sum();
       // Past the copies of frozen weights: a second one of the largest matrix would be the step's peak.
       if (wants_dhidden) matrix_product_into(logits, weight, dhidden.narrow(0, begin, count));
       if (!wants_dweight) return;
@@ -141,18 +137,20 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     // Not save_for_backward: they are neither inputs nor outputs, and backward takes them away.
     ctx->saved_data["dhidden"] = dhidden;
     ctx->saved_data["dweight"] = dweight;
-    return total;
+    return total * scale;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    // Where the loss itself is derived from this is 1: [V, D] is large. Looking would make the host wait for a GPU.
+    const bool is_one = grads[0].is_cpu() && grads[0].item<double>() == 1;
     const auto scaled = [&](const char* name) {
       at::Tensor gradient = std::exchange(ctx->saved_data[name], at::IValue()).toTensor();
-      return gradient.defined() ? gradient.mul_(grads[0]) : gradient;  // in place: [V, D] is large
+      return gradient.defined() && !is_one ? gradient.mul_(grads[0]) : gradient;
     };
     CALDERA_CHECK(!ctx->saved_data["dhidden"].isNone(), Error,
                   "linear_cross_entropy: backward runs only once");
     at::Tensor dhidden = scaled("dhidden"), dweight = scaled("dweight");
-    return {dhidden, dweight, at::Tensor(), at::Tensor(), at::Tensor()};
+    return {dhidden, dweight, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
@@ -166,10 +164,10 @@ int64_t cross_entropy_chunk(int64_t num_rows, int64_t vocab_size, int64_t bytes_
 }
 
 at::Tensor linear_cross_entropy(const at::Tensor& hidden_ND, const at::Tensor& weight_VD,
-                                const at::Tensor& targets_N) {
+                                const at::Tensor& targets_N, double scale) {
   CALDERA_PROFILED("linear_cross_entropy");
   check(hidden_ND, weight_VD, targets_N);
-  return LinearCrossEntropyFunction::apply(hidden_ND, weight_VD, targets_N, wants_grad(hidden_ND),
+  return LinearCrossEntropyFunction::apply(hidden_ND, weight_VD, targets_N, scale, wants_grad(hidden_ND),
                                            wants_grad(weight_VD));
 }
 

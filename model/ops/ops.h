@@ -65,12 +65,12 @@ struct LowRankUpdate {
 at::Tensor add_low_rank_(const at::Tensor& y_TO, const at::Tensor& x_TI, const std::vector<LowRankUpdate>& updates,
                          double scaling, double dropout_p, bool needs_value);
 
-// Sum over the N rows of -log softmax(hidden . weight^T)[target], in float32: output projection and cross
-// entropy in one, in chunks of rows, so that [N, V] is never held. hidden [N, D], weight [V, D], targets
-// int64 [N] -> scalar float32. Forward computes the gradients as well (where they are wanted); backward only
-// scales them.
+// `scale` times the sum over the N rows of -log softmax(hidden . weight^T)[target], in float32: output projection and
+// cross entropy in one, in chunks of rows, so that [N, V] is never held. hidden [N, D], weight [V, D], targets
+// int64 [N] -> scalar float32. Forward computes the gradients as well (where they are wanted); what is derived from this
+// value itself needs no other pass over them.
 at::Tensor linear_cross_entropy(const at::Tensor& hidden_ND, const at::Tensor& weight_VD,
-                                const at::Tensor& targets_N);
+                                const at::Tensor& targets_N, double scale = 1);
 // Rows of a chunk: as few chunks of equal size as hold no more than 96 MiB of logits each. Products run at full speed
 // so, and most micro-batches need one chunk.
 int64_t cross_entropy_chunk(int64_t num_rows, int64_t vocab_size, int64_t bytes_each);

@@ -18,15 +18,10 @@ CALDERA_INLINE void forward_rows(const T* x, const T* weight, T* y, float* rstd,
                                  float eps) {
   for (int64_t row = 0; row < rows; ++row, x += width, y += width) {
     Vec squares = {};
-    for (int64_t i = 0; i < width; i += kLanes) {
-      const Vec v = load(x + i, std::min(kLanes, width - i));
-      squares += v * v;
-    }
-    rstd[row] = 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps);
-    for (int64_t i = 0; i < width; i += kLanes) {
-      const int64_t n = std::min(kLanes, width - i);
-      store(y + i, load(x + i, n) * rstd[row] * load(weight + i, n), n);
-    }
+    for_each_vector(width, [&](const Vec& v) CALDERA_ALWAYS { squares += v * v; }, x);
+    const float r = 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps);
+    rstd[row] = r;
+    map(width, [r](const Vec& v, const Vec& w) CALDERA_ALWAYS { return v * r * w; }, y, x, weight);
   }
 }
 
@@ -38,17 +33,22 @@ CALDERA_INLINE void backward_rows(const T* x, const T* weight, const float* rstd
   for (int64_t row = 0; row < rows; ++row, x += width, dy += width, dx += width) {
     const float r = rstd[row];
     Vec products = {};
-    for (int64_t i = 0; i < width; i += kLanes) {
-      const int64_t n = std::min(kLanes, width - i);
-      const Vec dy_x = load(dy + i, n) * load(x + i, n);
-      products += dy_x * load(weight + i, n);
-      if (dweight) store(dweight + i, load(dweight + i, n) + dy_x * r, n);
+    if (dweight) {
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const int64_t n = std::min(kLanes, width - i);
+        const Vec dy_x = load(dy + i, n) * load(x + i, n);
+        products += dy_x * load(weight + i, n);
+        store(dweight + i, load(dweight + i, n) + dy_x * r, n);
+      }
+    } else {
+      const auto add = [&](const Vec& d, const Vec& v, const Vec& w) CALDERA_ALWAYS { products += d * v * w; };
+      for_each_vector(width, add, dy, x, weight);
     }
     const float shrink = sum(products) * r * r / static_cast<float>(width);
-    for (int64_t i = 0; i < width; i += kLanes) {
-      const int64_t n = std::min(kLanes, width - i);
-      store(dx + i, r * (load(dy + i, n) * load(weight + i, n) - load(x + i, n) * shrink), n);
-    }
+    const auto gradient = [=](const Vec& d, const Vec& v, const Vec& w) CALDERA_ALWAYS {
+      return r * (d * w - v * shrink);
+    };
+    map(width, gradient, dx, dy, x, weight);
   }
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 #include <c10/util/BFloat16.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -16,6 +17,7 @@
 #define CALDERA_SIMD
 #endif
 #define CALDERA_INLINE [[gnu::always_inline]] inline
+#define CALDERA_ALWAYS __attribute__((always_inline))  // of lambdas
 
 namespace caldera::simd {
 
@@ -61,16 +63,59 @@ CALDERA_INLINE Vec load(const int8_t* x, int64_t n = kLanes) {
   // Widened twice at a time: the compiler has instructions for each step, and none for several.
   return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, Shorts), Ints), Vec);
 }
-// Rounds to nearest even; NaN stays NaN.
+// Rounded to nearest even in the upper halves, whatever is below; NaN stays NaN.
+CALDERA_INLINE Bits rounded_to_bfloat16(const Vec& v) {
+  const Bits bits = reinterpret_cast<Bits>(v), is_nan = reinterpret_cast<Bits>(v != v);
+  return ((bits + 0x7FFFu + ((bits >> 16) & 1u)) & ~is_nan) | (0x7FC00000u & is_nan);
+}
 CALDERA_INLINE void store(c10::BFloat16* x, const Vec& v, int64_t n = kLanes) {
-  const Bits bits = reinterpret_cast<Bits>(v);
-  const Bits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const Bits is_nan = reinterpret_cast<Bits>(v != v);
-  const HalfBits h = __builtin_convertvector((rounded & ~is_nan) | (0x7FC0u & is_nan), HalfBits);
+  const HalfBits h = __builtin_convertvector(rounded_to_bfloat16(v) >> 16, HalfBits);
   if (n == kLanes)
     std::memcpy(x, &h, sizeof h);
   else
     for (int64_t i = 0; i < n; ++i) x[i].x = h[i];
+}
+
+// 2 * kLanes elements, those of even and of odd places where two share a 32-bit word: bfloat16 is read and written without
+// moving anything between lanes.
+struct Two {
+  Vec first, second;
+};
+CALDERA_INLINE Two load_two(const float* x) { return {load(x), load(x + kLanes)}; }
+CALDERA_INLINE Two load_two(const c10::BFloat16* x) {
+  Bits words;
+  std::memcpy(&words, x, sizeof words);
+  return {reinterpret_cast<Vec>(words << 16), reinterpret_cast<Vec>(words & 0xFFFF0000u)};
+}
+CALDERA_INLINE void store_two(float* x, const Two& v) {
+  store(x, v.first);
+  store(x + kLanes, v.second);
+}
+CALDERA_INLINE void store_two(c10::BFloat16* x, const Two& v) {
+  const Bits words = (rounded_to_bfloat16(v.first) >> 16) | (rounded_to_bfloat16(v.second) & 0xFFFF0000u);
+  std::memcpy(x, &words, sizeof words);
+}
+// y[i] = f(x[i]...) of arrays of one type. f takes and returns Vec, and must be CALDERA_ALWAYS inline, as whoever calls
+// this is compiled for several processors.
+template <class T, class Function, class... X>
+CALDERA_INLINE void map(int64_t count, Function f, T* y, const X*... x) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes)
+    store_two(y + i, Two{f(load_two(x + i).first...), f(load_two(x + i).second...)});
+  for (; i < count; i += kLanes) {
+    const int64_t n = std::min(kLanes, count - i);
+    store(y + i, f(load(x + i, n)...), n);
+  }
+}
+// f(x[i]...) of all vectors of arrays of one type; lanes beyond the end are zero.
+template <class Function, class... X>
+CALDERA_INLINE void for_each_vector(int64_t count, Function f, const X*... x) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    f(load_two(x + i).first...);
+    f(load_two(x + i).second...);
+  }
+  for (; i < count; i += kLanes) f(load(x + i, std::min(kLanes, count - i))...);
 }
 
 CALDERA_INLINE Vec max(const Vec& a, const Vec& b) { return a > b ? a : b; }
@@ -80,21 +125,33 @@ CALDERA_INLINE Vec sqrt(const Vec& x) {
   for (int64_t i = 0; i < kLanes; ++i) y[i] = __builtin_sqrtf(x[i]);
   return y;
 }
-CALDERA_INLINE float sum(const Vec& v) {
+// All lanes in one, halves first.
+template <class Combine>
+CALDERA_INLINE float folded(const Vec& v, Combine combine) {
   using Half = float __attribute__((vector_size(32)));
   using Quarter = float __attribute__((vector_size(16)));
   Half halves[2];
   std::memcpy(halves, &v, sizeof v);
-  const Half half = halves[0] + halves[1];
+  const Half half = combine(halves[0], halves[1]);
   Quarter quarters[2];
   std::memcpy(quarters, &half, sizeof half);
-  const Quarter quarter = quarters[0] + quarters[1];
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+  const Quarter quarter = combine(quarters[0], quarters[1]);
+  return combine(combine(quarter[0], quarter[2]), combine(quarter[1], quarter[3]));
+}
+CALDERA_INLINE float sum(const Vec& v) {
+  return folded(v, [](const auto& a, const auto& b) CALDERA_ALWAYS { return a + b; });
 }
 CALDERA_INLINE float maximum(const Vec& v) {
-  float best = v[0];
-  for (int64_t i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  return folded(v, [](const auto& a, const auto& b) CALDERA_ALWAYS { return a > b ? a : b; });
+}
+// 1 / x to a unit or two in the last place, for x in [2^-126, 2^126]: a division takes as long as all the rest of an
+// activation.
+CALDERA_INLINE Vec reciprocal(const Vec& x) {
+  // The exponent is negated, the mantissa's error is a twentieth; each step of Newton's method squares it.
+  Vec y = reinterpret_cast<Vec>(0x7EF127EAu - reinterpret_cast<Bits>(x));
+  y = y * (2.0f - x * y);
+  y = y * (2.0f - x * y);
+  return y * (2.0f - x * y);
 }
 
 // e^x to 2 units in the last place, for x <= 88. Exactly 0 below -60: softmax terms so small change no sum,
@@ -116,5 +173,8 @@ CALDERA_INLINE Vec exp(const Vec& x) {
   const Vec flushed = x < -60.0f ? Vec{} : result;
   return x != x ? x : flushed;
 }
+
+// 1 / (1 + e^-x). Not a number gives any: its users multiply by x.
+CALDERA_INLINE Vec sigmoid(const Vec& x) { return reciprocal(1.0f + exp(min(-x, splat(87.0f)))); }
 
 }  // namespace caldera::simd

@@ -9,16 +9,11 @@ namespace {
 
 using namespace simd;
 
-CALDERA_INLINE Vec sigmoid(const Vec& x) { return 1.0f / (1.0f + exp(simd::min(-x, splat(88.0f)))); }
-
 template <class T>
 CALDERA_INLINE void forward_rows(const T* gate_up, T* y, int64_t rows, int64_t width) {
   for (int64_t row = 0; row < rows; ++row, gate_up += 2 * width, y += width) {
-    for (int64_t i = 0; i < width; i += kLanes) {
-      const int64_t n = std::min(kLanes, width - i);
-      const Vec gate = load(gate_up + i, n);
-      store(y + i, gate * sigmoid(gate) * load(gate_up + width + i, n), n);
-    }
+    map(width, [](const Vec& gate, const Vec& up) CALDERA_ALWAYS { return gate * sigmoid(gate) * up; }, y, gate_up,
+        gate_up + width);
   }
 }
 
@@ -26,12 +21,24 @@ CALDERA_INLINE void forward_rows(const T* gate_up, T* y, int64_t rows, int64_t w
 template <class T>
 CALDERA_INLINE void backward_rows(const T* gate_up, const T* dy, T* d_gate_up, int64_t rows, int64_t width) {
   for (int64_t row = 0; row < rows; ++row, gate_up += 2 * width, d_gate_up += 2 * width, dy += width) {
-    for (int64_t i = 0; i < width; i += kLanes) {
+    const T *up = gate_up + width, *gate = gate_up;
+    T *d_gate = d_gate_up, *d_up = d_gate_up + width;
+    const auto gradients = [](const Vec& g, const Vec& u, const Vec& d) CALDERA_ALWAYS {
+      const Vec s = sigmoid(g), silu = g * s;
+      return Two{d * u * (s + silu * (1.0f - s)), d * silu};
+    };
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
+      const Two g = load_two(gate + i), u = load_two(up + i), d = load_two(dy + i);
+      const Two a = gradients(g.first, u.first, d.first), b = gradients(g.second, u.second, d.second);
+      store_two(d_gate + i, {a.first, b.first});
+      store_two(d_up + i, {a.second, b.second});
+    }
+    for (; i < width; i += kLanes) {
       const int64_t n = std::min(kLanes, width - i);
-      const Vec gate = load(gate_up + i, n), up = load(gate_up + width + i, n), grad = load(dy + i, n);
-      const Vec s = sigmoid(gate), silu = gate * s;
-      store(d_gate_up + i, grad * up * (s + silu * (1.0f - s)), n);
-      store(d_gate_up + width + i, grad * silu, n);
+      const Two a = gradients(load(gate + i, n), load(up + i, n), load(dy + i, n));
+      store(d_gate + i, a.first, n);
+      store(d_up + i, a.second, n);
     }
   }
 }

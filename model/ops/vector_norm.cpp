@@ -14,19 +14,20 @@ constexpr int64_t kRange = 1 << 14;  // elements whose squares are summed in flo
 
 template <class T>
 CALDERA_INLINE float squares_each(const T* x, int64_t count) {
-  Vec sums[4] = {};
+  Vec sums[2][2] = {};  // of additions that need not wait for each other
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    for (int64_t k = 0; k < 4; ++k) {
-      const Vec v = load(x + i + k * kLanes);
-      sums[k] += v * v;
+    for (int64_t k = 0; k < 2; ++k) {
+      const Two v = load_two(x + i + k * 2 * kLanes);
+      sums[k][0] += v.first * v.first;
+      sums[k][1] += v.second * v.second;
     }
   }
   for (; i < count; i += kLanes) {
     const Vec v = load(x + i, std::min(kLanes, count - i));
-    sums[0] += v * v;
+    sums[0][0] += v * v;
   }
-  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return sum((sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]));
 }
 CALDERA_SIMD float squares(const float* x, int64_t count) { return squares_each(x, count); }
 CALDERA_SIMD float squares(const c10::BFloat16* x, int64_t count) { return squares_each(x, count); }

@@ -171,7 +171,7 @@ TYPED_TEST(CudaKernels, CrossEntropy) {
         Device<T> x(logits);
         Device<int64_t> targets_(targets);
         Device<float> nll({rows});
-        kernels::cross_entropy(*x, *targets_, *nll, rows, vocab, gradient, nullptr);
+        kernels::cross_entropy(*x, *targets_, *nll, rows, vocab, gradient, 0.75f, nullptr);
         return {nll.tensor(), x.tensor()};
       });
     };
@@ -182,7 +182,7 @@ TYPED_TEST(CudaKernels, CrossEntropy) {
     EXPECT_TRUE(at::equal(without[0], got[0]));
     EXPECT_TRUE(at::equal(without[1], logits.to(kDtype<T>)));
     at::Tensor gradient = log_p.exp();
-    gradient.scatter_(1, index, nll.neg().expm1().unsqueeze(1));
+    gradient.scatter_(1, index, nll.neg().expm1().unsqueeze(1)).mul_(0.75);
     expect_close(got[1], gradient);
     const at::Tensor surest = got[1][0][0].to(at::kDouble), expected = gradient[0][0];
     EXPECT_LE((surest - expected).abs().item<double>(), 2e-2 * expected.abs().item<double>());
@@ -199,7 +199,7 @@ TYPED_TEST(CudaKernels, CrossEntropyOfATargetBeyondTheVocabularyIsNotANumber) {
     Device<T> logits(random({3, 40}));
     Device<int64_t> targets(at::tensor({40, -1, 39}, at::kLong));
     Device<float> nll({3});
-    kernels::cross_entropy(*logits, *targets, *nll, 3, 40, true, nullptr);
+    kernels::cross_entropy(*logits, *targets, *nll, 3, 40, true, 1.0f, nullptr);
     logits.tensor();
     return {nll.tensor().isnan().to(at::kLong)};
   });
@@ -215,7 +215,7 @@ TYPED_TEST(CudaKernels, NotANumberStaysVisible) {
   kernels::rms_norm_forward(*x, *weight, *y, *rstd, 2, 32, 1e-5f, nullptr);
   kernels::swiglu_forward(*x, *half, 2, 16, nullptr);
   kernels::quick_gelu_forward(*x, *gelu, 64, nullptr);
-  kernels::cross_entropy(*x, *targets, *nll, 2, 32, false, nullptr);
+  kernels::cross_entropy(*x, *targets, *nll, 2, 32, false, 1.0f, nullptr);
   for (const at::Tensor& result : {y.tensor(), half.tensor(), gelu.tensor(), nll.tensor()})
     EXPECT_TRUE(result.isnan().all().item<bool>());
 }
@@ -250,7 +250,7 @@ TYPED_TEST(CudaKernels, NoRowsIsNoLaunch) {
   using T = TypeParam;
   kernels::rms_norm_forward<T>(nullptr, nullptr, nullptr, nullptr, 0, 64, 1e-5f, nullptr);
   kernels::swiglu_forward<T>(nullptr, nullptr, 0, 64, nullptr);
-  kernels::cross_entropy<T>(nullptr, nullptr, nullptr, 0, 64, true, nullptr);
+  kernels::cross_entropy<T>(nullptr, nullptr, nullptr, 0, 64, true, 1.0f, nullptr);
 }
 
 TEST(CudaPrimitives, RoundToNearestEvenAsC10Does) {

@@ -242,6 +242,16 @@ TEST(Ops, LinearCrossEntropy) {
     return linear_cross_entropy(t[0], t[1], targets.to(t[0].device()));
   };
   expect_same(fast, plain, {random({33, 24}), random({91, 24})});
+  const Operation plain_part = [&](const Tensors& t) { return plain(t) * 0.03; };
+  const Operation fast_part = [&](const Tensors& t) {
+    return linear_cross_entropy(t[0], t[1], targets.to(t[0].device()), 0.03);
+  };
+  expect_same(fast_part, plain_part, {random({33, 24}), random({91, 24})});
+  // Derived from itself, without another factor.
+  const at::Tensor leaf = random({33, 24}).to(at::kFloat).requires_grad_(), head = random({91, 24}).to(at::kFloat);
+  linear_cross_entropy(leaf, head, targets, 0.03).backward();
+  const at::Tensor of_whole = torch::autograd::grad({linear_cross_entropy(leaf, head, targets)}, {leaf})[0];
+  EXPECT_TRUE(at::allclose(leaf.grad(), 0.03 * of_whole, 1e-5, 1e-8));
   const at::Tensor hidden = random({33, 24}), weight = random({91, 24});
   const at::Tensor per_row = linear_nll(hidden.to(at::kFloat), weight.to(at::kFloat), targets);
   EXPECT_LT(error(per_row.sum(), plain({hidden, weight})), 1e-6);

@@ -13,7 +13,7 @@ __device__ inline float relative_exp(float x, float top) { return x == top ? 1.0
 // place.
 template <class T, int kN>
 __global__ void cross_entropy_kernel(T* logits, const int64_t* targets, float* nll, int64_t vocab,
-                                     bool gradient) {
+                                     bool gradient, float scale) {
   const int64_t row = blockIdx.x, target = targets[row];
   logits += row * vocab;
   const bool is_known = target >= 0 && target < vocab;
@@ -41,7 +41,7 @@ __global__ void cross_entropy_kernel(T* logits, const int64_t* targets, float* n
     Floats<kN> v = load<kN>(logits + i);
     CALDERA_UNROLL
     for (int k = 0; k < kN; ++k)  // at the target p - 1, exact where p is almost 1
-      v[k] = i + k == target ? expm1f(-row_nll) : expf(v[k] - row_top - log_total);
+      v[k] = scale * (i + k == target ? expm1f(-row_nll) : expf(v[k] - row_top - log_total));
     store(logits + i, v);
   }
 }
@@ -50,17 +50,17 @@ __global__ void cross_entropy_kernel(T* logits, const int64_t* targets, float* n
 
 template <class T>
 void cross_entropy(T* logits, const int64_t* targets, float* nll, int64_t rows, int64_t vocab, bool gradient,
-                   Stream stream) {
+                   float scale, Stream stream) {
   with_lanes<T>(
       vocab,
       [&](auto lanes) {
         launch("cross_entropy", cross_entropy_kernel<T, lanes.value>, rows, stream, logits, targets, nll,
-               vocab, gradient);
+               vocab, gradient, scale);
       },
       logits);
 }
 
-template void cross_entropy(float*, const int64_t*, float*, int64_t, int64_t, bool, Stream);
-template void cross_entropy(Bf16*, const int64_t*, float*, int64_t, int64_t, bool, Stream);
+template void cross_entropy(float*, const int64_t*, float*, int64_t, int64_t, bool, float, Stream);
+template void cross_entropy(Bf16*, const int64_t*, float*, int64_t, int64_t, bool, float, Stream);
 
 }  // namespace caldera::CALDERA_KERNELS

@@ -58,10 +58,10 @@ template <class T>
 void quick_gelu_backward(const T* x, const T* dy, T* dx, int64_t count, Stream stream);
 
 // nll [rows] = log(sum(exp(row))) - row[target] of logits [rows, vocab]; with `gradient` the logits become
-// softmax(row) - onehot(target). A target outside of the vocabulary gives NaN.
+// scale * (softmax(row) - onehot(target)). A target outside of the vocabulary gives NaN.
 template <class T>
 void cross_entropy(T* logits, const int64_t* targets, float* nll, int64_t rows, int64_t vocab, bool gradient,
-                   Stream stream);
+                   float scale, Stream stream);
 
 // A master of model/ops/adamw.h: whole, or a bfloat16 weight and what its remainder makes a float32 one of.
 // Without both, the bfloat16 weight is all there is.
