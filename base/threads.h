@@ -1,5 +1,8 @@
 // Work in background threads whose results come back in order.
 #pragma once
+#include <ATen/Parallel.h>
+#include <omp.h>
+
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -11,7 +14,14 @@
 
 namespace caldera {
 
-// A fixed set of threads. submit() queues a job; its result or exception arrives through the future, so the caller's
+// The calling thread works alone from here on. OpenMP counts the threads of every team that ever began: with a second team
+// beside training's they are more than the cores, and then all of them sleep at each wait instead of spinning.
+inline void work_without_a_team() {
+  at::internal::lazy_init_num_threads();  // would set the number later
+  ::omp_set_num_threads(1);
+}
+
+// A fixed set of threads, each of which works alone. submit() queues a job; its result or exception arrives through the future, so the caller's
 // order of get() is the order of results whatever the number of threads. The destructor drops jobs not yet begun.
 class ThreadPool {
  public:
@@ -44,6 +54,7 @@ class ThreadPool {
 
  private:
   void work() {
+    work_without_a_team();
     for (;;) {
       std::function<void()> job;
       {

@@ -10,6 +10,7 @@
 #include "base/files.h"
 #include "base/hash.h"
 #include "base/log.h"
+#include "base/threads.h"
 #include "model/weights/safetensors.h"
 
 namespace caldera {
@@ -139,6 +140,7 @@ void CheckpointWriter::save(CheckpointShare share) {
   if (in_background_) copy(share.moments);
   writing_ = std::async(in_background_ ? std::launch::async : std::launch::deferred,
                         [this, share = std::move(share)] {
+                          if (in_background_) work_without_a_team();
                           write_checkpoint(stage_folder_, share, kept_, world_);
                           return stage_folder_ / "checkpoints" / step_name(share.state.step);
                         });
