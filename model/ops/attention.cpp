@@ -14,12 +14,16 @@ at::Tensor slice(const at::Tensor& x, const std::vector<int64_t>& cu_seqlens, si
   return x.narrow(0, cu_seqlens[s], cu_seqlens[s + 1] - cu_seqlens[s]);
 }
 
+AttentionRows rows_of(const at::Tensor& x, const std::vector<int64_t>& cu_seqlens, size_t s) {
+  return {x, cu_seqlens[s], cu_seqlens[s + 1] - cu_seqlens[s]};
+}
+
 struct PackedAttentionFunction : torch::autograd::Function<PackedAttentionFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const std::vector<int64_t>& cu_seqlens, bool causal) {
     at::Tensor out = at::empty(q.sizes(), q.options());
-    std::vector<at::Tensor> outputs;
-    for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s) outputs.push_back(slice(out, cu_seqlens, s));
+    std::vector<AttentionRows> outputs;
+    for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s) outputs.push_back(rows_of(out, cu_seqlens, s));
     attend(samples_of(q, k, v, cu_seqlens), outputs, causal);
     ctx->save_for_backward({q, k, v});
     ctx->saved_data["cu_seqlens"] = cu_seqlens;
@@ -35,8 +39,8 @@ struct PackedAttentionFunction : torch::autograd::Function<PackedAttentionFuncti
                      dv = at::empty(v.sizes(), v.options());
     std::vector<AttentionGradients> gradients;
     for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s)
-      gradients.push_back({slice(d_out, cu_seqlens, s), slice(dq, cu_seqlens, s), slice(dk, cu_seqlens, s),
-                           slice(dv, cu_seqlens, s)});
+      gradients.push_back({rows_of(d_out, cu_seqlens, s), rows_of(dq, cu_seqlens, s), rows_of(dk, cu_seqlens, s),
+                           rows_of(dv, cu_seqlens, s)});
     attend_backward(samples_of(q, k, v, cu_seqlens), gradients, ctx->saved_data["causal"].toBool());
     return {dq, dk, dv, at::Tensor(), at::Tensor()};
   }
@@ -45,7 +49,7 @@ struct PackedAttentionFunction : torch::autograd::Function<PackedAttentionFuncti
                                                  const std::vector<int64_t>& cu_seqlens) {
     std::vector<AttentionSample> samples;
     for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s)
-      samples.push_back({slice(q, cu_seqlens, s), slice(k, cu_seqlens, s), slice(v, cu_seqlens, s)});
+      samples.push_back({rows_of(q, cu_seqlens, s), rows_of(k, cu_seqlens, s), rows_of(v, cu_seqlens, s)});
     return samples;
   }
 };
@@ -120,24 +124,24 @@ at::Tensor cached_attention(const at::Tensor& q_THK, const std::vector<at::Tenso
   CALDERA_ASSERT(keys.size() == cu_seqlens.size() - 1 && values.size() == keys.size());
   const at::Tensor q = q_THK.contiguous();
   at::Tensor out = at::empty_like(q);
+  if (!has_cpu_kernel(q)) {
+    for (size_t s = 0; s < keys.size(); ++s)
+      slice(out, cu_seqlens, s)
+          .copy_(plain_attention(slice(q, cu_seqlens, s).unsqueeze(0), keys[s].unsqueeze(0), values[s].unsqueeze(0),
+                                 /*causal=*/true)
+                     .squeeze(0));
+    return out;
+  }
   std::vector<AttentionSample> samples;
-  std::vector<at::Tensor> outputs;
+  std::vector<AttentionRows> outputs;
   bool one_each = true;
   for (size_t s = 0; s < keys.size(); ++s) {
-    samples.push_back({slice(q, cu_seqlens, s), keys[s], values[s]});
-    outputs.push_back(slice(out, cu_seqlens, s));
-    one_each = one_each && samples[s].q.size(0) == 1 && keys[s].is_contiguous() && values[s].is_contiguous();
+    const at::Tensor &k = keys[s], &v = values[s];
+    samples.push_back({rows_of(q, cu_seqlens, s), {k, 0, k.size(0)}, {v, 0, v.size(0)}});
+    outputs.push_back(rows_of(out, cu_seqlens, s));
+    one_each = one_each && samples[s].q.count == 1 && k.is_contiguous() && v.is_contiguous();
   }
-  if (!has_cpu_kernel(q)) {
-    for (size_t s = 0; s < samples.size(); ++s)
-      outputs[s].copy_(plain_attention(samples[s].q.unsqueeze(0), samples[s].k.unsqueeze(0),
-                                       samples[s].v.unsqueeze(0), /*causal=*/true)
-                           .squeeze(0));
-  } else if (one_each) {
-    attend_one_query(samples, outputs);
-  } else {
-    attend(samples, outputs, /*causal=*/true);
-  }
+  one_each ? attend_one_query(samples, outputs) : attend(samples, outputs, /*causal=*/true);
   return out;
 }
 

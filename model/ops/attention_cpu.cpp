@@ -154,14 +154,11 @@ class Scratch {
   size_t next_ = 0;
 };
 
-// Rows of one head: row r at data + r * stride.
+// Row 0 of one head.
 template <class T>
-struct HeadRows {
-  HeadRows(const at::Tensor& x, int64_t head)
-      : data(x.mutable_data_ptr<T>() + head * x.stride(1)), stride(x.stride(0)) {}
-  T* data;
-  int64_t stride;
-};
+T* head_of(const AttentionRows& x, int64_t head) {
+  return static_cast<T*>(x.data) + head * x.head_stride;
+}
 
 // T is what tensors hold, C what products multiply.
 template <class T, class C>
@@ -172,9 +169,9 @@ class KeyHead {
         head_(head),
         causal_(causal),
         scratch_(scratch),
-        N_(sample.q.size(0)),
-        L_(sample.k.size(0)),
-        K_(sample.q.size(2)),
+        N_(sample.q.count),
+        L_(sample.k.count),
+        K_(sample.q.width),
         width_(filled(K_)),
         keys_(filled(L_)),
         scale_(1.0f / std::sqrt(static_cast<float>(K_))) {
@@ -189,7 +186,7 @@ class KeyHead {
     narrow_ = scratch_.take<float>(kQueries * width_);
   }
 
-  void forward(const at::Tensor& out) {
+  void forward(const AttentionRows& out) {
     C* v_panels = take(keys_ * width_);
     make_panels(v_, keys_, width_, v_panels);
     for_each_block([&](const Block& b) {
@@ -227,10 +224,9 @@ class KeyHead {
       add_product(b, d_out, p_, dv);
     });
     float* rows = scratch_.take<float>(width_ * keys_);
-    for (const auto& [total, tensor] : {std::pair(dk, &gradients.dk), std::pair(dv, &gradients.dv)}) {
+    for (const auto& [total, target] : {std::pair(dk, &gradients.dk), std::pair(dv, &gradients.dv)}) {
       transpose_words(words(total), keys_, width_, keys_, words(rows), width_);
-      const HeadRows<T> target(*tensor, head_);
-      store_rows(rows, width_, L_, K_, target.data, target.stride);
+      store_rows(rows, width_, L_, K_, head_of<T>(*target, head_), target->row_stride);
     }
   }
 
@@ -243,7 +239,7 @@ class KeyHead {
   };
   template <class Function>
   void for_each_block(Function f) const {
-    const int64_t heads = sample_.q.size(1) / sample_.k.size(1);
+    const int64_t heads = sample_.q.heads / sample_.k.heads;
     for (int64_t head = head_ * heads; head < (head_ + 1) * heads; ++head) {
       for (int64_t begin = 0; begin < N_; begin += kQueries) {
         const int64_t count = std::min(kQueries, N_ - begin);
@@ -259,11 +255,10 @@ class KeyHead {
     std::fill_n(x, count, 0.0f);
     return x;
   }
-  void copy_head(const at::Tensor& x, int64_t head, int64_t begin, int64_t count, C* y) const {
-    const HeadRows<T> source(x, head);
-    copy_rows(source.data + begin * source.stride, source.stride, count, K_, y);
+  void copy_head(const AttentionRows& x, int64_t head, int64_t begin, int64_t count, C* y) const {
+    copy_rows(head_of<T>(x, head) + begin * x.row_stride, x.row_stride, count, K_, y);
   }
-  C* copied(const at::Tensor& x, int64_t head, int64_t count) {
+  C* copied(const AttentionRows& x, int64_t head, int64_t count) {
     C* y = take(filled(count) * width_);
     copy_head(x, head, 0, count, y);
     return y;
@@ -283,9 +278,8 @@ class KeyHead {
     multiply(b.rows, b.columns, width_, q_, width_, k_transposed_, width_, scores_, b.columns);
     softmax_rows(scores_, p_, b.count, b.rows, b.columns, scale_, causal_, b.first_limit);
   }
-  void store_block(const at::Tensor& tensor, const Block& b) const {
-    const HeadRows<T> target(tensor, b.head);
-    store_rows(narrow_, width_, b.count, K_, target.data + b.begin * target.stride, target.stride);
+  void store_block(const AttentionRows& target, const Block& b) const {
+    store_rows(narrow_, width_, b.count, K_, head_of<T>(target, b.head) + b.begin * target.row_stride, target.row_stride);
   }
 
   const AttentionSample& sample_;
@@ -316,6 +310,9 @@ bool multiplies_bfloat16() {
   return result;
 }
 
+int64_t num_elements_of(const AttentionRows& x) { return x.count * x.heads * x.width; }
+bool is_dense(const AttentionRows& x) { return x.head_stride == x.width && x.row_stride == x.heads * x.width; }
+
 // Calls f(sample, KeyHead of it) for each key head of each sample, on all threads.
 template <class Function>
 void for_each_key_head(const std::vector<AttentionSample>& samples, bool causal, Function f) {
@@ -323,16 +320,16 @@ void for_each_key_head(const std::vector<AttentionSample>& samples, bool causal,
   int64_t num_elements = 0;
   for (size_t s = 0; s < samples.size(); ++s) {
     const AttentionSample& sample = samples[s];
-    CALDERA_ASSERT(sample.q.size(1) % sample.k.size(1) == 0 && sample.k.sizes() == sample.v.sizes());
-    for (const at::Tensor* x : {&sample.q, &sample.k, &sample.v})
-      CALDERA_ASSERT(x->stride(2) == 1 || x->size(2) == 1);
-    if (sample.q.numel() == 0) continue;
-    num_elements += sample.k.numel();
-    for (int64_t head = 0; head < sample.k.size(1); ++head) tasks.emplace_back(s, head);
+    const AttentionRows &q = sample.q, &k = sample.k, &v = sample.v;
+    CALDERA_ASSERT(q.heads % k.heads == 0 && k.count == v.count && k.heads == v.heads && q.width == k.width &&
+                   k.width == v.width && q.dtype == k.dtype && k.dtype == v.dtype);
+    if (q.count == 0) continue;
+    num_elements += num_elements_of(k);
+    for (int64_t head = 0; head < k.heads; ++head) tasks.emplace_back(s, head);
   }
   // Samples differ in length, so they are handed out one by one, the longest first.
   std::stable_sort(tasks.begin(), tasks.end(), [&](const auto& a, const auto& b) {
-    return samples[a.first].k.size(0) > samples[b.first].k.size(0);
+    return samples[a.first].k.count > samples[b.first].k.count;
   });
   std::atomic<size_t> next = 0;
   const auto work = [&]<class T, class C>(T*, C*) {
@@ -346,7 +343,7 @@ void for_each_key_head(const std::vector<AttentionSample>& samples, bool causal,
   const auto work_in_type = [&] {
     c10::BFloat16* half = nullptr;
     float* single = nullptr;
-    if (samples[0].q.scalar_type() == at::kFloat)
+    if (samples[0].q.dtype == at::kFloat)
       work(single, single);
     else
       multiplies_bfloat16() ? work(half, half) : work(half, single);
@@ -358,23 +355,36 @@ void for_each_key_head(const std::vector<AttentionSample>& samples, bool causal,
 
 }  // namespace
 
-void attend(const std::vector<AttentionSample>& samples, const std::vector<at::Tensor>& out, bool causal) {
+AttentionRows::AttentionRows(const at::Tensor& x, int64_t begin, int64_t num_rows)
+    : data(static_cast<char*>(x.mutable_data_ptr()) + begin * x.stride(0) * x.element_size()),
+      dtype(x.scalar_type()),
+      count(num_rows),
+      heads(x.size(1)),
+      width(x.size(2)),
+      row_stride(x.stride(0)),
+      head_stride(x.stride(1)) {
+  CALDERA_ASSERT(x.dim() == 3 && (x.stride(2) == 1 || width == 1) && begin + count <= x.size(0));
+}
+
+void attend(const std::vector<AttentionSample>& samples, const std::vector<AttentionRows>& out, bool causal) {
   for_each_key_head(samples, causal, [&](size_t s, auto& head) { head.forward(out[s]); });
 }
 
-void attend_one_query(const std::vector<AttentionSample>& samples, const std::vector<at::Tensor>& out) {
+void attend_one_query(const std::vector<AttentionSample>& samples, const std::vector<AttentionRows>& out) {
   int64_t num_elements = 0;
-  for (const AttentionSample& sample : samples) num_elements += sample.k.numel();
+  for (const AttentionSample& sample : samples) num_elements += num_elements_of(sample.k);
   const auto attend_sample = [&](size_t s) {
     const auto& [q, k, v] = samples[s];
-    CALDERA_ASSERT(q.size(0) == 1 && q.is_contiguous() && k.is_contiguous() && v.is_contiguous());
+    CALDERA_ASSERT(q.count == 1 && is_dense(k) && is_dense(v));
     thread_local Scratch scratch;
     scratch.reset();
-    float* p = scratch.take<float>(filled(k.size(0)));
-    with_cpu_type(q, [&]<class T>(T*) {
-      attend_one(q.const_data_ptr<T>(), k.const_data_ptr<T>(), v.const_data_ptr<T>(), out[s].mutable_data_ptr<T>(), p,
-                 k.size(0), q.size(1), k.size(1), q.size(2));
-    });
+    float* p = scratch.take<float>(filled(k.count));
+    const auto attend_in_type = [&]<class T>(T*) {
+      attend_one(head_of<T>(q, 0), head_of<T>(k, 0), head_of<T>(v, 0), head_of<T>(out[s], 0), p, k.count, q.heads, k.heads,
+                 q.width);
+    };
+    q.dtype == at::kFloat ? attend_in_type(static_cast<float*>(nullptr))
+                          : attend_in_type(static_cast<c10::BFloat16*>(nullptr));
   };
   std::atomic<size_t> next = 0;
   const auto work = [&] {

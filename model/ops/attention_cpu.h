@@ -8,21 +8,29 @@
 
 namespace caldera {
 
-// One sample: q [N, H, K] are the last of its L rows; k, v [L, G, K] with G dividing H. Views into packed rows; float32
-// or bfloat16, all alike; the last dimension is dense.
+// Rows [begin, begin + count) of x [T, heads, width], float32 or bfloat16, the last dimension dense. x must outlive it: a
+// step looks at thousands of these, and a tensor takes a microsecond to make.
+struct AttentionRows {
+  AttentionRows(const at::Tensor& x, int64_t begin, int64_t count);
+  void* data;
+  at::ScalarType dtype;
+  int64_t count, heads, width, row_stride, head_stride;  // strides in elements
+};
+
+// One sample: q [N, H, K] are the last of its L rows; k, v [L, G, K] with G dividing H. All of one dtype.
 struct AttentionSample {
-  at::Tensor q, k, v;
+  AttentionRows q, k, v;
 };
 
 // out[i] [N, H, K] = softmax(q k^T / sqrt(K)) v, each query over the keys up to its own place if causal.
-void attend(const std::vector<AttentionSample>& samples, const std::vector<at::Tensor>& out, bool causal);
+void attend(const std::vector<AttentionSample>& samples, const std::vector<AttentionRows>& out, bool causal);
 
-// The same for samples of one query each (N = 1), all tensors dense: keys and values are read where they lie.
-void attend_one_query(const std::vector<AttentionSample>& samples, const std::vector<at::Tensor>& out);
+// The same for samples of one query each (N = 1), all rows dense: keys and values are read where they lie.
+void attend_one_query(const std::vector<AttentionSample>& samples, const std::vector<AttentionRows>& out);
 
 // Of dL/dout, dL/dq, dL/dk and dL/dv are written. Scores are computed again: cheaper than keeping [H, N, L].
 struct AttentionGradients {
-  at::Tensor d_out, dq, dk, dv;
+  AttentionRows d_out, dq, dk, dv;
 };
 void attend_backward(const std::vector<AttentionSample>& samples, const std::vector<AttentionGradients>& gradients,
                      bool causal);
