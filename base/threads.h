@@ -14,8 +14,9 @@
 
 namespace caldera {
 
-// The calling thread works alone from here on. OpenMP counts the threads of every team that ever began: with a second team
-// beside training's they are more than the cores, and then all of them sleep at each wait instead of spinning.
+// The calling thread works alone from here on. OpenMP counts the threads of all teams, of those that idle as well, until the
+// thread that began them ends: with a second team beside training's they are more than the cores, and then all of them
+// sleep at each wait instead of spinning.
 inline void work_without_a_team() {
   at::internal::lazy_init_num_threads();  // would set the number later
   ::omp_set_num_threads(1);

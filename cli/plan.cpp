@@ -71,7 +71,8 @@ void print_advice(const StageConfig& stage, const StagePlan& plan, double budget
     fmt::print("    memory.budget_gb: {}   {}\n", budget_gb,
                fits(plan.least_memory)
                    ? "recomputes as much as it takes; same numbers, up to a quarter more time"
-                   : fmt::format("not enough alone: {} with all blocks recomputing", bytes(plan.least_memory.total())));
+                   : fmt::format("not enough alone: {} with all blocks recomputing{}", bytes(plan.least_memory.total()),
+                                 plan.memory.program == 0 ? " and their inputs in host memory" : ""));
   for (const std::string& way : ways_to_take_less(stage, plan)) fmt::print("    {}\n", way);
 }
 

@@ -104,7 +104,7 @@ PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage) {
   const Json vision = model.vision->config();
   if (vision.contains("intermediate_size") && vision.contains("num_hidden_layers"))
     p.tower_kept = vision["num_hidden_layers"].get<int64_t>() *
-                   (8 * p.tower_width + 3 * vision["intermediate_size"].get<int64_t>());
+                   (8 * p.tower_width + 2 * vision["intermediate_size"].get<int64_t>());
 
   const NamedTensors language = model.component_tensors("language_model");
   p.norms_heads = std::any_of(language.begin(), language.end(), [](const NamedTensor& tensor) {
@@ -235,7 +235,8 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   // Logits of one chunk; several chunks' gradients of a bfloat16 head are summed in float32.
   const int64_t chunk = cross_entropy_chunk(N, p.V, e);
   const int64_t head_sum = chunk < N && e == 2 && p.head_trains ? 4 * p.V * p.D : 0;
-  consider("the head", sums + head_gradient, all_kept + 3 * N * p.D * e, chunk * p.V * e + head_sum);
+  const int64_t leaving = offloads(0) ? input : 0;  // for host memory
+  consider("the head", sums + head_gradient, all_kept + leaving + 3 * N * p.D * e, chunk * p.V * e + head_sum);
   if (p.num_trainable == 0) return most;
   int64_t held = all_kept;
   for (int64_t layer = p.L; layer-- > 0;) {

@@ -73,7 +73,8 @@ template <class V>
 void fields(V& v, MemoryConfig& c) {
   v("budget_gb", c.budget_gb,
     "peak memory that the stage may take on each rank, in 10^9 bytes: as many MLPs, then whole blocks recompute "
-    "as `caldera plan` says it takes; same numbers. 0: no budget",
+    "as `caldera plan` says it takes, and on a GPU their inputs move to host memory last of all; same numbers. 0: no "
+    "budget",
     at_least(0));
   v("offload_optimizer", c.offload_optimizer,
     "on a GPU: masters and moments stay in host memory, and the update runs there");

@@ -136,10 +136,9 @@ at::Tensor cached_attention(const at::Tensor& q_THK, const std::vector<at::Tenso
   std::vector<AttentionRows> outputs;
   bool one_each = true;
   for (size_t s = 0; s < keys.size(); ++s) {
-    const at::Tensor &k = keys[s], &v = values[s];
-    samples.push_back({rows_of(q, cu_seqlens, s), {k, 0, k.size(0)}, {v, 0, v.size(0)}});
+    samples.push_back({rows_of(q, cu_seqlens, s), {keys[s], 0, keys[s].size(0)}, {values[s], 0, values[s].size(0)}});
     outputs.push_back(rows_of(out, cu_seqlens, s));
-    one_each = one_each && samples[s].q.count == 1 && k.is_contiguous() && v.is_contiguous();
+    one_each = one_each && samples[s].q.count == 1 && samples[s].k.is_dense() && samples[s].v.is_dense();
   }
   one_each ? attend_one_query(samples, outputs) : attend(samples, outputs, /*causal=*/true);
   return out;

@@ -310,8 +310,14 @@ bool multiplies_bfloat16() {
   return result;
 }
 
-int64_t num_elements_of(const AttentionRows& x) { return x.count * x.heads * x.width; }
-bool is_dense(const AttentionRows& x) { return x.head_stride == x.width && x.row_stride == x.heads * x.width; }
+void check(const AttentionSample& sample) {
+  const auto& [q, k, v] = sample;
+  CALDERA_ASSERT(k.heads > 0 && q.heads % k.heads == 0 && q.width == k.width && q.dtype == k.dtype);
+  CALDERA_ASSERT(k.count == v.count && k.heads == v.heads && k.width == v.width && k.dtype == v.dtype);
+}
+void check_like(const AttentionRows& x, const AttentionRows& y) {
+  CALDERA_ASSERT(x.count == y.count && x.heads == y.heads && x.width == y.width && x.dtype == y.dtype);
+}
 
 // Calls f(sample, KeyHead of it) for each key head of each sample, on all threads.
 template <class Function>
@@ -320,12 +326,10 @@ void for_each_key_head(const std::vector<AttentionSample>& samples, bool causal,
   int64_t num_elements = 0;
   for (size_t s = 0; s < samples.size(); ++s) {
     const AttentionSample& sample = samples[s];
-    const AttentionRows &q = sample.q, &k = sample.k, &v = sample.v;
-    CALDERA_ASSERT(q.heads % k.heads == 0 && k.count == v.count && k.heads == v.heads && q.width == k.width &&
-                   k.width == v.width && q.dtype == k.dtype && k.dtype == v.dtype);
-    if (q.count == 0) continue;
-    num_elements += num_elements_of(k);
-    for (int64_t head = 0; head < k.heads; ++head) tasks.emplace_back(s, head);
+    check(sample);
+    if (sample.q.count == 0) continue;
+    num_elements += sample.k.num_elements();
+    for (int64_t head = 0; head < sample.k.heads; ++head) tasks.emplace_back(s, head);
   }
   // Samples differ in length, so they are handed out one by one, the longest first.
   std::stable_sort(tasks.begin(), tasks.end(), [&](const auto& a, const auto& b) {
@@ -363,19 +367,27 @@ AttentionRows::AttentionRows(const at::Tensor& x, int64_t begin, int64_t num_row
       width(x.size(2)),
       row_stride(x.stride(0)),
       head_stride(x.stride(1)) {
-  CALDERA_ASSERT(x.dim() == 3 && (x.stride(2) == 1 || width == 1) && begin + count <= x.size(0));
+  CALDERA_ASSERT(x.dim() == 3 && (x.stride(2) == 1 || width == 1));
+  CALDERA_ASSERT(begin >= 0 && count >= 0 && begin + count <= x.size(0));
+  CALDERA_ASSERT(dtype == at::kFloat || dtype == at::kBFloat16);
 }
 
 void attend(const std::vector<AttentionSample>& samples, const std::vector<AttentionRows>& out, bool causal) {
+  for (size_t s = 0; s < samples.size(); ++s) check_like(out[s], samples[s].q);
   for_each_key_head(samples, causal, [&](size_t s, auto& head) { head.forward(out[s]); });
 }
 
 void attend_one_query(const std::vector<AttentionSample>& samples, const std::vector<AttentionRows>& out) {
   int64_t num_elements = 0;
-  for (const AttentionSample& sample : samples) num_elements += num_elements_of(sample.k);
+  for (size_t s = 0; s < samples.size(); ++s) {
+    const auto& [q, k, v] = samples[s];
+    check(samples[s]);
+    check_like(out[s], q);
+    CALDERA_ASSERT(q.count == 1 && q.is_dense() && k.is_dense() && v.is_dense() && out[s].is_dense());
+    num_elements += k.num_elements();
+  }
   const auto attend_sample = [&](size_t s) {
     const auto& [q, k, v] = samples[s];
-    CALDERA_ASSERT(q.count == 1 && is_dense(k) && is_dense(v));
     thread_local Scratch scratch;
     scratch.reset();
     float* p = scratch.take<float>(filled(k.count));
@@ -396,6 +408,13 @@ void attend_one_query(const std::vector<AttentionSample>& samples, const std::ve
 
 void attend_backward(const std::vector<AttentionSample>& samples, const std::vector<AttentionGradients>& gradients,
                      bool causal) {
+  for (size_t s = 0; s < samples.size(); ++s) {
+    const auto& [d_out, dq, dk, dv] = gradients[s];
+    check_like(d_out, samples[s].q);
+    check_like(dq, samples[s].q);
+    check_like(dk, samples[s].k);
+    check_like(dv, samples[s].k);
+  }
   for_each_key_head(samples, causal, [&](size_t s, auto& head) { head.backward(gradients[s]); });
 }
 

@@ -15,6 +15,10 @@ struct AttentionRows {
   void* data;
   at::ScalarType dtype;
   int64_t count, heads, width, row_stride, head_stride;  // strides in elements
+  int64_t num_elements() const { return count * heads * width; }
+  bool is_dense() const {
+    return (heads == 1 || head_stride == width) && (count == 1 || row_stride == heads * width);
+  }
 };
 
 // One sample: q [N, H, K] are the last of its L rows; k, v [L, G, K] with G dividing H. All of one dtype.

@@ -8,48 +8,77 @@
 namespace caldera {
 namespace {
 
-using Streams = c10::impl::VirtualGuardImpl;  // of whichever device it is
+c10::Stream current_stream(at::Device device) {
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+}
+// All copies of a process go on one stream: a process works on one GPU.
+c10::Stream copy_stream(at::Device device) {
+  static const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device);
+  CALDERA_ASSERT(stream.device() == device);
+  return stream;
+}
 
-// What is given to `second` from here on waits for what `first` has been given so far.
+// What `second` is given from here on waits for what `first` has been given so far.
 void follow(const c10::Stream& second, const c10::Stream& first) {
   c10::Event reached(first.device_type());
   reached.record(first);
   reached.block(second);
 }
 
+// `to` takes the values of `from` on the copies' stream. Both belong to the current stream, whose later work may use them
+// once it has waited for the event: then the allocator need not watch a second stream, which would hold on to
+// memory until the host looks.
+c10::Event copy_beside(const at::Tensor& to, const at::Tensor& from, at::Device device) {
+  const c10::Stream stream = copy_stream(device);
+  follow(stream, current_stream(device));
+  const c10::StreamGuard guard(stream);
+  to.copy_(from, /*non_blocking=*/true);
+  c10::Event done(device.type());
+  done.record(stream);
+  return done;
+}
+
 }  // namespace
+
+HostCopies::~HostCopies() {
+  // What was never taken: its memory goes back once the copies are through with it.
+  for (Copy& copy : copies_) {
+    if (copy.leaving.defined()) copy.has_left->block(current_stream(copy.device));
+    if (copy.back.defined() && copy.has_arrived) copy.has_arrived->block(current_stream(copy.device));
+  }
+}
+
+void HostCopies::let_go(Copy& copy) {
+  if (!copy.leaving.defined()) return;
+  copy.has_left->block(current_stream(copy.device));
+  copy.leaving.reset();
+}
 
 size_t HostCopies::put(const at::Tensor& x) {
   const at::NoGradGuard no_grad;
-  Copy& copy = copies_.emplace_back(Copy{.device = x.device(), .on_host = {}, .back = {}, .arrived = {}});
+  if (!copies_.empty()) let_go(copies_.back());
+  Copy& copy = copies_.emplace_back(Copy{.device = x.device()});
   if (x.is_cpu()) {
     copy.on_host = x.detach().clone();
   } else {
-    const Streams streams(x.device().type());
-    if (!stream_) stream_ = streams.getStreamFromGlobalPool(x.device());
-    follow(*stream_, streams.getStream(x.device()));
-    const c10::StreamGuard guard(*stream_);
+    copy.leaving = x.detach();
     copy.on_host = at::empty(x.sizes(), x.options().device(at::kCPU).pinned_memory(true).requires_grad(false));
-    copy.on_host.copy_(x, /*non_blocking=*/true);
-    x.record_stream(*stream_);  // its memory stays until it is read
+    copy.has_left = copy_beside(copy.on_host, copy.leaving, copy.device);
   }
   return copies_.size() - 1;
 }
 
 void HostCopies::fetch(Copy& copy) {
   if (copy.back.defined()) return;
+  CALDERA_ASSERT(copy.on_host.defined());  // taken once
+  let_go(copy);
+  const at::Tensor on_host = std::exchange(copy.on_host, at::Tensor());
   if (copy.device.is_cpu()) {
-    copy.back = copy.on_host;
-    return;
+    copy.back = on_host;
+  } else {
+    copy.back = at::empty(on_host.sizes(), on_host.options().device(copy.device).pinned_memory(false));
+    copy.has_arrived = copy_beside(copy.back, on_host, copy.device);  // the allocator waits for it before it reuses on_host
   }
-  const Streams streams(copy.device.type());
-  copy.back = at::empty(copy.on_host.sizes(), copy.on_host.options().device(copy.device).pinned_memory(false));
-  follow(*stream_, streams.getStream(copy.device));  // the memory may have been another tensor's until here
-  const c10::StreamGuard guard(*stream_);
-  copy.back.copy_(copy.on_host, /*non_blocking=*/true);
-  copy.back.record_stream(*stream_);
-  copy.arrived.emplace(copy.device.type());
-  copy.arrived->record(*stream_);
 }
 
 at::Tensor HostCopies::take(size_t place) {
@@ -57,9 +86,9 @@ at::Tensor HostCopies::take(size_t place) {
   const at::NoGradGuard no_grad;
   Copy& copy = copies_[place];
   fetch(copy);
-  if (copy.arrived) copy.arrived->block(Streams(copy.device.type()).getStream(copy.device));
+  if (copy.has_arrived) copy.has_arrived->block(current_stream(copy.device));
   if (place > 0) fetch(copies_[place - 1]);
-  return std::move(copy.back);
+  return std::exchange(copy.back, at::Tensor());
 }
 
 }  // namespace caldera

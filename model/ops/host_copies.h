@@ -2,7 +2,6 @@
 #pragma once
 #include <ATen/ATen.h>
 #include <c10/core/Event.h>
-#include <c10/core/Stream.h>
 
 #include <cstdint>
 #include <optional>
@@ -10,12 +9,18 @@
 
 namespace caldera {
 
-// Of one forward pass, in whose backward they are taken in the opposite order. On a GPU the copies lie in pinned memory
-// and go both ways on a stream of their own, beside the computation: taking one has the one put before it already on
-// its way. On the CPU they are plain copies: the same path, which saves nothing.
+// Of one forward pass, in whose backward they are taken once each, in the opposite order. On a GPU the copies lie in pinned
+// memory and go both ways on a stream of their own, beside the computation: taking one has the one put before it already on
+// its way. Of the GPU's memory one tensor is held on its way out, and one on its way back. On the CPU they are plain copies:
+// the same path, which saves nothing.
 class HostCopies {
  public:
-  // Starts to copy; x may be let go of at once. -> the place to take it from.
+  HostCopies() = default;
+  ~HostCopies();
+  HostCopies(const HostCopies&) = delete;
+  HostCopies& operator=(const HostCopies&) = delete;
+
+  // Starts to copy. x may be let go of at once, but nobody may write to it. -> the place to take it from.
   size_t put(const at::Tensor& x);
   // The tensor on its device again, bit for bit; work on the current stream finds it whole.
   at::Tensor take(size_t place);
@@ -23,13 +28,13 @@ class HostCopies {
  private:
   struct Copy {
     at::Device device;
-    at::Tensor on_host, back;  // `back`: from when it is on its way until it is taken
-    std::optional<c10::Event> arrived;
+    at::Tensor leaving, on_host, back;  // each until it has done its part
+    std::optional<c10::Event> has_left, has_arrived;
   };
-  void fetch(Copy& copy);
+  static void let_go(Copy& copy);
+  static void fetch(Copy& copy);
 
   std::vector<Copy> copies_;
-  std::optional<c10::Stream> stream_;
 };
 
 }  // namespace caldera

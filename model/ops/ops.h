@@ -36,7 +36,7 @@ std::array<at::Tensor, 3> split_rotary(const at::Tensor& qkv, int64_t num_heads,
 // SwiGLU: silu(gate) * up of the fused projection's output [T, 2F] (gate first) -> [T, F].
 at::Tensor swiglu(const at::Tensor& gate_up);
 
-// Quick GELU, the activation of CLIP: x * sigmoid(1.702 x). Without a graph x itself takes the result.
+// Quick GELU, the activation of CLIP: x * sigmoid(1.702 x). Without a graph x itself may take the result.
 at::Tensor quick_gelu(at::Tensor x);
 
 // Attention within each sample of the packed row. q [T, H, K]; k, v [T, G, K] with G dividing H; row offsets
@@ -67,8 +67,8 @@ at::Tensor add_low_rank_(const at::Tensor& y_TO, const at::Tensor& x_TI, const s
 
 // `scale` times the sum over the N rows of -log softmax(hidden . weight^T)[target], in float32: output projection and
 // cross entropy in one, in chunks of rows, so that [N, V] is never held. hidden [N, D], weight [V, D], targets
-// int64 [N] -> scalar float32. Forward computes the gradients as well (where they are wanted); what is derived from this
-// value itself needs no other pass over them.
+// int64 [N] -> scalar float32. Forward computes the gradients as well (where they are wanted); on the CPU
+// what is derived from this value itself needs no other pass over them.
 at::Tensor linear_cross_entropy(const at::Tensor& hidden_ND, const at::Tensor& weight_VD,
                                 const at::Tensor& targets_N, double scale = 1);
 // Rows of a chunk: as few chunks of equal size as hold no more than 96 MiB of logits each. Products run at full speed
