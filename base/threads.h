@@ -22,8 +22,9 @@ inline void work_without_a_team() {
   ::omp_set_num_threads(1);
 }
 
-// A fixed set of threads, each of which works alone. submit() queues a job; its result or exception arrives through the future, so the caller's
-// order of get() is the order of results whatever the number of threads. The destructor drops jobs not yet begun.
+// A fixed set of threads, each of which works alone. submit() queues a job; its result or exception arrives through the
+// future, so the caller's order of get() is the order of results whatever the number of threads. The destructor drops
+// jobs not yet begun.
 class ThreadPool {
  public:
   explicit ThreadPool(int num_threads) {

@@ -72,7 +72,7 @@ void print_advice(const StageConfig& stage, const StagePlan& plan, double budget
                fits(plan.least_memory)
                    ? "recomputes as much as it takes; same numbers, up to a quarter more time"
                    : fmt::format("not enough alone: {} with all blocks recomputing{}", bytes(plan.least_memory.total()),
-                                 plan.memory.program == 0 ? " and their inputs in host memory" : ""));
+                                 plan.on_gpu ? " and their inputs in host memory" : ""));
   for (const std::string& way : ways_to_take_less(stage, plan)) fmt::print("    {}\n", way);
 }
 

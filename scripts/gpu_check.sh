@@ -169,7 +169,8 @@ def scores(name):
     return [row["nll_sum"] for row in map(json.loads, open(out / f"score-{name}.jsonl"))]
 
 
-for of, like, bound in [("cuda-float32", "cpu-float32", 1e-3), ("cuda-bfloat16", "cpu-float32", 5e-2), ("recompute", "cuda-float32", 1e-4), ("inputs-on-host", "recompute", 1e-4),
+for of, like, bound in [("cuda-float32", "cpu-float32", 1e-3), ("cuda-bfloat16", "cpu-float32", 5e-2), ("recompute", "cuda-float32", 1e-4),
+                        ("inputs-on-host", "recompute", 1e-4),
                         ("8bit", "cuda-bfloat16", 5e-2), ("no-masters", "cuda-bfloat16", 5e-2), ("offload", "cuda-bfloat16", 5e-2),
                         ("float8", "cuda-bfloat16", 1e-1), ("lora", "lora-cpu", 1e-3), ("qlora", "qlora-cpu", 5e-2),
                         *[(f"nccl-{strategy}", "cuda-float32", 1e-4) for strategy in ("ddp", "zero1", "zero2", "zero3")]]:

@@ -128,6 +128,7 @@ StagePlan plan_stage(const Recipe& recipe, const StageConfig& stage, int64_t max
   int64_t program = on_gpu ? 0 : program_bytes(), picture_bytes = 0;
   StagePlan plan;
   plan.name = stage.name;
+  plan.on_gpu = on_gpu;
   PlannedModel model = plan_model(recipe, stage);
   count_tokens(recipe, stage, model.model.vision->image_spec(), max_samples, plan, picture_bytes);
   if (!on_gpu) program += picture_bytes;
@@ -157,14 +158,14 @@ StagePlan plan_stage(const Recipe& recipe, const StageConfig& stage, int64_t max
     plan.choices.packs_frozen = false;
     plan.memory = memory_with(plan.choices);
   }
-  while (is_too_much() && plan.choices.recomputed_halves < 2 * model.L) {
-    ++plan.choices.recomputed_halves;
-    plan.memory = memory_with(plan.choices);
-  }
-  while (is_too_much() && plan.choices.offloaded_inputs < movable) {
-    ++plan.choices.offloaded_inputs;
-    plan.memory = memory_with(plan.choices);
-  }
+  const auto raise = [&](int64_t& choice, int64_t most) {
+    while (is_too_much() && choice < most) {
+      ++choice;
+      plan.memory = memory_with(plan.choices);
+    }
+  };
+  raise(plan.choices.recomputed_halves, 2 * model.L);
+  raise(plan.choices.offloaded_inputs, movable);
   plan.flops_per_step = flops_of_step(model, plan);
   return plan;
 }
@@ -195,8 +196,7 @@ std::vector<std::string> ways_to_take_less(const StageConfig& stage, const Stage
   if (memory.masters > 0)
     ways.push_back(
         fmt::format("optimizer.master_weights: none   drops the masters' {}", gigabytes(memory.masters)));
-  // On a GPU, whose plans have no program in them, checkpoints take none of its memory.
-  if (stage.async_save && stage.save_steps > 0 && stage.save_steps < plan.num_steps && memory.program > 0)
+  if (stage.async_save && stage.save_steps > 0 && stage.save_steps < plan.num_steps && !plan.on_gpu)
     ways.emplace_back("async_save: false   no copy of masters and states while a checkpoint is written");
   if (memory.moment == "saving a checkpoint")
     ways.emplace_back("save_steps: 0   no checkpoint before the end; saving is the peak");
@@ -219,7 +219,7 @@ MemoryChoices choose_memory(const Recipe& recipe, size_t stage_index, World& wor
   if (stage.memory.budget_gb == 0)
     return {.packs_frozen = true,
             .recomputed_halves = stage.gradient_checkpointing ? kAll : 0,
-            .offloaded_inputs = stage.memory.offload_activations ? kAll : 0};
+            .offloaded_inputs = stage.memory.offload_activations && trains_on_gpu(recipe) ? kAll : 0};
   // The ranks' programs differ in size; the first one decides for all.
   const std::string chosen = world.from_first([&]() -> std::string {
     if (!world.is_first()) return "";

@@ -46,6 +46,7 @@ struct StagePlan {
   double fill = 0;                  // tokens of micro-batches over max_tokens_per_micro_batch
   double flops_per_step = 0;        // of the matrix products, forward and backward
   int64_t num_blocks = 0;
+  bool on_gpu = false;  // whose memory has neither program nor pictures nor checkpoints in it
   MemoryChoices choices;
   // Of how many blocks at least the MLP recomputes, of how many the rest as well, and of how many of these the input
   // waits in host memory.

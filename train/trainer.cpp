@@ -78,7 +78,7 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
     for (Linear* linear : model_->language->linears()) linear->use_float8();
   }
   model_->language->set_recomputed_halves(memory.recomputed_halves);
-  if (device.is_cuda()) model_->language->set_offloaded_inputs(memory.offloaded_inputs);
+  model_->language->set_offloaded_inputs(memory.offloaded_inputs);
   data_.format.image_spec = model_->image_spec();
 
   set_trainable(model_->tensors(), false);

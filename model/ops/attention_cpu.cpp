@@ -391,12 +391,10 @@ void attend_one_query(const std::vector<AttentionSample>& samples, const std::ve
     thread_local Scratch scratch;
     scratch.reset();
     float* p = scratch.take<float>(filled(k.count));
-    const auto attend_in_type = [&]<class T>(T*) {
+    with_cpu_type(q.dtype, [&]<class T>(T*) {
       attend_one(head_of<T>(q, 0), head_of<T>(k, 0), head_of<T>(v, 0), head_of<T>(out[s], 0), p, k.count, q.heads, k.heads,
                  q.width);
-    };
-    q.dtype == at::kFloat ? attend_in_type(static_cast<float*>(nullptr))
-                          : attend_in_type(static_cast<c10::BFloat16*>(nullptr));
+    });
   };
   std::atomic<size_t> next = 0;
   const auto work = [&] {

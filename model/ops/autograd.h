@@ -21,13 +21,17 @@ inline bool has_cpu_kernel(const at::Tensor& x) {
 }
 inline bool wants_grad(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
 
-// Calls f with a null pointer of the tensor's element type, float or c10::BFloat16.
+// Calls f with a null pointer of the element type, float or c10::BFloat16.
 template <class Function>
-void with_cpu_type(const at::Tensor& x, Function f) {
-  if (x.scalar_type() == at::kFloat)
+void with_cpu_type(at::ScalarType dtype, Function f) {
+  if (dtype == at::kFloat)
     f(static_cast<float*>(nullptr));
   else
     f(static_cast<c10::BFloat16*>(nullptr));
+}
+template <class Function>
+void with_cpu_type(const at::Tensor& x, Function f) {
+  with_cpu_type(x.scalar_type(), f);
 }
 
 // Rows of this width below which work is not worth a second thread.

@@ -12,8 +12,6 @@ namespace {
 
 using namespace simd;
 
-constexpr int64_t kGrain = 1 << 15;  // elements below which a second thread is not worth it
-
 template <class T>
 CALDERA_INLINE void drop_each(const T* x, T* y, int64_t begin, int64_t end, uint32_t threshold, float scale,
                               const NoiseWords& words) {
@@ -46,7 +44,7 @@ void drop_into(const at::Tensor& x, const at::Tensor& y, double p, uint64_t seed
   with_cpu_type(x, [&]<class T>(T*) {
     const T* x_data = x.const_data_ptr<T>();
     T* y_data = y.mutable_data_ptr<T>();
-    at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, x.numel(), row_grain(1), [&](int64_t begin, int64_t end) {
       drop(x_data, y_data, begin, end, threshold, scale, words);
     });
   });

@@ -42,9 +42,12 @@ c10::Event copy_beside(const at::Tensor& to, const at::Tensor& from, at::Device 
 
 HostCopies::~HostCopies() {
   // What was never taken: its memory goes back once the copies are through with it.
-  for (Copy& copy : copies_) {
-    if (copy.leaving.defined()) copy.has_left->block(current_stream(copy.device));
-    if (copy.back.defined() && copy.has_arrived) copy.has_arrived->block(current_stream(copy.device));
+  try {
+    for (Copy& copy : copies_) {
+      let_go(copy);
+      if (copy.back.defined() && copy.has_arrived) copy.has_arrived->block(current_stream(copy.device));
+    }
+  } catch (const std::exception&) {  // of a GPU that failed: the error that led here says so
   }
 }
 

@@ -7,8 +7,6 @@ namespace {
 
 using namespace simd;
 
-constexpr int64_t kGrain = 1 << 14;  // elements below which a second thread is not worth it
-
 template <class T>
 CALDERA_INLINE void forward_each(const T* x, T* y, int64_t count) {
   map(count, [](const Vec& v) CALDERA_ALWAYS { return v * sigmoid(1.702f * v); }, y, x);
@@ -42,7 +40,7 @@ void forward_into(const at::Tensor& x, const at::Tensor& y) {
   with_cpu_type(x, [&]<class T>(T*) {
     const T* x_data = x.const_data_ptr<T>();
     T* y_data = y.mutable_data_ptr<T>();
-    at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, x.numel(), row_grain(1), [&](int64_t begin, int64_t end) {
       gelu_forward(x_data + begin, y_data + begin, end - begin);
     });
   });
@@ -68,7 +66,7 @@ struct QuickGeluFunction : torch::autograd::Function<QuickGeluFunction> {
     with_cpu_type(x, [&]<class T>(T*) {
       const T *x_data = x.const_data_ptr<T>(), *dy_data = dy.const_data_ptr<T>();
       T* dx_data = dx.mutable_data_ptr<T>();
-      at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      at::parallel_for(0, x.numel(), row_grain(1), [&](int64_t begin, int64_t end) {
         gelu_backward(x_data + begin, dy_data + begin, dx_data + begin, end - begin);
       });
     });

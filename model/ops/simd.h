@@ -95,8 +95,8 @@ CALDERA_INLINE void store_two(c10::BFloat16* x, const Two& v) {
   const Bits words = (rounded_to_bfloat16(v.first) >> 16) | (rounded_to_bfloat16(v.second) & 0xFFFF0000u);
   std::memcpy(x, &words, sizeof words);
 }
-// y[i] = f(x[i]...) of arrays of one type; y may be one of x. f takes and returns Vec, and must be CALDERA_ALWAYS inline, as whoever calls
-// this is compiled for several processors.
+// y[i] = f(x[i]...) of arrays of one type; y may be one of x. f takes and returns Vec, and must be CALDERA_ALWAYS inline,
+// as whoever calls this is compiled for several processors.
 template <class T, class Function, class... X>
 CALDERA_INLINE void map(int64_t count, Function f, T* y, const X*... x) {
   int64_t i = 0;

@@ -23,22 +23,25 @@ CALDERA_INLINE void backward_rows(const T* gate_up, const T* dy, T* d_gate_up, i
   for (int64_t row = 0; row < rows; ++row, gate_up += 2 * width, d_gate_up += 2 * width, dy += width) {
     const T *up = gate_up + width, *gate = gate_up;
     T *d_gate = d_gate_up, *d_up = d_gate_up + width;
+    struct Gradients {
+      Vec gate, up;
+    };
     const auto gradients = [](const Vec& g, const Vec& u, const Vec& d) CALDERA_ALWAYS {
       const Vec s = sigmoid(g), silu = g * s;
-      return Two{d * u * (s + silu * (1.0f - s)), d * silu};
+      return Gradients{d * u * (s + silu * (1.0f - s)), d * silu};
     };
     int64_t i = 0;
     for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
       const Two g = load_two(gate + i), u = load_two(up + i), d = load_two(dy + i);
-      const Two a = gradients(g.first, u.first, d.first), b = gradients(g.second, u.second, d.second);
-      store_two(d_gate + i, {a.first, b.first});
-      store_two(d_up + i, {a.second, b.second});
+      const Gradients a = gradients(g.first, u.first, d.first), b = gradients(g.second, u.second, d.second);
+      store_two(d_gate + i, {a.gate, b.gate});
+      store_two(d_up + i, {a.up, b.up});
     }
     for (; i < width; i += kLanes) {
       const int64_t n = std::min(kLanes, width - i);
-      const Two a = gradients(load(gate + i, n), load(up + i, n), load(dy + i, n));
-      store(d_gate + i, a.first, n);
-      store(d_up + i, a.second, n);
+      const Gradients a = gradients(load(gate + i, n), load(up + i, n), load(dy + i, n));
+      store(d_gate + i, a.gate, n);
+      store(d_up + i, a.up, n);
     }
   }
 }
