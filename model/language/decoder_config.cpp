@@ -92,11 +92,12 @@ void ConfigReader::read_common(DecoderConfig& c, const char* architecture) const
 }
 
 void ConfigReader::read_sliding(DecoderConfig& c) const {
-  const bool slides = flag("use_sliding_window", false) && has("sliding_window");
+  const bool slides =
+      flag("use_sliding_window", false) && (has("sliding_window") || !json_.contains("sliding_window"));
   c.json["use_sliding_window"] = slides;
-  c.json["sliding_window"] = slides ? json_["sliding_window"] : Json();
+  const int64_t window = slides ? positive("sliding_window", 4096) : 0;
+  c.json["sliding_window"] = slides ? Json(window) : Json();
   if (!slides) return;
-  const int64_t window = positive("sliding_window", 0);
   Json types = Json::array();
   if (has("layer_types")) {
     types = json_["layer_types"];

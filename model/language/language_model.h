@@ -88,6 +88,7 @@ struct LanguageModelSpec {
   std::vector<std::string> gguf_architectures;  // GGUF general.architecture values it answers to
   std::unique_ptr<LanguageModel> (*make)(const Json& config);  // float32 CPU storage, weights not yet set
   void (*init)(LanguageModel& model, uint64_t seed);
+  Json class_defaults;  // sizes that transformers' configuration class has where none are given
 };
 
 std::span<const LanguageModelSpec> language_models();

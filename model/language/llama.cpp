@@ -23,6 +23,11 @@ const LanguageModelSpec kLlamaSpec = {.id = "llama",
                                       .model_types = {"llama"},
                                       .gguf_architectures = {"llama"},
                                       .make = make,
-                                      .init = init_decoder};
+                                      .init = init_decoder,
+                                      .class_defaults = {{"vocab_size", 32000},
+                                                         {"hidden_size", 4096},
+                                                         {"intermediate_size", 11008},
+                                                         {"num_hidden_layers", 32},
+                                                         {"num_attention_heads", 32}}};
 
 }  // namespace caldera

@@ -24,6 +24,11 @@ const LanguageModelSpec kMistralSpec = {.id = "mistral",
                                         .model_types = {"mistral"},
                                         .gguf_architectures = {},
                                         .make = make,
-                                        .init = init_decoder};
+                                        .init = init_decoder,
+                                        .class_defaults = {{"vocab_size", 32000},
+                                                           {"hidden_size", 4096},
+                                                           {"intermediate_size", 14336},
+                                                           {"num_hidden_layers", 32},
+                                                           {"num_attention_heads", 32}}};
 
 }  // namespace caldera

@@ -22,6 +22,11 @@ const LanguageModelSpec kQwen2Spec = {.id = "qwen2",
                                       .model_types = {"qwen2"},
                                       .gguf_architectures = {"qwen2"},
                                       .make = make,
-                                      .init = init_decoder};
+                                      .init = init_decoder,
+                                      .class_defaults = {{"vocab_size", 151936},
+                                                         {"hidden_size", 4096},
+                                                         {"intermediate_size", 22016},
+                                                         {"num_hidden_layers", 32},
+                                                         {"num_attention_heads", 32}}};
 
 }  // namespace caldera

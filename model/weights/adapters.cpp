@@ -1,6 +1,7 @@
 #include "model/weights/adapters.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <map>
 #include <set>
@@ -31,12 +32,17 @@ std::string classic_name(const std::string& name) {
                                     {"model.multi_modal_projector.", "multi_modal_projector."},
                                     {"model.vision_tower.vision_tower.", "vision_tower."},
                                     {"model.vision_tower.", "vision_tower."},
-                                    {"model.mm_projector.0.", "multi_modal_projector.linear_1."},
-                                    {"model.mm_projector.2.", "multi_modal_projector.linear_2."},
-                                    {"model.mm_projector.", "multi_modal_projector.linear_1."},
                                     {"model.", "language_model.model."},
                                     {"lm_head.", "language_model.lm_head."}};
-  return replaced_prefix(replaced_prefix(name, kWrapper), kRules);
+  const std::string inner = replaced_prefix(name, kWrapper);
+  constexpr std::string_view kProjector = "model.mm_projector.";
+  if (!inner.starts_with(kProjector)) return replaced_prefix(inner, kRules);
+  // Layer k is child 2(k - 1) of a Sequential; an only layer is the projector itself.
+  std::string_view field = std::string_view(inner).substr(kProjector.size());
+  int child = 0;
+  const auto parsed = std::from_chars(field.begin(), field.end(), child);
+  if (parsed.ec == std::errc() && parsed.ptr != field.end()) field.remove_prefix(parsed.ptr + 1 - field.begin());
+  return fmt::format("multi_modal_projector.linear_{}.{}", child / 2 + 1, field);
 }
 
 // A classic name as PEFT has it around transformers 5's LlavaForConditionalGeneration, or around the decoder
@@ -64,6 +70,10 @@ LoraConfig lora_of_peft(const Json& config, const std::string& where) {
   refuse_unless(text_field(config, where, "bias", "none") == "none", "bias");
   for (const char* key : {"use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"})
     refuse_unless(is_off(key), key);
+  // PEFT changes the base's weights before it adds an adapter that began as PiSSA, OLoRA or LoftQ.
+  static const std::set<std::string> kPlain = {"gaussian", "orthogonal", "eva"};
+  const Json init = config.value("init_lora_weights", Json(true));
+  refuse_unless(!init.is_string() || kPlain.contains(init.get<std::string>()), "init_lora_weights");
   LoraConfig lora;
   lora.lora_r = integer_field(config, where, "r", 8, 1, 1 << 20);
   lora.lora_alpha = number_field(config, where, "lora_alpha", 8);

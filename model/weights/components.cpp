@@ -40,11 +40,8 @@ Json tower_config(const Json& config, const std::string& where) {
 // export may have padded it.
 Json decoder_config(const fs::path& folder, const Json& config) {
   if (!is_llava(config)) return config;
-  Json text =
-      is_original_llava(config) ? read_original_llava(folder, config).text : Json(config["text_config"]);
-  CALDERA_CHECK(text.is_object(), CheckpointError, "{}: text_config: expected an object", folder.string());
-  if (!text.contains("model_type")) text["model_type"] = "llama";
   const std::string where = (folder / "config.json").string();
+  Json text = is_original_llava(config) ? read_original_llava(folder, config).text : hf_text_config(config, where);
   if (boolean_field(config, where, "tie_word_embeddings", false)) text["tie_word_embeddings"] = true;
   if (const int64_t vocab_size = read_model_card(folder).vocab_size; vocab_size > 0)
     text["vocab_size"] = vocab_size;
@@ -78,7 +75,7 @@ std::vector<std::string> load_tensors(const NamedTensors& wanted, const TensorSo
                   "{}: {}: expected shape {}, got {}", source.where(name), name, shape_text(value.sizes()),
                   shape_text(shape));
     const at::Tensor stored = source.read(name);
-    CALDERA_CHECK(stored.is_floating_point(), CheckpointError,
+    CALDERA_CHECK(stored.is_floating_point() && !c10::isFloat8Type(stored.scalar_type()), CheckpointError,
                   "{}: {}: expected floating-point weights, got {}; is this a quantised checkpoint?",
                   source.where(name), name, c10::toString(stored.scalar_type()));
     value.copy_(stored);

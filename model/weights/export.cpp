@@ -29,10 +29,12 @@ at::Tensor pad_rows(const at::Tensor& matrix, int64_t num_rows) {
 Json image_processor(const ImageSpec& spec, const std::string& image_aspect_ratio) {
   const bool pad = image_aspect_ratio == kAspectPad;
   if (!spec.keeps_aspect)
-    return {{"image_processor_type", "SiglipImageProcessor"},
+    return {{"image_processor_type", pad ? "LlavaImageProcessor" : "SiglipImageProcessor"},
             {"do_convert_rgb", true},
+            {"do_pad", pad},
             {"do_resize", true},
             {"size", {{"height", spec.image_size}, {"width", spec.image_size}}},
+            {"do_center_crop", false},
             {"resample", 3},  // bicubic
             {"do_rescale", true},
             {"rescale_factor", 1.0 / 255.0},
@@ -71,9 +73,7 @@ Json llava_config(const LlavaModel& model, const ExportOptions& options, int64_t
   Json text = model.language->config();
   text["vocab_size"] = vocab_size;
   text["dtype"] = text["torch_dtype"] = dtype_name(options.dtype);
-  text["bos_token_id"] = options.bos_token_id;
-  text["eos_token_id"] = options.eos_token_id;
-  if (options.pad_token_id >= 0) text["pad_token_id"] = options.pad_token_id;
+  put_special_ids(text, options.bos_token_id, options.eos_token_id, options.pad_token_id);
   Json config = {{"architectures", {hf ? "LlavaForConditionalGeneration" : "CalderaLlava"}},
                  {"model_type", hf ? "llava" : "caldera_llava"},
                  {"dtype", dtype_name(options.dtype)},
@@ -108,6 +108,11 @@ const char* dtype_name(at::ScalarType dtype) {
   }
 }
 
+void put_special_ids(Json& config, int64_t bos, int64_t eos, int64_t pad) {
+  for (const auto& [key, id] : {std::pair("bos_token_id", bos), {"eos_token_id", eos}, {"pad_token_id", pad}})
+    if (id >= 0) config[key] = id;
+}
+
 void save_hf_llava(LlavaModel& model, const ModelCard& card, const ExportOptions& options,
                    const fs::path& folder) {
   CALDERA_ASSERT(options.image_token_id >= 0);
@@ -139,10 +144,8 @@ void save_hf_llava(LlavaModel& model, const ModelCard& card, const ExportOptions
               {"patch_size", patch_size_of(model)},
               {"num_additional_image_tokens", model.vision->has_class_token() ? 1 : 0},
               {"vision_feature_select_strategy", hf_select_strategy(model)}});
-  Json generation = {{"_from_model_config", true},
-                     {"bos_token_id", options.bos_token_id},
-                     {"eos_token_id", options.eos_token_id}};
-  if (options.pad_token_id >= 0) generation["pad_token_id"] = options.pad_token_id;
+  Json generation = {{"_from_model_config", true}};
+  put_special_ids(generation, options.bos_token_id, options.eos_token_id, options.pad_token_id);
   write_json(folder / "generation_config.json", generation);
   ModelCard written = card;
   if (written.vocab_size == 0) written.vocab_size = trained_vocab;

@@ -92,6 +92,15 @@ std::unique_ptr<LlavaModel> load_hf_llava(const fs::path& folder, int64_t vocab_
 
 }  // namespace
 
+Json hf_text_config(const Json& config, const std::string& where) {
+  const Json given = object_field(config, where, "text_config");
+  const std::string model_type = text_field(given, where, "model_type", "llama");
+  Json text = find_language_model(model_type, where + ": text_config").class_defaults;
+  text.update(given);
+  text["model_type"] = model_type;
+  return text;
+}
+
 std::unique_ptr<LlavaModel> make_hf_llava(const fs::path& folder, int64_t vocab_size) {
   const std::string where = (folder / "config.json").string();
   const Json config = read_config(folder / "config.json");
@@ -120,13 +129,13 @@ std::unique_ptr<LlavaModel> make_hf_llava(const fs::path& folder, int64_t vocab_
       "token; expected full",
       where);
 
-  Json text = object_field(config, where, "text_config");
+  Json text = hf_text_config(config, where);
   const bool tied = boolean_field(config, where, "tie_word_embeddings", false) ||
                     boolean_field(text, where, "tie_word_embeddings", false);
   text["tie_word_embeddings"] = tied;
   if (vocab_size > 0) text["vocab_size"] = vocab_size;
   model->language =
-      find_language_model(text_field(text, where, "model_type", "llama"), where + ": text_config").make(text);
+      find_language_model(text_field(text, where, "model_type", ""), where + ": text_config").make(text);
   model->projector =
       make_projector(model->mm_projector_type, model->vision->hidden_size(), model->language->hidden_size());
   return model;

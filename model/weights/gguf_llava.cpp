@@ -24,7 +24,13 @@ class Mmproj {
     };
     expect("general.architecture", "clip");
     expect("clip.projector_type", "mlp");
-    for (const GgufTensor& tensor : file_->tensors()) has_class_token_ |= tensor.name == "v.class_embd";
+    for (const GgufTensor& tensor : file_->tensors()) {
+      has_class_token_ |= tensor.name == "v.class_embd";
+      // llama.cpp's first converters, whose LLaVA-1.5 files are the most common, named an MLP's two layers the other
+      // way round: told by their shapes, as llama.cpp does.
+      if (tensor.name == "v.blk.0.ffn_up.weight")
+        swaps_mlp_ = tensor.shape[0] == size("embedding_length") && tensor.shape[0] != size("feed_forward_length");
+    }
   }
 
   std::unique_ptr<VisionTower> make_tower() const {
@@ -48,9 +54,12 @@ class Mmproj {
 
   // Tensors under the names of an HF LLaVA's tower and projector.
   std::unique_ptr<TensorSource> tensors() const {
-    return open_gguf_tensors(file_, [](const std::string& name) {
+    return open_gguf_tensors(file_, [swaps = swaps_mlp_](const std::string& name) {
       const std::string projector = hf_projector_name(name);
-      return projector.empty() ? hf_tower_name(name) : kProjectorPrefix + projector;
+      if (!projector.empty()) return kProjectorPrefix + projector;
+      if (swaps && name.find(".ffn_up.") != std::string::npos)
+        return hf_tower_name(replace_all(name, ".ffn_up.", ".ffn_down."));
+      return hf_tower_name(swaps ? replace_all(name, ".ffn_down.", ".ffn_up.") : name);
     });
   }
 
@@ -90,7 +99,7 @@ class Mmproj {
 
   std::shared_ptr<GgufFile> file_;
   std::string where_;
-  bool has_class_token_ = false;
+  bool has_class_token_ = false, swaps_mlp_ = false;
 };
 
 // The tower's tensors that the file is to give. Its last norm, for which neither llama.cpp nor LLaVA has a

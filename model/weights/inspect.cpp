@@ -64,7 +64,7 @@ void add_llava(const fs::path& folder, const VisionFeatures& features, const fs:
   const int64_t vocab_size = read_model_card(folder).vocab_size;
   Json text = text_config;
   if (vocab_size > 0) text["vocab_size"] = vocab_size;
-  shell.language = find_language_model(text_field(text, where, "model_type", "llama"), where).make(text);
+  shell.language = find_language_model(text_field(text, where, "model_type", ""), where).make(text);
   if (!tower_folder.empty()) {
     shell.vision = make_vision_tower(tower_folder, features);
     shell.projector =
@@ -105,9 +105,7 @@ ModelReport inspect_hf_llava(const fs::path& folder, const Json& config) {
   add_files(folder, true, report);
   for (const char* name : {"preprocessor_config.json", "processor_config.json"})
     if (!fs::exists(folder / name)) report.facts.emplace_back(name, "none");
-  CALDERA_CHECK(config["text_config"].is_object(), CheckpointError, "{}: text_config: expected an object",
-                where);
-  Json text = config["text_config"];
+  Json text = hf_text_config(config, where);
   if (boolean_field(config, where, "tie_word_embeddings", false)) text["tie_word_embeddings"] = true;
   add_llava(folder, hf_vision_features(config, where), folder, text,
             text_field(config, where, "mm_projector_type", "mlp2x_gelu"), report);

@@ -55,9 +55,7 @@ Json llava_config(const LlavaModel& model, const ModelCard& card, const LlavaExp
   config["architectures"] = {family.architecture};
   config["model_type"] = family.llava_type;
   config["dtype"] = config["torch_dtype"] = dtype_name(options.dtype);
-  config["bos_token_id"] = options.bos_token_id;
-  config["eos_token_id"] = options.eos_token_id;
-  if (options.pad_token_id >= 0) config["pad_token_id"] = options.pad_token_id;
+  put_special_ids(config, options.bos_token_id, options.eos_token_id, options.pad_token_id);
   config["use_mm_proj"] = true;
   config["mm_vision_tower"] = options.mm_vision_tower;
   config["mm_hidden_size"] = model.vision->hidden_size();
@@ -101,10 +99,8 @@ void save_original_llava(LlavaModel& model, const ModelCard& card, const LlavaEx
   check_original_llava(model);
   write_weights_folder(folder, llava_tensors(model.tensors(), model.mm_projector_type, options.values),
                        options.max_shard_bytes, options.dtype);
-  Json generation = {{"_from_model_config", true},
-                     {"bos_token_id", options.bos_token_id},
-                     {"eos_token_id", options.eos_token_id}};
-  if (options.pad_token_id >= 0) generation["pad_token_id"] = options.pad_token_id;
+  Json generation = {{"_from_model_config", true}};
+  put_special_ids(generation, options.bos_token_id, options.eos_token_id, options.pad_token_id);
   write_json(folder / "generation_config.json", generation);
   write_card(model, card, folder);
   write_model_readme(model, card, llava_usage(options.mm_vision_tower), folder);

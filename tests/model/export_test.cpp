@@ -136,6 +136,19 @@ TEST_F(ExportTest, WritesTheKeysOthersRead) {
   EXPECT_EQ(safetensors_metadata(out() / "model.safetensors").at("format"), "pt");
 }
 
+TEST_F(ExportTest, IdsThatATokenizerDoesNotHaveAreNotWritten) {
+  const auto model = build_llava(spec());
+  ExportOptions qwen = options(40);
+  qwen.bos_token_id = qwen.pad_token_id = -1;
+  save_hf_llava(*model, {}, qwen, out());
+  const Json config = read_json(out() / "config.json"), generation = read_json(out() / "generation_config.json");
+  EXPECT_EQ(generation["eos_token_id"], 2);
+  for (const Json& json : {generation, config, Json(config["text_config"])}) {
+    EXPECT_FALSE(json.contains("bos_token_id"));
+    EXPECT_FALSE(json.contains("pad_token_id"));
+  }
+}
+
 TEST_F(ExportTest, VocabularyIsPaddedAndCutBack) {
   const auto model = build_llava(spec());
   disturb(*model);

@@ -41,6 +41,17 @@ TEST(Generate, BatchingChangesNoAnswer) {
     EXPECT_EQ(generate(*model, make_batch({prompts[s]}), {.max_new_tokens = 9})[0], together[s]);
 }
 
+TEST(Generate, ASequenceEndsAtItsOwnLengthWhateverIsBesideIt) {
+  const auto model = make_tiny_llava();
+  const std::vector<std::vector<int64_t>> prompts = {kPrompts[1], kPrompts[2]};  // of 7 and 1
+  const auto free = generate(*model, make_batch(prompts), {.max_new_tokens = 6});
+  const auto cut = generate(*model, make_batch(prompts), {.max_new_tokens = 6, .max_length = 9});
+  EXPECT_EQ(cut[0], std::vector<int64_t>(free[0].begin(), free[0].begin() + 2));
+  EXPECT_EQ(cut[1], free[1]);
+  EXPECT_EQ(generate(*model, make_batch({prompts[1]}), {.max_new_tokens = 6, .max_length = 9})[0], cut[1]);
+  EXPECT_EQ(generate(*model, make_batch({prompts[1]}), {.max_new_tokens = 99, .max_length = 9})[0].size(), 8);
+}
+
 TEST(Generate, StopsAtStopIdsAndLeavesThemOut) {
   const auto model = make_tiny_llava();
   const auto free = generate(*model, make_batch(kPrompts), {.max_new_tokens = 12});
@@ -74,6 +85,9 @@ TEST(Generate, SamplingFollowsSeedSequenceAndPositionAlone) {
   GenerateOptions other = options;
   other.seed = 6;
   EXPECT_NE(generate(*model, make_batch(kPrompts), other), answers);
+  GenerateOptions second = options;
+  second.numbers = {1};
+  EXPECT_EQ(generate(*model, make_batch({kPrompts[1]}), second)[0], answers[1]);
   // Two equal prompts draw differently.
   const auto twins = generate(*model, make_batch({kPrompts[1], kPrompts[1]}), options);
   EXPECT_NE(twins[0], twins[1]);
@@ -130,6 +144,11 @@ TEST(Generate, EdgesAndErrors) {
         generate(*model, make_batch({{1}, {}}), {});
       },
       ThrowsMessage<DataError>(HasSubstr("prompt 1 is empty")));
+  EXPECT_THAT(
+      [&] {
+        generate(*model, make_batch({{1}, {1, 2, 3}}), {.max_length = 3});
+      },
+      ThrowsMessage<DataError>(HasSubstr("prompt 1 takes 3 of 3 positions")));
   EXPECT_THAT([&] { generate(*model, make_batch({{1}}), {.temperature = 1, .top_p = 0}); },
               ThrowsMessage<ConfigError>(HasSubstr("top_p: expected a number in (0, 1], got 0")));
 }

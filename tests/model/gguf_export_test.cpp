@@ -277,6 +277,36 @@ TEST_F(GgufFolderTest, WithoutANamedLayerAllBlocksButTheLastRun) {
   EXPECT_EQ(load_llava(folder_).model->features.vision_feature_layer, 2);  // of three blocks written
 }
 
+// As llama.cpp's first converters wrote it: the names of an MLP's layers change places.
+TEST_F(GgufFolderTest, AnOldMmprojNamesTheMlpTheOtherWayRound) {
+  const auto model = llava("clip_vision_model", "mlp2x_gelu");
+  write(*model, GgmlType::kF32);
+  std::string bytes = read_file(folder_ / "mmproj-f16.gguf");
+  const auto entry = [](const std::string& name) {
+    const uint64_t size = name.size();
+    return std::string(reinterpret_cast<const char*>(&size), sizeof(size)) + name;
+  };
+  int64_t num_swapped = 0;
+  for (int block = 0; block < 3; ++block)
+    for (const char* parameter : {"weight", "bias"}) {
+      const std::string up = entry(fmt::format("v.blk.{}.ffn_up.{}", block, parameter)),
+                        down = entry(fmt::format("v.blk.{}.ffn_down.{}", block, parameter));
+      const size_t at_up = bytes.find(up), at_down = bytes.find(down);
+      ASSERT_LT(std::max(at_up, at_down), bytes.size());
+      const bool up_first = at_up < at_down;
+      bytes.replace(std::max(at_up, at_down), (up_first ? down : up).size(), up_first ? up : down);
+      bytes.replace(std::min(at_up, at_down), (up_first ? up : down).size(), up_first ? down : up);
+      ++num_swapped;
+    }
+  EXPECT_EQ(num_swapped, 6);
+  write_file_atomic(folder_ / "mmproj-f16.gguf", bytes);
+  const LoadedModel back = load_llava(folder_);
+  std::map<std::string, at::Tensor> wanted;
+  for (const NamedTensor& named : model->tensors()) wanted[named.name] = named.value();
+  for (const NamedTensor& named : back.model->tensors())
+    EXPECT_TRUE(at::equal(named.value(), wanted.at(named.name))) << named.name;
+}
+
 TEST_F(GgufFolderTest, WhatItCannotBeIsSaid) {
   const auto model = llava("clip_vision_model", "mlp2x_gelu");
   const auto error = [&] { return error_of<CheckpointError>([&] { load_llava(folder_); }); };

@@ -184,6 +184,32 @@ TEST_F(LlavaFoldersTest, EveryAgeOfHf) {
   }
 }
 
+// llava-hf/llava-1.5-7b-hf: of the decoder, transformers 4 wrote what differs from its class alone.
+TEST_F(LlavaFoldersTest, SizesThatTransformersLeftOutAreItsClasses) {
+  const auto text_of = [](const Json& text) { return hf_text_config({{"text_config", text}}, "config.json"); };
+  const Json vicuna = text_of({{"_name_or_path", "lmsys/vicuna-7b-v1.5"},
+                               {"architectures", {"LlamaForCausalLM"}},
+                               {"max_position_embeddings", 4096},
+                               {"model_type", "llama"},
+                               {"rms_norm_eps", 1e-5},
+                               {"vocab_size", 32064}});
+  EXPECT_EQ(vicuna["hidden_size"], 4096);
+  EXPECT_EQ(vicuna["intermediate_size"], 11008);
+  EXPECT_EQ(vicuna["num_hidden_layers"], 32);
+  EXPECT_EQ(vicuna["num_attention_heads"], 32);
+  EXPECT_EQ(vicuna["vocab_size"], 32064);
+  EXPECT_EQ(text_of(Json::object())["model_type"], "llama");
+  EXPECT_EQ(text_of({{"model_type", "mistral"}})["intermediate_size"], 14336);
+  EXPECT_EQ(text_of({{"model_type", "qwen2"}, {"hidden_size", 896}})["hidden_size"], 896);
+  EXPECT_EQ(text_of({{"model_type", "qwen3"}})["vocab_size"], 151936);
+  EXPECT_THROW(hf_text_config({{"text_config", 1}}, "config.json"), CheckpointError);
+  // A decoder's own file says its sizes; there a missing one is a mistake.
+  Json decoder = kDecoder;
+  decoder.erase("hidden_size");
+  write_json(folder_ / "decoder/config.json", decoder);
+  EXPECT_THROW(load_language_model(folder_ / "decoder", 1), CheckpointError);
+}
+
 TEST_F(LlavaFoldersTest, AProcessorThatPadsSaysSo) {
   TensorList tensors = list("", "", "");
   const fs::path folder =
@@ -211,6 +237,13 @@ TEST_F(LlavaFoldersTest, SiglipNeedsAllItsPatches) {
   EXPECT_EQ(read_json(folder / "config.json")["vision_feature_select_strategy"], "full");
   EXPECT_EQ(read_json(folder / "processor_config.json")["num_additional_image_tokens"], 0);
   EXPECT_EQ(read_json(folder / "preprocessor_config.json")["image_processor_type"], "SiglipImageProcessor");
+  // SigLIP's own processor does not pad.
+  save_hf_llava(*model_, {"v1", "pad", 0, {}}, {.image_token_id = 50}, folder);
+  const Json padding = read_json(folder / "preprocessor_config.json");
+  EXPECT_EQ(padding["image_processor_type"], "LlavaImageProcessor");
+  EXPECT_EQ(padding["do_pad"], true);
+  EXPECT_EQ(padding["do_center_crop"], false);
+  EXPECT_TRUE(padding["size"].contains("height"));
   config.erase("vision_feature_select_strategy");
   write_json(folder / "config.json", config);
   try {

@@ -7,8 +7,8 @@ import functools, json, os, pathlib, random, shutil, subprocess, sys, tempfile
 import numpy, safetensors.torch, torch
 from PIL import Image
 from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM,
-                          LlavaConfig, LlavaForConditionalGeneration, SiglipConfig, SiglipImageProcessor, SiglipModel,
-                          SiglipVisionConfig, SiglipVisionModel)
+                          LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessorPil, SiglipConfig, SiglipImageProcessor,
+                          SiglipModel, SiglipVisionConfig, SiglipVisionModel)
 
 torch.set_num_threads(1)
 BOUND = 1e-5
@@ -193,12 +193,13 @@ def original_folders(work, records, model, state):
     compare("original LLaVA, tower in the same file", score(work, held), theirs)
 
 
-def train_start(work, name, tower, decoder, projector, **model):
+def train_start(work, name, tower, decoder, projector, aspect="square", **model):
     """A model of parts as a recipe puts it together: one step with a learning rate of 0 (the warm-up's first)."""
     recipe = {"model": {"vision_tower": str(tower), "language_model": str(decoder), "pretrain_mm_mlp_adapter": str(projector), **model},
               "output": str(work / name), "device": "cpu",
               "stages": [{"name": "s", "trainable": ["projector"], "global_batch_size": 2, "max_steps": 1,
-                          "data": {"data_path": f"{work}/data.json", "image_folder": f"{work}/images", "conversation_template": "v1"},
+                          "data": {"data_path": f"{work}/data.json", "image_folder": f"{work}/images", "conversation_template": "v1",
+                                   "image_aspect_ratio": aspect},
                           "optimizer": {"learning_rate": 1e-12, "warmup_ratio": 0.5}}]}
     (work / "recipe.yaml").write_text(json.dumps(recipe))
     subprocess.run([caldera, "train", work / "recipe.yaml"], check=True, stderr=subprocess.DEVNULL)
@@ -256,6 +257,9 @@ def siglip(work, records):
         assert not info["missing_keys"] and not info["unexpected_keys"], info
         written = SiglipImageProcessor.from_pretrained(final)
         compare(f"  as written, in transformers", theirs, reference(work, records, again.eval(), final, written))
+    final = train_start(work, "padded", work / "siglip", work / "siglip", work / "siglip", aspect="pad", vision_feature_select_strategy="patch")
+    written = LlavaImageProcessorPil.from_pretrained(final)
+    compare("a recipe with SigLIP that pads", score(work, final), reference(work, records, again.eval(), final, written))
 
 
 with tempfile.TemporaryDirectory(prefix="caldera_folders_") as name:

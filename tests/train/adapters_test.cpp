@@ -11,7 +11,9 @@
 namespace caldera {
 namespace {
 
+using testing::Contains;
 using testing::HasSubstr;
+using testing::IsSupersetOf;
 using testing::ThrowsMessage;
 
 // An adapter on a whole model, its B not zero.
@@ -139,6 +141,10 @@ TEST_F(AdapterTest, WhatDoesNotFitIsRefused) {
   change_config("rank_pattern", {{"q_proj", 8}});
   EXPECT_THAT(message(base()), HasSubstr("rank_pattern"));
   change_config("rank_pattern", Json::object());
+  change_config("init_lora_weights", "pissa_niter_4");
+  EXPECT_THAT(message(base()), HasSubstr("init_lora_weights: \"pissa_niter_4\" is not supported"));
+  change_config("init_lora_weights", "gaussian");
+  EXPECT_EQ(message(base()), "accepted");
   change_config("peft_type", "LOHA");
   EXPECT_THAT(message(base()), HasSubstr("peft_type: expected LORA, got \"LOHA\""));
   change_config("peft_type", "LORA");
@@ -226,6 +232,22 @@ TEST_F(AdapterTest, TheOriginalLlavasFoldersAreRead) {
               ThrowsMessage<CheckpointError>(HasSubstr("\"openai/not-here\" is no folder here")));
   fs::remove(out() / "config.json");
   EXPECT_THAT([&] { load_llava(out()); }, ThrowsMessage<CheckpointError>(HasSubstr("is a decoder alone")));
+}
+
+TEST_F(AdapterTest, LayersOfTheOriginalsProjectorAreEveryOtherChild) {
+  const auto names_of = [&](const TensorList& others) {
+    const TensorList lora = {{"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", at::zeros({2, 4})}};
+    write_torch_pickle(out() / "adapter_model.bin", lora);
+    write_torch_pickle(out() / "non_lora_trainables.bin", others);
+    write_json(out() / "adapter_config.json", {{"peft_type", "LORA"}, {"r", 2}});
+    std::vector<std::string> names;
+    for (const auto& [name, tensor] : read_adapter(out()).tensors) names.push_back(name);
+    return names;
+  };
+  const std::string root = "base_model.model.model.mm_projector.";
+  EXPECT_THAT(names_of({{root + "0.bias", at::zeros({4})}, {root + "4.weight", at::zeros({4, 4})}}),
+              IsSupersetOf({"multi_modal_projector.linear_1.bias", "multi_modal_projector.linear_3.weight"}));
+  EXPECT_THAT(names_of({{root + "weight", at::zeros({4, 4})}}), Contains("multi_modal_projector.linear_1.weight"));
 }
 
 }  // namespace
