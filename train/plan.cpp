@@ -123,7 +123,8 @@ std::string gigabytes(int64_t bytes) { return fmt::format("{:.2f} GB", static_ca
 
 }  // namespace
 
-StagePlan plan_stage(const Recipe& recipe, const StageConfig& stage, int64_t max_samples, int num_ranks) {
+StagePlan plan_stage(const Recipe& recipe, const StageConfig& stage, int64_t max_samples, int64_t num_ranks,
+                     int64_t ranks_per_node) {
   const bool on_gpu = trains_on_gpu(recipe);
   int64_t program = on_gpu ? 0 : program_bytes(), picture_bytes = 0;
   StagePlan plan;
@@ -139,8 +140,9 @@ StagePlan plan_stage(const Recipe& recipe, const StageConfig& stage, int64_t max
       lay_out_units(parameter_groups(model.model, stage), model.model.component_tensors("language_model"),
                     recipe.distributed.strategy == "zero3");
   for (FlatUnit& unit : plan.units) unit.leaves.clear();
+  const RankSplit split = split_ranks(recipe.distributed, num_ranks, ranks_per_node);
   const auto memory_with = [&](const MemoryChoices& choices) {
-    return plan_memory(model, recipe, stage, plan, on_gpu, program, choices, num_ranks);
+    return plan_memory(model, recipe, stage, plan, on_gpu, program, choices, split);
   };
   // Where all blocks recompute, what is left of them may wait in host memory; on the CPU it would be the same memory.
   const int64_t movable = on_gpu ? model.L - 1 : 0;
@@ -149,7 +151,7 @@ StagePlan plan_stage(const Recipe& recipe, const StageConfig& stage, int64_t max
   const double budget = stage.memory.budget_gb * 1e9;
   const int64_t copies = model.num_packed * (stage.dtype == "float32" ? 4 : 2);
   plan.choices = {.packs_frozen = !on_gpu && recipe.distributed.strategy != "zero3" &&
-                                  has_onednn_products(parse_dtype(stage.dtype)) && copies_fit(copies, num_ranks),
+                                  has_onednn_products(parse_dtype(stage.dtype)) && copies_fit(copies, ranks_per_node),
                   .recomputed_halves = stage.gradient_checkpointing ? 2 * model.L : 0,
                   .offloaded_inputs = stage.memory.offload_activations ? movable : 0};
   plan.memory = memory_with(plan.choices);
@@ -208,9 +210,9 @@ std::vector<std::string> ways_to_take_less(const StageConfig& stage, const Stage
   return ways;
 }
 
-bool copies_fit(int64_t bytes, int num_ranks) {
+bool copies_fit(int64_t bytes, int64_t ranks_per_node) {
   const int64_t memory = int64_t{::sysconf(_SC_PHYS_PAGES)} * ::sysconf(_SC_PAGE_SIZE);
-  return bytes <= memory / (4 * int64_t{num_ranks});
+  return bytes <= memory / (4 * ranks_per_node);
 }
 
 MemoryChoices choose_memory(const Recipe& recipe, size_t stage_index, World& world) {
@@ -224,7 +226,7 @@ MemoryChoices choose_memory(const Recipe& recipe, size_t stage_index, World& wor
   const std::string chosen = world.from_first([&]() -> std::string {
     if (!world.is_first()) return "";
     constexpr int64_t kSamples = 20000;
-    const StagePlan plan = plan_stage(recipe, stage, kSamples, world.size());
+    const StagePlan plan = plan_stage(recipe, stage, kSamples, world.size(), world.spec().local_size);
     const int64_t total = plan.memory.total();
     CALDERA_CHECK(static_cast<double>(total) <= stage.memory.budget_gb * 1e9, ConfigError,
                   "stage {}: memory.budget_gb is {}, but with all {} blocks recomputing{} it still takes {} at "

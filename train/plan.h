@@ -59,9 +59,9 @@ struct StagePlan {
 };
 
 // Throws what the data's and the models' readers throw. Looks at `max_samples` samples of a stage at most. Of
-// one of `num_ranks` ranks.
+// one of `num_ranks` ranks, of which `ranks_per_node` share a machine.
 StagePlan plan_stage(const Recipe& recipe, const StageConfig& stage, int64_t max_samples = 20000,
-                     int num_ranks = 1);
+                     int64_t num_ranks = 1, int64_t ranks_per_node = 1);
 std::vector<StagePlan> plan_recipe(const Recipe& recipe, int64_t max_samples = 20000);
 
 // "2 of 4 blocks recompute their MLP, 1 of them the rest as well".
@@ -74,7 +74,7 @@ std::vector<std::string> ways_to_take_less(const StageConfig& stage, const Stage
 // budget cannot be kept.
 MemoryChoices choose_memory(const Recipe& recipe, size_t stage_index, World& world);
 
-// Whether copies of so many bytes on each of `num_ranks` ranks are few beside this machine's memory: a quarter at most.
-bool copies_fit(int64_t bytes, int num_ranks);
+// Whether copies of so many bytes on each of a machine's ranks are few beside this machine's memory: a quarter at most.
+bool copies_fit(int64_t bytes, int64_t ranks_per_node);
 
 }  // namespace caldera

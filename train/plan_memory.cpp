@@ -10,6 +10,7 @@
 #include "model/ops/ops.h"
 #include "model/weights/gguf_weights.h"
 #include "model/weights/json_fields.h"
+#include "model/weights/llava_config.h"
 #include "model/weights/load.h"
 #include "train/stage.h"
 
@@ -22,12 +23,9 @@ constexpr int64_t kGpuLibraryBytes = 64 << 20;  // cuBLAS's workspaces
 
 Json decoder_config(const fs::path& path) {
   if (fs::is_regular_file(path)) return open_gguf_decoder(path).config;
-  Json config = read_config(path / "config.json");
-  if (config.contains("text_config") && config["text_config"].is_object()) {
-    config = Json(config["text_config"]);
-    if (!config.contains("model_type")) config["model_type"] = "llama";
-  }
-  return config;
+  const fs::path file = path / "config.json";
+  const Json config = read_config(file);
+  return is_hf_llava(config) ? hf_text_config(config, file.string()) : config;
 }
 
 int64_t weight_file_bytes(const fs::path& path) {
@@ -141,10 +139,10 @@ PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage) {
 
 MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageConfig& stage,
                        const StagePlan& numbers, bool on_gpu, int64_t program, const MemoryChoices& choices,
-                       int num_ranks) {
+                       const RankSplit& ranks) {
   const int64_t e = stage.dtype == "float32" ? 4 : 2;
   const std::string& strategy = recipe.distributed.strategy;
-  const int64_t sharers = strategy == "ddp" ? 1 : num_ranks;
+  const int64_t sharers = ranks.num_shards, num_ranks = sharers * ranks.num_replicas;
   const int64_t T = numbers.largest_micro_batch;
   const auto share = [&](int64_t count) {
     return numbers.num_tokens == 0

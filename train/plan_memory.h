@@ -27,9 +27,9 @@ struct PlannedModel {
 PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage);
 
 // At the worst moment; of the GPU's memory with `on_gpu`, else of the process's, which takes `program` bytes in any
-// case. `num_ranks`: ranks that share what the strategy shares.
+// case. `ranks`: how many share what the strategy shares, and how many sum their gradients.
 MemoryPlan plan_memory(const PlannedModel& model, const Recipe& recipe, const StageConfig& stage,
                        const StagePlan& numbers, bool on_gpu, int64_t program, const MemoryChoices& choices,
-                       int num_ranks);
+                       const RankSplit& ranks);
 
 }  // namespace caldera

@@ -120,7 +120,7 @@ ScalingPoint scale(Recipe recipe, const StageConfig& stage, const Cluster& clust
   point.num_ranks = cluster.num_nodes * cluster.gpus_per_node;
   const auto ranks = static_cast<double>(point.num_ranks);
   const int64_t num_sharing = split_ranks(config, point.num_ranks, cluster.gpus_per_node).num_shards;
-  const StagePlan plan = plan_stage(recipe, stage, max_samples, static_cast<int>(num_sharing));
+  const StagePlan plan = plan_stage(recipe, stage, max_samples, point.num_ranks, cluster.gpus_per_node);
   const Load load = deal(plan, stage, point.num_ranks);
   double samples = 0, tokens = 0;
   for (const std::vector<int64_t>& lengths : plan.step_lengths) {

@@ -26,13 +26,13 @@ class MemoryTest : public TinyRunTest {
 
   Recipe recipe(const std::string& output) const { return six_step_recipe(folder_.path(), output); }
   // The total with so many halves of blocks recomputing, apart from the program.
-  int64_t bytes_with(const Recipe& recipe, int64_t recomputed_halves, int num_ranks = 1) const {
-    return bytes_with(recipe, MemoryChoices{.recomputed_halves = recomputed_halves}, num_ranks);
+  int64_t bytes_with(const Recipe& recipe, int64_t recomputed_halves, const RankSplit& ranks = {}) const {
+    return bytes_with(recipe, MemoryChoices{.recomputed_halves = recomputed_halves}, ranks);
   }
-  int64_t bytes_with(const Recipe& recipe, const MemoryChoices& choices, int num_ranks = 1) const {
+  int64_t bytes_with(const Recipe& recipe, const MemoryChoices& choices, const RankSplit& ranks = {}) const {
     const StageConfig& stage = recipe.stages[0];
     return plan_memory(plan_model(recipe, stage), recipe, stage, plan_stage(recipe, stage), false, 0,
-                       choices, num_ranks)
+                       choices, ranks)
         .total();
   }
 
@@ -118,7 +118,7 @@ TEST_F(MemoryTest, PlansCountWhatEachSettingSaves) {
   EXPECT_EQ(after.masters, 0);
   const int64_t alone = bytes_with(changed, 0);
   changed.distributed.strategy = "zero3";
-  EXPECT_LT(bytes_with(changed, 4, 4), alone);
+  EXPECT_LT(bytes_with(changed, 4, {.num_shards = 4}), alone);
 }
 
 // Every form of state and master: the run goes on bit for bit from its checkpoint, and learns as with

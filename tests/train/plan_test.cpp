@@ -10,6 +10,7 @@
 #include "base/json.h"
 #include "tests/train/tiny_run.h"
 #include "train/profile.h"
+#include "train/scaling.h"
 
 namespace caldera {
 namespace {
@@ -57,6 +58,30 @@ TEST_F(PlanTest, WeightsMastersAndStatesFollowTheDtype) {
   EXPECT_EQ(narrow.memory.masters, 2 * narrow.num_trainable);
   EXPECT_EQ(wide.memory.states, 8 * wide.num_trainable);
   EXPECT_EQ(2 * narrow.memory.weights, wide.memory.weights);
+}
+
+// Four ranks on two machines: how many share what is divided, and that none keeps gradients beside their float32 sums.
+TEST_F(PlanTest, RanksHoldWhatTheirStrategyDivides) {
+  StageConfig& stage = recipe_.stages[0];
+  recipe_.device = "cuda";
+  stage.dtype = "bfloat16";
+  const StagePlan alone = plan_recipe(recipe_).front();
+  struct Case {
+    const char *strategy, *within;
+    int64_t sharers;
+  };
+  for (const Case& c : {Case{"ddp", "world", 1}, {"zero1", "world", 4}, {"zero1", "node", 2}, {"zero2", "node", 2}}) {
+    recipe_.distributed.strategy = c.strategy;
+    recipe_.distributed.shard_within = c.within;
+    const MemoryPlan memory = plan_stage(recipe_, stage, 20000, 4, 2).memory;
+    EXPECT_EQ(memory.states, alone.memory.states / c.sharers) << c.strategy << c.within;
+    EXPECT_EQ(memory.masters, alone.memory.masters / c.sharers) << c.strategy << c.within;
+    const int64_t sums = 4 * alone.num_trainable / (c.strategy == std::string("zero2") ? c.sharers : 1);
+    EXPECT_GE(memory.gradients, sums) << c.strategy << c.within;
+    EXPECT_LT(memory.gradients, sums + 2 * alone.num_trainable) << c.strategy << c.within;
+    const ScalingPoint point = scale(recipe_, stage, {.gpu = find_gpu("h100"), .num_nodes = 2, .gpus_per_node = 2});
+    EXPECT_EQ(point.memory_bytes, static_cast<double>(memory.total())) << c.strategy << c.within;
+  }
 }
 
 TEST_F(PlanTest, WhatACheckpointIsWrittenFromCounts) {

@@ -6,8 +6,10 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <csignal>
 #include <thread>
 
@@ -147,10 +149,11 @@ Result train_rank(World& world, const DistributedConfig& config, bool recomputes
   return result;
 }
 
-// Runs `work` as each of `size` ranks, of which `local_size` share a machine. Throws what the first rank
-// threw.
+// Runs `work` as each of `size` ranks, of which `local_size` share a machine; the last one has what is left. Throws what the
+// first rank threw.
 template <class Work>
-std::vector<std::invoke_result_t<Work, World&>> as_ranks(int size, int local_size, const Work& work) {
+std::vector<std::invoke_result_t<Work, World&>> as_ranks(int size, int local_size, const Work& work,
+                                                           double timeout_s = 20) {
   ::setenv("GLOO_SOCKET_IFNAME", "lo", 1);
   ::setenv("RES_OPTIONS", "timeout:1 attempts:1", 1);  // c10d asks for each connection's name, for its log
   // c10d's record of collectives is one a process, and not made for groups of several threads.
@@ -166,11 +169,11 @@ std::vector<std::invoke_result_t<Work, World&>> as_ranks(int size, int local_siz
         World world({.rank = rank,
                      .size = size,
                      .local_rank = rank % local_size,
-                     .local_size = local_size,
+                     .local_size = std::min(local_size, size - rank / local_size * local_size),
                      .port = store.port(),
                      .store_is_hosted = true,
                      .started_by = "a test"},
-                    at::kCPU, 20, [](const std::string& message) { throw Error(message); });
+                    at::kCPU, timeout_s, [](const std::string& message) { throw Error(message); });
         results[i] = work(world);
       } catch (const std::exception&) {
         errors[i] = std::current_exception();
@@ -301,14 +304,39 @@ TEST(World, ABrokenConnectionIsAnErrorAndNoSignal) {
 }
 
 TEST(World, MachinesOfUnevenNumbersOfRanksCannotShareWithin) {
-  const auto split = [] {
+  const auto share = [] {
     as_ranks(3, 2, [](World& world) {
-      world.split_by_machine();
+      TinyModel model;
+      const Sharding sharding(world, {.strategy = "zero2", .shard_within = "node"}, model.groups(), model.decoder());
       return 0;
     });
   };
-  EXPECT_THAT(split,
-              testing::ThrowsMessage<ConfigError>(HasSubstr("the local ranks 0 of 2, 1 of 2, 0 of 2")));
+  EXPECT_THAT(share,
+              testing::ThrowsMessage<ConfigError>(HasSubstr("the local ranks 0 of 2, 1 of 2, 0 of 1")));
+}
+
+// With a time-out of 3 s. What nobody waits for may take longer, and so may what the first rank does for all.
+TEST(World, ARankIsStuckFromWhenOthersWaitForIt) {
+  const auto run = [] {
+    as_ranks(
+        3, 3,
+        [](World& world) {
+          const auto think = [&](int64_t step, int ms) {
+            world.at(step, "thinking");
+            std::this_thread::sleep_for(std::chrono::milliseconds(ms));
+          };
+          think(1, world.is_first() ? 4500 : 0);
+          world.from_first("");
+          think(2, world.rank() == 1 ? 5000 : 3500);
+          world.exchange("main", "");
+          think(3, world.rank() == 1 ? 6000 : 0);
+          world.exchange("main", "");
+          return 0;
+        },
+        /*timeout_s=*/3);
+  };
+  EXPECT_THAT(run, testing::ThrowsMessage<PeerError>(
+                       HasSubstr("rank 1 is stuck: for 3 s at step 3, thinking, while others have to wait")));
 }
 
 TEST(World, CollectivesAmongAMachineAndAmongPeers) {

@@ -73,6 +73,8 @@ Sharding::Sharding(World& world, const DistributedConfig& config, const std::vec
                                              : Strategy::kZero3),
       reduce_dtype_(config.reduce_dtype == "bfloat16" ? at::kBFloat16 : at::kFloat) {
   const at::NoGradGuard no_grad;
+  // By the recipe, which is every rank's: on uneven machines they would not agree on the numbers that follow.
+  if (config.shard_within == "node" && strategy_ != Strategy::kDdp) world.split_by_machine();
   const RankSplit split = split_ranks(config, world.size(), world.spec().local_size);
   num_shards_ = static_cast<int>(split.num_shards);
   num_replicas_ = static_cast<int>(split.num_replicas);
@@ -81,7 +83,6 @@ Sharding::Sharding(World& world, const DistributedConfig& config, const std::vec
   // Nobody to share with. (A group of one keeps its strategy, so that its collectives run.)
   if (num_shards_ == 1 && world.size() > 1) strategy_ = Strategy::kDdp;
   if (num_shards_ > 1 && num_shards_ < world.size()) {
-    world.split_by_machine();
     sharers_ = Among::kMachine;
     replicas_ = Among::kPeers;
   }
@@ -261,6 +262,7 @@ void Sharding::hold_all() {
       if (const Wait wait = std::exchange(unit->gathered, nullptr)) wait();
     }
   }
+  world_.wait_for_device();
 }
 
 void Sharding::begin_evaluation() {
@@ -289,6 +291,7 @@ void Sharding::end_round() {
     unit->sent.reset();
     unit->wait = nullptr;
   }
+  world_.wait_for_device();  // what comes next, a round's pictures or the loss, would do so unseen
 }
 
 double Sharding::hand_gradients_to(AdamW& optimizer) {
@@ -346,6 +349,7 @@ TensorList Sharding::gather_masters(const AdamW& optimizer) {
     }
     const at::Tensor all = at::empty({unit->length}, own.options());
     world_.all_gather(all, own, sharers_)();
+    world_.wait_for_device();
     if (!world_.is_first()) continue;
     const at::Tensor host = all.cpu();
     for (const FlatUnit::Leaf& leaf : unit->leaves) whole[leaf.owner] = unit->of(host, leaf);

@@ -21,6 +21,7 @@ void share(World& world, at::Device device, StepReport& report) {
   at[2 + 2 * size + rank] = report.compute_ms;
   const at::Tensor on_device = all.to(device);
   world.sum(on_device)();
+  world.wait_for_device();
   all.copy_(on_device);
   report.loss = at[0];
   report.squared_norm = at[1];

@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/json.h"
+#include "train/distributed/watch.h"
 
 namespace caldera {
 
@@ -47,8 +48,7 @@ std::optional<std::string> StoreHost::cause(int attempt) const {
 std::string StoreHost::where(int attempt, int rank) const {
   const Json beat = Json::parse(store_->find(attempt, fmt::format("beat/{}", rank)).value_or(""), nullptr,
                                 /*allow_exceptions=*/false);
-  if (!beat.is_object()) return "";
-  return fmt::format("step {}, {}", beat.value("step", int64_t{0}), beat.value("phase", std::string("?")));
+  return beat.is_object() ? place_of(beat) : "";
 }
 
 }  // namespace caldera

@@ -21,11 +21,11 @@ std::vector<std::string> beat_keys(int first, int last) {
   return keys;
 }
 
+}  // namespace
+
 std::string place_of(const Json& beat) {
   return fmt::format("step {}, {}", beat.value("step", int64_t{0}), beat.value("phase", std::string("?")));
 }
-
-}  // namespace
 
 Watch::Watch(int rank, int size, double timeout_s, std::unique_ptr<TextStore> store,
              std::function<void(const std::string&)> on_abort)
@@ -64,6 +64,12 @@ void Watch::at(int64_t step, const char* phase) {
   wake_.notify_all();
 }
 
+// A wait that ends is headway, as a new phase is: a long phase has many.
+void Watch::set_waiting(Waiting waiting) {
+  waiting_ = waiting;
+  if (waiting == Waiting::kNo) ++place_;
+}
+
 std::string Watch::where() const { return fmt::format("step {}, {}", step_.load(), phase_.load()); }
 
 void Watch::beat(bool done) {
@@ -71,7 +77,7 @@ void Watch::beat(bool done) {
                                                         {"step", step_.load()},
                                                         {"phase", phase_.load()},
                                                         {"place", place_.load()},
-                                                        {"waiting", waiting_.load()},
+                                                        {"waiting", static_cast<int>(waiting_.load())},
                                                         {"done", done}}));
 }
 
@@ -124,16 +130,22 @@ void Watch::judge(int first, int last) {
   const std::vector<std::string> beats = store_->get_all(keys);
   const Clock::time_point now = Clock::now();
   int64_t num_waiting = 0;
+  Clock::time_point waited_from = now;
   for (size_t i = 0; i < beats.size(); ++i) {
     Seen& seen = seen_[static_cast<size_t>(first) + i];
     seen.json = Json::parse(beats[i], nullptr, /*allow_exceptions=*/false);
     if (!seen.json.is_object()) continue;
     const auto beat = seen.json.value("beat", int64_t{0}), place = seen.json.value("place", int64_t{0});
     if (beat != seen.beat) seen.beat_at = now;
+    const auto waiting = static_cast<Waiting>(seen.json.value("waiting", 0));
     if (place != seen.place) seen.place_at = now;
+    if (place != seen.place || waiting != seen.waiting) seen.waiting_at = now;
     seen.beat = beat;
     seen.place = place;
-    num_waiting += seen.json.value("waiting", false);
+    seen.waiting = waiting;
+    if (waiting != Waiting::kForOthers) continue;
+    ++num_waiting;
+    waited_from = std::min(waited_from, seen.waiting_at);
   }
   for (int r = first; r < last; ++r) {
     const Seen& seen = seen_[static_cast<size_t>(r)];
@@ -146,11 +158,12 @@ void Watch::judge(int first, int last) {
       return;
     }
   }
-  // Somebody waits, and the one who does not wait makes no headway.
+  // Somebody waits, and the one who does not wait makes no headway. What nobody waits for may take as long as it does, so
+  // the time counts from the wait on.
   for (int r = first; r < last && num_waiting > 0; ++r) {
     const Seen& seen = seen_[static_cast<size_t>(r)];
-    if (seen.beat < 0 || seen.json.value("waiting", false) || seen.json.value("done", false)) continue;
-    if (const double stuck = seconds_since(seen.place_at); stuck > timeout_s_) {
+    if (seen.beat < 0 || seen.waiting != Waiting::kNo || seen.json.value("done", false)) continue;
+    if (const double stuck = seconds_since(std::max(seen.place_at, waited_from)); stuck > timeout_s_) {
       store_->set_once(
           "verdict", fmt::format("rank {} is stuck: for {:.0f} s at {}, while {} wait\n{}", r, stuck,
                                  place_of(seen.json), num_waiting == 1 ? "another has to" : "others have to",
@@ -164,9 +177,11 @@ std::string Watch::everybody() const {
   std::string text = "where each rank is:";
   for (size_t r = 0; r < seen_.size() && r < 64; ++r) {
     if (seen_[r].beat < 0) continue;
-    text += fmt::format("\n  rank {}: {}{}, there for {:.1f} s, last heard of {:.1f} s ago", r,
+    text += fmt::format("\n  rank {}: {}{}, no headway for {:.1f} s, last heard of {:.1f} s ago", r,
                         place_of(seen_[r].json),
-                        seen_[r].json.value("waiting", false) ? " (waiting for others)" : "",
+                        seen_[r].waiting == Waiting::kForOthers   ? " (waiting for others)"
+                        : seen_[r].waiting == Waiting::kPatiently ? " (waiting for the first)"
+                                                                  : "",
                         seconds_since(seen_[r].place_at), seconds_since(seen_[r].beat_at));
   }
   return text;

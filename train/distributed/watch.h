@@ -29,7 +29,10 @@ class TextStore {
   virtual std::string set_once(const std::string& key, const std::string& value) = 0;
 };
 
-// Keys: beat/RANK {"beat", "step", "phase", "since", "waiting"}, "failure" the first rank's own error,
+// Whom a rank waits for. Patiently: for work that the first rank does for all, which may take any time.
+enum class Waiting { kNo, kForOthers, kPatiently };
+
+// Keys: beat/RANK {"beat", "step", "phase", "place", "waiting", "done"}, "failure" the first rank's own error,
 // "verdict" what all say.
 class Watch {
  public:
@@ -40,7 +43,7 @@ class Watch {
   ~Watch();
 
   void at(int64_t step, const char* phase);
-  void set_waiting(bool waiting) { waiting_ = waiting; }
+  void set_waiting(Waiting waiting);
   std::string where() const;  // "step 12, backward"
 
   // Runs on the watching thread; called by it twice a second.
@@ -49,7 +52,8 @@ class Watch {
  private:
   struct Seen {
     int64_t beat = -1, place = -1;
-    std::chrono::steady_clock::time_point beat_at, place_at;
+    Waiting waiting = Waiting::kNo;
+    std::chrono::steady_clock::time_point beat_at, place_at, waiting_at;  // when each was last seen to change
     Json json;
   };
   void run();
@@ -63,7 +67,7 @@ class Watch {
   const std::function<void(const std::string&)> on_abort_;
   std::atomic<int64_t> step_ = 0, place_ = 0, beats_ = 0;
   std::atomic<const char*> phase_ = "starting";
-  std::atomic<bool> waiting_ = false;
+  std::atomic<Waiting> waiting_ = Waiting::kNo;
   std::vector<Seen> seen_;
   bool all_here_ = false;
   std::optional<std::chrono::steady_clock::time_point> doomed_at_;
@@ -72,6 +76,9 @@ class Watch {
   bool stop_ = false, moved_ = false;
   std::thread thread_;  // last: it uses all of the above
 };
+
+// Of a heartbeat: "step 12, backward".
+std::string place_of(const Json& beat);
 
 // For a rank that lost contact: the failure or verdict that is there or comes within two seconds, else which
 // ranks' hearts have stopped.

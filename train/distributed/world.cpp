@@ -1,6 +1,7 @@
 #include "train/distributed/world.h"
 
 #define USE_C10D_GLOO 1
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <dlfcn.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
@@ -230,6 +231,7 @@ void World::split_by_machine() {
       "distributed.shard_within node needs as many ranks on every machine, numbered machine by machine; "
       "got, by rank, the local ranks {}",
       fmt::join(places, ", "));
+  if (local_size == 1 || local_size == size()) return;
   const int machine = rank() / local_size, place = spec_.local_rank;
   group_->connect(Among::kMachine, fmt::format("machine/{}", machine), place, local_size, true);
   group_->connect(Among::kPeers, fmt::format("peers/{}", place), machine, size() / local_size, false);
@@ -248,13 +250,13 @@ Wait World::begin(std::vector<at::Tensor> tensors, const Start& start) {
   try {
     return [this, lost, tensors, work = start()] {
       const Clock::time_point since = Clock::now();
-      group_->watch->set_waiting(true);
+      group_->watch->set_waiting(Waiting::kForOthers);
       try {
         work->wait();
       } catch (const std::exception& error) {
         throw lost(error);
       }
-      group_->watch->set_waiting(false);
+      group_->watch->set_waiting(Waiting::kNo);
       waited_ms_ += std::chrono::duration<double, std::milli>(Clock::now() - since).count();
     };
   } catch (const std::exception& error) {
@@ -277,9 +279,16 @@ Wait World::all_gather(at::Tensor out, at::Tensor in, Among among) {
   return begin({out, in}, [&] { return group_->backend(among)._allgather_base(out, in); });
 }
 
+void World::wait_for_device() {
+  if (!group_ || group_->device.is_cpu()) return;
+  group_->watch->set_waiting(Waiting::kForOthers);
+  c10::impl::VirtualGuardImpl(group_->device.type()).getStream(group_->device).synchronize();
+  group_->watch->set_waiting(Waiting::kNo);
+}
+
 double World::take_waited_ms() { return std::exchange(waited_ms_, 0); }
 
-std::vector<std::string> World::exchange(const std::string& channel, const std::string& mine) {
+std::vector<std::string> World::exchange(const std::string& channel, const std::string& mine, bool is_patient) {
   if (!group_) return {mine};
   int64_t number = 0;
   {
@@ -290,7 +299,8 @@ std::vector<std::string> World::exchange(const std::string& channel, const std::
     return fmt::format("{}/{}/{}", channel, n, what);
   };
   const bool is_training_thread = channel != "save";
-  if (is_training_thread) group_->watch->set_waiting(true);
+  if (is_training_thread)
+    group_->watch->set_waiting(is_patient && !is_first() ? Waiting::kPatiently : Waiting::kForOthers);
   const std::optional<Clock::time_point> deadline =
       channel == "join"
           ? std::optional(Clock::now() + std::chrono::milliseconds(static_cast<int64_t>(timeout_s_ * 1000)))
@@ -308,7 +318,7 @@ std::vector<std::string> World::exchange(const std::string& channel, const std::
     group_->texts->set(key(number, std::to_string(rank())), mine);
     all = unpack_texts(group_->await(key(number, "all"), deadline));
   }
-  if (is_training_thread) group_->watch->set_waiting(false);
+  if (is_training_thread) group_->watch->set_waiting(Waiting::kNo);
   return all;
 }
 

@@ -25,7 +25,7 @@ struct PeerError : DistributedError {
   using DistributedError::DistributedError;
 };
 
-// Waits for a collective that was begun. On a GPU the current stream waits, not the caller.
+// Waits for a collective that was begun. On a GPU the current stream waits, not the caller: see wait_for_device.
 using Wait = std::function<void()>;
 
 // Whom a collective is among: all ranks, those of this rank's machine, or those that have this rank's place
@@ -54,8 +54,9 @@ class World {
   // "4 ranks on 2 machines, gloo, started by torchrun".
   std::string describe() const;
 
-  // Before collectives among a machine's ranks, or among peers; all ranks call it. Throws ConfigError where
-  // the machines do not have the same number of ranks, numbered machine by machine.
+  // Before collectives among a machine's ranks, or among peers; all ranks call it. Where there is one machine, or one rank
+  // on each, there are no such groups. Throws ConfigError where the machines do not have the same number of ranks, numbered
+  // machine by machine.
   void split_by_machine();
 
   // Collectives on dense tensors of the group's device. `sum` leaves the same bits on every rank.
@@ -64,18 +65,24 @@ class World {
   Wait reduce_scatter(at::Tensor out, at::Tensor in, Among among = Among::kAll);
   // out [ranks * n] from each rank's in [n]; `in` may be the rank's own part of `out`.
   Wait all_gather(at::Tensor out, at::Tensor in, Among among = Among::kAll);
+  // Until a GPU has come through all that was begun, collectives included: before the host reads back what depends on
+  // them, so that the watch knows whom this rank waits for. Nothing on a CPU.
+  void wait_for_device();
   int64_t num_collectives() const { return num_collectives_; }
   // Of the whole tensors that collectives were about: the summed one, the scattered one, the gathered one.
   int64_t num_bytes() const { return num_bytes_; }
   double take_waited_ms();  // spent in Wait since the last call
 
   // Every rank's text, in the order of ranks. Ranks call it in the same order per channel; a channel may be
-  // used by one thread at a time. Throws PeerError when a rank has failed meanwhile.
-  std::vector<std::string> exchange(const std::string& channel, const std::string& mine);
-  std::string from_first(const std::string& text) { return exchange("main", text).front(); }
-  void barrier() { exchange("main", ""); }
+  // used by one thread at a time. Throws PeerError when a rank has failed meanwhile. `is_patient`: however long the first
+  // rank takes, it is not stuck.
+  std::vector<std::string> exchange(const std::string& channel, const std::string& mine, bool is_patient = false);
+  // After work that the first rank does for all, which may take long (checksums of a checkpoint, writing a model). That it
+  // died meanwhile is noticed as ever; that it hangs there is not.
+  std::string from_first(const std::string& text) { return exchange("main", text, /*is_patient=*/true).front(); }
+  void barrier() { exchange("main", "", /*is_patient=*/true); }
 
-  // Says where this rank is, for the watch and for messages. `is_waiting`: for other ranks.
+  // Says where this rank is, for the watch and for messages.
   void at(int64_t step, const char* phase);
   // Tells the others that this rank fails with `error`, from any thread. The first failure of any rank
   // counts.
