@@ -41,6 +41,9 @@ class Arena {
     ::madvise(base_, size_, MADV_HUGEPAGE);  // where it is refused, small pages do
   }
 
+  // Not where the system grants no such range (ulimit -v, vm.overcommit_memory 2).
+  bool is_there() const { return base_ != nullptr; }
+
   void* take(size_t bytes) {
     const size_t size = (bytes + kUnit - 1) / kUnit * kUnit;
     const std::lock_guard lock(mutex_);
@@ -155,7 +158,7 @@ void free_any(void* block) {
 class CachingAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    if (bytes < kSmall) {
+    if (bytes < kSmall || !arena().is_there()) {
       void* block = c10::alloc_cpu(bytes);
       return {block, block, &free_small, c10::Device(c10::kCPU)};
     }

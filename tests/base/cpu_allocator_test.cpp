@@ -3,9 +3,13 @@
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
+#include <fstream>
 #include <thread>
 #include <vector>
 
@@ -77,6 +81,24 @@ TEST_F(CpuAllocator, ServesManyThreads) {
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(wrong, 0);
+}
+
+// In a process of its own, which may have 2 GiB of addresses more than it has.
+TEST_F(CpuAllocator, DoesWithoutAnArenaWhereAddressesAreLimited) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto allocate = [] {
+    rlim_t pages = 0;
+    std::ifstream("/proc/self/statm") >> pages;
+    const rlim_t limit = pages * static_cast<rlim_t>(::sysconf(_SC_PAGE_SIZE)) + (rlim_t{2} << 30);
+    const rlimit limits{limit, limit};
+    if (::setrlimit(RLIMIT_AS, &limits) != 0) ::_exit(1);
+    {
+      const at::Tensor held = block(64);
+      std::memset(held.data_ptr(), 1, held.nbytes());
+    }
+    ::_exit(cpu_memory().peak_live_bytes == 0 ? 0 : 2);
+  };
+  EXPECT_EXIT(allocate(), testing::ExitedWithCode(0), "");
 }
 
 }  // namespace
