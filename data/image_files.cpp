@@ -1,12 +1,30 @@
 // Where records' images lie, and whether they are there: the parts of record.h that look at the file system.
 #include <fmt/ranges.h>
 
+#include <string_view>
+#include <unordered_map>
+
 #include "base/error.h"
 #include "base/files.h"
 #include "data/image_format.h"
 #include "data/record.h"
 
 namespace caldera {
+namespace {
+
+// What is wrong with a picture, "" where nothing is.
+std::string fault_of(const std::filesystem::path& folder, const std::string& image) {
+  try {
+    const MappedFile file(image_path(folder, image));
+    const auto bytes = file.bytes();
+    probe_image({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, file.path().string());
+    return "";
+  } catch (const Error& error) {
+    return error.what();
+  }
+}
+
+}  // namespace
 
 std::filesystem::path image_path(const std::filesystem::path& folder, const std::string& image) {
   const fs::path relative(image);
@@ -31,22 +49,20 @@ std::filesystem::path image_path(const std::filesystem::path& folder, const std:
 }
 
 void check_images(const std::vector<Record>& records, const std::filesystem::path& folder,
-                  const std::string& source) {
-  constexpr size_t kMaxListed = 10;
+                  const std::string& source, const std::function<void()>& progress) {
+  constexpr size_t kMaxListed = 10, kRecordsBetweenCalls = 1000;
+  std::unordered_map<std::string_view, std::string> fault_by_image;  // many records may share one
   std::vector<std::string> faults;
   int64_t num_faults = 0;
   for (size_t i = 0; i < records.size(); ++i) {
+    if (progress && i % kRecordsBetweenCalls == 0) progress();
     for (const std::string& image : records[i].images) {
-      try {
-        const MappedFile file(image_path(folder, image));
-        const auto bytes = file.bytes();
-        probe_image({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, file.path().string());
-      } catch (const Error& error) {
-        ++num_faults;
-        if (faults.size() < kMaxListed) {
-          faults.push_back(fmt::format("  record {} (id \"{}\"): {}", i, records[i].id, error.what()));
-        }
-      }
+      const auto [known, is_new] = fault_by_image.try_emplace(image);
+      if (is_new) known->second = fault_of(folder, image);
+      if (known->second.empty()) continue;
+      ++num_faults;
+      if (faults.size() < kMaxListed)
+        faults.push_back(fmt::format("  record {} (id \"{}\"): {}", i, records[i].id, known->second));
     }
   }
   if (num_faults == 0) return;

@@ -216,24 +216,33 @@ bool Loader::next(StepData& data) {
   return true;
 }
 
-std::vector<PackedBatch> pack_all(const std::vector<Record>& records,
-                                  const std::filesystem::path& image_folder, const SampleFormat& format,
-                                  int64_t max_tokens_per_micro_batch) {
-  std::vector<PackedBatch> batches;
-  std::vector<Sample> open;
+PackedRecords pack_all(const std::vector<Record>& records, const std::filesystem::path& image_folder,
+                       const SampleFormat& format, int64_t max_tokens_per_micro_batch, int rank,
+                       int num_ranks) {
+  PackedRecords packed;
+  // 1. Where batches begin, and the last one ends: the texts tell.
+  std::vector<size_t> bounds;
   int64_t num_tokens = 0;
-  for (const Record& record : records) {
-    Sample sample = make_sample(record, image_folder, format);
-    const auto length = static_cast<int64_t>(sample.input_ids.size());
-    if (!open.empty() && num_tokens + length > max_tokens_per_micro_batch) {
-      batches.push_back(pack(std::exchange(open, {}), /*for_loss=*/true));
+  for (size_t i = 0; i < records.size(); ++i) {
+    const Sample text = make_sample_text(records[i], format);
+    const auto length = static_cast<int64_t>(text.input_ids.size());
+    if (bounds.empty() || num_tokens + length > max_tokens_per_micro_batch) {
+      bounds.push_back(i);
       num_tokens = 0;
     }
     num_tokens += length;
-    open.push_back(std::move(sample));
+    packed.num_supervised += text.num_supervised();
   }
-  if (!open.empty()) batches.push_back(pack(open, /*for_loss=*/true));
-  return batches;
+  packed.num_batches = std::ssize(bounds);
+  bounds.push_back(records.size());
+  // 2. This rank's, pictures and all.
+  for (auto b = static_cast<size_t>(rank); b + 1 < bounds.size(); b += static_cast<size_t>(num_ranks)) {
+    std::vector<Sample> samples;
+    for (size_t i = bounds[b]; i < bounds[b + 1]; ++i)
+      samples.push_back(make_sample(records[i], image_folder, format));
+    packed.batches.push_back(pack(samples, /*for_loss=*/true));
+  }
+  return packed;
 }
 
 }  // namespace caldera

@@ -52,9 +52,14 @@ class Loader {
   std::unique_ptr<State> state_;
 };
 
-// All records in order as packed batches, for validation and scoring.
-std::vector<PackedBatch> pack_all(const std::vector<Record>& records,
-                                  const std::filesystem::path& image_folder, const SampleFormat& format,
-                                  int64_t max_tokens_per_micro_batch);
+// Records in order as packed batches, for validation. Where there are several ranks they take turns: a rank
+// makes every num_ranks-th batch, from that of its own number on.
+struct PackedRecords {
+  std::vector<PackedBatch> batches;             // this rank's
+  int64_t num_batches = 0, num_supervised = 0;  // of all ranks
+};
+PackedRecords pack_all(const std::vector<Record>& records, const std::filesystem::path& image_folder,
+                       const SampleFormat& format, int64_t max_tokens_per_micro_batch, int rank = 0,
+                       int num_ranks = 1);
 
 }  // namespace caldera

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 #include <filesystem>
+#include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -16,8 +18,10 @@ struct Record {
   std::string id;
   std::vector<std::string> images;  // paths relative to the image folder; empty: text only
   std::vector<Turn> turns;          // human first, then alternating
-  // The record's raw extra fields that evaluation uses: "type" of question (empty where absent).
+  // Extra fields that evaluation uses: "type" of question (empty where absent), and "held_out", whether it
+  // asks for what training never showed.
   std::string type;
+  std::optional<bool> held_out = {};
 };
 
 // A list in one .json, or .jsonl. Throws DataError "FILE: record N (id "..."): what, expected, got" for a
@@ -30,8 +34,9 @@ std::vector<Record> read_records(const std::filesystem::path& file);
 std::filesystem::path image_path(const std::filesystem::path& folder, const std::string& image);
 
 // Every image exists and begins and ends as a picture of its kind does (signature, size, end marker); the
-// first 10 that do not are listed in one DataError.
+// first 10 that do not are listed in one DataError. A name is looked at once, however many records show it; `progress`
+// is called before every thousandth record, the first one too, for those who must show signs of life.
 void check_images(const std::vector<Record>& records, const std::filesystem::path& folder,
-                  const std::string& source);
+                  const std::string& source, const std::function<void()>& progress = {});
 
 }  // namespace caldera

@@ -25,7 +25,9 @@ std::vector<fs::path> step_folders(const fs::path& stage_folder) {
   if (!fs::is_directory(parent)) return folders;
   for (const auto& entry : fs::directory_iterator(parent)) {
     const std::string name = entry.path().filename().string();
-    if (name.starts_with("step-") && name.find(".tmp-") == std::string::npos) folders.push_back(entry.path());
+    const bool is_step =
+        name.starts_with("step-") && name.find_first_not_of("0123456789", 5) == std::string::npos;
+    if (is_step) folders.push_back(entry.path());
   }
   std::sort(folders.rbegin(), folders.rend());
   return folders;
@@ -51,6 +53,7 @@ Json write_share(const fs::path& folder, const CheckpointShare& share, const Wor
     write_json(folder / "trainer_state.json",
                {{"step", share.state.step},
                 {"seed", share.state.seed},
+                {"num_samples", share.state.num_samples ? Json(*share.state.num_samples) : Json()},
                 {"eval_loss", share.state.eval_loss ? Json(*share.state.eval_loss) : Json()},
                 {"recipe", share.state.recipe}});
     write_json(folder / "caldera.json", share.state.caldera);
@@ -106,6 +109,9 @@ void write_checkpoint(const fs::path& stage_folder, const CheckpointShare& share
     remove_leftovers(parent);
     write_folder_atomic(parent / name, fill);
     write_file_atomic(stage_folder / "latest", name + "\n");
+    // The run went back to an earlier one: it would be taken for the newest, and push this one out.
+    for (const fs::path& folder : step_folders(stage_folder))
+      if (folder.filename().string() > name) remove_folder(folder);
     // All that were the best once it came are still there, so the best of these is the best of all.
     const std::optional<fs::path> best = kept.save_best ? best_checkpoint(stage_folder) : std::nullopt;
     if (best)
@@ -212,9 +218,10 @@ std::optional<fs::path> best_checkpoint(const fs::path& stage_folder) {
 CheckpointState read_checkpoint_state(const fs::path& folder) {
   try {
     const Json state = read_json(folder / "trainer_state.json");
-    const Json eval_loss = state.value("eval_loss", Json());
+    const Json eval_loss = state.value("eval_loss", Json()), num_samples = state.value("num_samples", Json());
     return {.step = state.at("step").get<int64_t>(),
             .seed = state.at("seed").get<uint64_t>(),
+            .num_samples = num_samples.is_null() ? std::nullopt : std::optional(num_samples.get<int64_t>()),
             .eval_loss = eval_loss.is_number() ? std::optional(eval_loss.get<double>()) : std::nullopt,
             .recipe = state.at("recipe").get<std::string>(),
             .caldera = read_json(folder / "caldera.json")};

@@ -5,7 +5,7 @@
 //     model.safetensors      float32 masters of what trains, whole, HF names
 //     optimizer.safetensors  exp_avg.NAME, exp_avg_sq.NAME; where ranks share the state, a file for each part
 //                            instead, optimizer-00001-of-00004.safetensors, with NAME@BEGIN
-//     trainer_state.json     step, seed, validation loss and the stage's recipe
+//     trainer_state.json     step, seed, number of samples, validation loss and the stage's recipe
 //     caldera.json           how to build the model around it (BuildSpec, ModelCard)
 //     manifest.json          size and XXH3-128 of each of the above
 //   STAGE/latest, STAGE/best   names of the newest step's folder, and of the one with the lowest validation loss
@@ -29,6 +29,7 @@ namespace caldera {
 struct CheckpointState {
   int64_t step = 0;  // steps done
   uint64_t seed = 0;
+  std::optional<int64_t> num_samples;  // of the data, whose order depends on it; older checkpoints do not say
   std::optional<double> eval_loss;  // validation loss after that step, where it was measured
   std::string recipe;               // recipe_part() of the stage: a run goes on only with what it began with
   Json caldera;                     // {"build": BuildSpec, "card": ModelCard}
@@ -48,9 +49,10 @@ struct KeptCheckpoints {
   bool save_best = false;
 };
 
-// Writes step-N below stage_folder/checkpoints, then "latest" and "best", then removes what is not to be
-// kept. All ranks call it; when it returns, the checkpoint stands. Throws Error naming the path where the
-// disk does not take it, on every rank; older checkpoints are then untouched.
+// Writes step-N below stage_folder/checkpoints, then "latest" and "best", and removes what is not to be kept:
+// those of later steps, which the run left behind when it went back, and the oldest. All ranks call it; when it
+// returns, the checkpoint stands. Throws Error naming the path where the disk does not take it, on every rank;
+// older checkpoints are then untouched.
 void write_checkpoint(const std::filesystem::path& stage_folder, const CheckpointShare& share,
                       const KeptCheckpoints& kept, World& world = World::alone());
 

@@ -4,12 +4,14 @@
 
 #include <array>
 #include <bit>
+#include <cerrno>
 #include <chrono>
 #include <cstring>
 #include <sstream>
 
 #include "base/error.h"
 #include "base/files.h"
+#include "base/log.h"
 
 namespace caldera {
 
@@ -77,22 +79,44 @@ std::string event_head(int64_t step) {
   return out;
 }
 
-}  // namespace
-
-TensorBoardWriter::TensorBoardWriter(const fs::path& folder, int64_t first_step) {
+fs::path event_file(const fs::path& folder) {
   char host[256] = "host";
   ::gethostname(host, sizeof host - 1);
   const auto now = std::chrono::system_clock::now().time_since_epoch();
-  const fs::path path =
-      folder / fmt::format("events.out.tfevents.{}.{}.{}",
-                           std::chrono::duration_cast<std::chrono::milliseconds>(now).count(), host, ::getpid());
-  file_.open(path, std::ios::binary | std::ios::app);
-  CALDERA_CHECK(file_.good(), Error, "{}: cannot create", path.string());
+  return folder / fmt::format("events.out.tfevents.{}.{}.{}",
+                              std::chrono::duration_cast<std::chrono::milliseconds>(now).count(), host,
+                              ::getpid());
+}
+
+}  // namespace
+
+GrowingFile::GrowingFile(fs::path path) : path_(std::move(path)) {
+  file_.rdbuf()->pubsetbuf(nullptr, 0);  // a piece that failed does not stay behind
+  file_.open(path_, std::ios::binary | std::ios::app);
+  CALDERA_CHECK(file_.good(), Error, "{}: cannot open for appending: {}", path_.string(),
+                std::strerror(errno));
+  num_bytes_ = fs::file_size(path_);
+}
+
+void GrowingFile::append(std::string_view bytes) {
+  if (file_.write(bytes.data(), static_cast<std::streamsize>(bytes.size()))) {
+    num_bytes_ += bytes.size();
+    return;
+  }
+  if (!std::exchange(has_warned_, true))
+    log_warning("{}: cannot append: {}; what is measured meanwhile is missing there, training goes on",
+                path_.string(), std::strerror(errno));
+  file_.clear();
+  std::error_code ignored;
+  fs::resize_file(path_, num_bytes_, ignored);  // the part of it that was written
+}
+
+TensorBoardWriter::TensorBoardWriter(const fs::path& folder, int64_t first_step) : file_(event_file(folder)) {
   std::string version = event_head(0);
   put_bytes(version, 3, "brain.Event:2");
   event(version);
-  if (first_step == 0) return;
-  // SessionLog{status: START}: TensorBoard forgets points at or after this step.
+  // SessionLog{status: START}: TensorBoard forgets points at or after this step. A run that was cut off
+  // before its first checkpoint has left some, too.
   std::string start = event_head(first_step + 1);
   put_bytes(start, 7, std::string("\x08\x01", 2));
   event(start);
@@ -119,15 +143,14 @@ void TensorBoardWriter::event(const std::string& body) {
   put_raw(frame, masked_crc32c(length));
   frame += body;
   put_raw(frame, masked_crc32c(body));
-  file_.write(frame.data(), static_cast<std::streamsize>(frame.size()));
-  file_.flush();
+  file_.append(frame);
 }
 
 namespace {
 
-// Keeps the whole lines of steps that the run still stands on.
-void cut_back(const fs::path& path, int64_t resumed_step) {
-  if (!fs::exists(path)) return;
+// Keeps the whole lines of steps that the run still stands on. Returns the path.
+fs::path cut_back(const fs::path& path, int64_t resumed_step) {
+  if (!fs::exists(path)) return path;
   std::string kept;
   std::istringstream lines(read_file(path));
   for (std::string line; std::getline(lines, line);) {
@@ -135,18 +158,15 @@ void cut_back(const fs::path& path, int64_t resumed_step) {
     if (json.is_object() && json.contains("step") && json["step"].get<int64_t>() <= resumed_step) kept += line + "\n";
   }
   write_file_atomic(path, kept);
+  return path;
 }
 
 }  // namespace
 
-MetricsLog::MetricsLog(const fs::path& folder, int64_t resumed_step) : tensorboard_(folder, resumed_step) {
-  const fs::path path = folder / "metrics.jsonl";
-  cut_back(path, resumed_step);
-  file_.open(path, std::ios::app);
-  CALDERA_CHECK(file_.good(), Error, "{}: cannot open for appending", path.string());
-}
+MetricsLog::MetricsLog(const fs::path& folder, int64_t resumed_step)
+    : file_(cut_back(folder / "metrics.jsonl", resumed_step)), tensorboard_(folder, resumed_step) {}
 
-void MetricsLog::line(const Json& json) { file_ << json_line(json) << std::endl; }
+void MetricsLog::line(const Json& json) { file_.append(json_line(json) + "\n"); }
 
 void MetricsLog::step(const StepMetrics& m) {
   line(to_json(m));

@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "base/json.h"
 
@@ -24,6 +25,19 @@ struct StepMetrics {
 };
 Json to_json(const StepMetrics& metrics);
 
+// A file that grows by whole pieces. One that the disk does not take is left out, and a warning says so once.
+class GrowingFile {
+ public:
+  explicit GrowingFile(std::filesystem::path path);  // throws Error where it cannot be opened
+  void append(std::string_view bytes);
+
+ private:
+  std::filesystem::path path_;
+  std::ofstream file_;
+  uint64_t num_bytes_ = 0;
+  bool has_warned_ = false;
+};
+
 // TensorBoard's event file: TFRecord frames of Event protocol buffers with simple_value scalars.
 class TensorBoardWriter {
  public:
@@ -33,7 +47,7 @@ class TensorBoardWriter {
 
  private:
   void event(const std::string& body);
-  std::ofstream file_;
+  GrowingFile file_;
 };
 
 // metrics.jsonl and TensorBoard together. On opening, lines after step `resumed_step` and a half-written last line go.
@@ -45,7 +59,7 @@ class MetricsLog {
 
  private:
   void line(const Json& json);
-  std::ofstream file_;
+  GrowingFile file_;
   TensorBoardWriter tensorboard_;
 };
 

@@ -102,9 +102,14 @@ std::vector<FieldReference::Section> reference_sections() {
 
 Recipe read_recipe(const fs::path& file, const std::vector<std::string>& overrides) {
   CALDERA_CHECK(fs::is_regular_file(file), ConfigError, "{}: no such recipe", file.string());
+  return parse_recipe(read_file(file), file.string(), overrides);
+}
+
+Recipe parse_recipe(const std::string& yaml, const std::string& source,
+                    const std::vector<std::string>& overrides) {
   Faults faults;
-  YamlNode root = parse_yaml(read_file(file), file.string(), faults);
-  if (root.kind == YamlNode::Kind::kNull) root.where = {file.string(), 1, 1};
+  YamlNode root = parse_yaml(yaml, source, faults);
+  if (root.kind == YamlNode::Kind::kNull) root.where = {source, 1, 1};
   if (root.kind != YamlNode::Kind::kMap && root.kind != YamlNode::Kind::kRefused)
     faults.add(root.where, "",
                fmt::format("expected a recipe (model, stages, output), got {}", root.describe()));

@@ -80,7 +80,6 @@ struct StageConfig {
   bool save_best = false;
   bool async_save = false;
   int64_t eval_steps = 0;  // 0: at the end only
-  int64_t logging_steps = 1;
 
   bool uses_lora() const { return lora && lora->lora_enable; }
   bool uses_4bit() const { return uses_lora() && lora->load_in_4bit; }
@@ -120,6 +119,9 @@ struct Recipe {
 // index). All faults are collected and thrown as one ConfigError, a line each: "FILE:LINE:COLUMN:
 // path.of.key: what".
 Recipe read_recipe(const std::filesystem::path& file, const std::vector<std::string>& overrides = {});
+// The same of a text; `source` stands for the file in messages.
+Recipe parse_recipe(const std::string& yaml, const std::string& source,
+                    const std::vector<std::string>& overrides = {});
 // The resolved recipe as YAML: reading it again gives the same recipe.
 std::string dump_recipe(const Recipe& recipe);
 // docs/recipe.md, generated.

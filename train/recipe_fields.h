@@ -137,8 +137,6 @@ void fields(V& v, StageConfig& c) {
     "`eval_steps`");
   v("async_save", c.async_save, "write checkpoints in the background from a copy in host memory; the same bytes");
   v("eval_steps", c.eval_steps, "steps between validation losses; 0: only at the end", at_least(0));
-  v("logging_steps", c.logging_steps, "steps between lines of progress; metrics.jsonl has every step",
-    at_least(1));
 }
 
 template <class V>
@@ -150,7 +148,7 @@ void fields(V& v, EvaluationConfig& c) {
   v("image_folder", c.image_folder, "folder that the records' image paths start from");
   v("conversation_template", c.conversation_template, "how questions are put; as in `stages.NAME.data`",
     required());
-  v("max_questions", c.max_questions, "the first so many are asked", at_least(1));
+  v("max_questions", c.max_questions, "at most so many are asked, drawn evenly from the file", at_least(1));
   v("max_new_tokens", c.max_new_tokens, "longest answer, in tokens", at_least(1));
   v("num_sheet", c.num_sheet, "pictures on the sheet of examples", range(0, 1000));
 }

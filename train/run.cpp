@@ -15,16 +15,39 @@
 namespace caldera {
 namespace {
 
-StageData prepare_data(const Recipe& recipe, const StageConfig& stage) {
+using Check = std::function<void(const Record&)>;
+
+// Reads a file's records and checks their pictures and each record itself.
+std::vector<Record> read_checked(const std::string& path, const std::string& image_folder, World& world,
+                                 const Check& check_record) {
+  const auto show_life = [&] { world.at(0, "reading the data"); };
+  show_life();
+  std::vector<Record> records = read_records(path);
+  CALDERA_CHECK(!records.empty(), DataError, "{}: holds no sample", path);
+  check_images(records, image_folder, path, show_life);
+  for (size_t i = 0; i < records.size(); ++i) {
+    try {
+      check_record(records[i]);
+    } catch (const DataError& error) {
+      throw DataError(fmt::format("{}: record {} (id \"{}\"): {}", path, i, records[i].id, error.what()));
+    }
+  }
+  return records;
+}
+
+StageData prepare_data(const Recipe& recipe, const StageConfig& stage, World& world) {
   StageData data;
   data.format.tokenizer = load_tokenizer(tokenizer_of(recipe));
   data.format.conversation = &find_template(stage.data.conversation_template);
   data.format.image_aspect_ratio = stage.data.image_aspect_ratio;
   data.format.model_max_length = stage.data.model_max_length;
   const auto read = [&](const std::string& path) {
-    std::vector<Record> records = read_records(path);
-    CALDERA_CHECK(!records.empty(), DataError, "{}: holds no sample", path);
-    check_images(records, stage.data.image_folder, path);
+    std::vector<Record> records =
+        read_checked(path, stage.data.image_folder, world, [&](const Record& record) {
+          data.format.conversation->render(record.turns, /*for_generation=*/false);
+        });
+    // Asks for the template's control tokens.
+    tokenize(records.front(), *data.format.conversation, *data.format.tokenizer);
     return records;
   };
   data.records = std::make_shared<const std::vector<Record>>(read(stage.data.data_path));
@@ -32,7 +55,24 @@ StageData prepare_data(const Recipe& recipe, const StageConfig& stage) {
   return data;
 }
 
-// Settings that may change when a run goes on: they do not touch what is computed.
+// What the evaluation at the run's end reads: its faults are known before hours of training.
+void check_evaluation(const Recipe& recipe, World& world) {
+  const EvaluationConfig& config = *recipe.evaluation;
+  const ConversationTemplate& conversation = find_template(config.conversation_template);
+  for (const std::string& path : {config.data_path, config.captions_path}) {
+    if (path.empty()) continue;
+    const std::vector<Record> records =
+        read_checked(path, config.image_folder, world, [&](const Record& record) {
+          CALDERA_CHECK(record.turns.size() >= 2 && !record.turns.back().from_human, DataError,
+                        "expected a question and its answer last, got no answer");
+          conversation.render(record.turns, /*for_generation=*/false);
+        });
+    tokenize(records.front(), conversation, *load_tokenizer(tokenizer_of(recipe)));
+  }
+}
+
+// Settings that may change when a run goes on: they do not touch what is computed. logging_steps is an option
+// no longer, but stands in older checkpoints.
 bool may_change(const std::string& yaml_line) {
   constexpr std::array kKeys = {"save_steps:",
                                 "save_total_limit:",
@@ -43,27 +83,41 @@ bool may_change(const std::string& yaml_line) {
                                 "gradient_checkpointing:",
                                 "budget_gb:",
                                 "offload_optimizer:",
+                                "offload_activations:",
                                 "dataloader_num_workers:",
                                 "eval_data_path:"};
   const std::string line = strip(yaml_line);
   return std::any_of(kKeys.begin(), kKeys.end(), [&](const char* key) { return line.starts_with(key); });
 }
 
-void check_same_recipe(const fs::path& checkpoint, const CheckpointState& state, const Recipe& recipe,
+// `before`: recipe_part() of a stage as it was begun, which stands in `where`.
+void check_same_recipe(const fs::path& where, const std::string& before, const Recipe& recipe,
                        const StageConfig& stage) {
   const auto lines_of = [](const std::string& yaml) {
     std::vector<std::string> lines = split(yaml, "\n");
     std::erase_if(lines, may_change);
     return lines;
   };
-  const std::vector<std::string> before = lines_of(state.recipe), now = lines_of(recipe_part(recipe, stage));
-  for (size_t i = 0; i < std::max(before.size(), now.size()); ++i) {
-    const std::string old_line = i < before.size() ? before[i] : "", new_line = i < now.size() ? now[i] : "";
-    CALDERA_CHECK(old_line == new_line, ConfigError,
+  const std::vector<std::string> old_lines = lines_of(before), lines = lines_of(recipe_part(recipe, stage));
+  for (size_t i = 0; i < std::max(old_lines.size(), lines.size()); ++i) {
+    const std::string old_line = i < old_lines.size() ? old_lines[i] : "",
+                      line = i < lines.size() ? lines[i] : "";
+    CALDERA_CHECK(old_line == line, ConfigError,
                   "{}: stage {} was begun with \"{}\", the recipe now says \"{}\"; set it back, or start "
                   "anew with --resume never",
-                  checkpoint.string(), stage.name, strip(old_line), strip(new_line));
+                  where.string(), stage.name, strip(old_line), strip(line));
   }
+}
+
+// A finished stage is not trained again, so it must be what the recipe says.
+void check_finished(const fs::path& folder, const Recipe& recipe, const StageConfig& stage) {
+  const fs::path file = folder / "recipe.yaml";
+  if (!fs::exists(file)) return;  // a model that was put there
+  std::vector<std::string> lines = split(read_file(file), "\n");
+  std::erase_if(lines, [](const std::string& line) { return strip(line).starts_with("logging_steps:"); });
+  const Recipe before = parse_recipe(join(lines, "\n"), file.string());
+  for (const StageConfig& old : before.stages)
+    if (old.name == stage.name) check_same_recipe(file, recipe_part(before, old), recipe, stage);
 }
 
 void move_aside(const fs::path& folder) {
@@ -76,7 +130,7 @@ void move_aside(const fs::path& folder) {
 }
 
 std::optional<fs::path> checkpoint_to_resume(const Recipe& recipe, const StageConfig& stage,
-                                             const std::string& resume) {
+                                             const std::string& resume, int64_t num_samples) {
   const fs::path folder = fs::path(recipe.output) / stage.name;
   std::optional<fs::path> checkpoint;
   if (resume == "auto") {
@@ -85,7 +139,15 @@ std::optional<fs::path> checkpoint_to_resume(const Recipe& recipe, const StageCo
     verify_checkpoint(resume);
     checkpoint = resume;
   }
-  if (checkpoint) check_same_recipe(*checkpoint, read_checkpoint_state(*checkpoint), recipe, stage);
+  if (!checkpoint) return std::nullopt;
+  const CheckpointState state = read_checkpoint_state(*checkpoint);
+  check_same_recipe(*checkpoint, state.recipe, recipe, stage);
+  const int64_t num_before = state.num_samples.value_or(num_samples);
+  CALDERA_CHECK(
+      num_before == num_samples, DataError,
+      "{}: stage {} was begun with {} samples, {} now holds {}, and would deal them in another order; "
+      "set the file back, or start anew with --resume never",
+      checkpoint->string(), stage.name, num_before, stage.data.data_path, num_samples);
   return checkpoint;
 }
 
@@ -93,6 +155,12 @@ std::optional<fs::path> checkpoint_to_resume(const Recipe& recipe, const StageCo
 std::string once(World& world, const std::function<std::string()>& work) {
   return world.from_first(world.is_first() ? work() : "");
 }
+
+struct StageInPlan {
+  size_t index = 0;  // in the recipe
+  StageData data;
+  std::string checkpoint;  // to go on from; "": none
+};
 
 Outcome run_stages(const Recipe& recipe, const RunOptions& options, TrainingObserver& observer,
                    const std::function<int()>& stop_requested, World& world) {
@@ -105,52 +173,63 @@ Outcome run_stages(const Recipe& recipe, const RunOptions& options, TrainingObse
       suggestion(options.only_stage, names));
 
   for (const StageConfig& stage : recipe.stages)
-    CALDERA_CHECK(recipe.distributed.strategy != "zero3" || !world.has_group() || stage.gradient_checkpointing,
-                  ConfigError,
-                  "distributed.strategy zero3 has a block's weights only while it runs: also set "
-                  "stages.{}.gradient_checkpointing: true",
-                  stage.name);
+    CALDERA_CHECK(
+        recipe.distributed.strategy != "zero3" || !world.has_group() || stage.gradient_checkpointing,
+        ConfigError,
+        "distributed.strategy zero3 has a block's weights only while it runs: also set "
+        "stages.{}.gradient_checkpointing: true",
+        stage.name);
 
   // What is there already, and what will be needed: all of it is looked at before the first step.
-  world.at(0, "reading the data");
-  std::vector<size_t> to_do;
-  std::vector<StageData> data;
+  std::vector<StageInPlan> to_do;
   for (size_t i = 0; i < recipe.stages.size(); ++i) {
     const StageConfig& stage = recipe.stages[i];
-    if (!options.only_stage.empty() && stage.name != options.only_stage) continue;
+    const bool is_asked_for = options.only_stage.empty() || stage.name == options.only_stage;
+    world.at(0, "looking for finished stages");
     const std::string finished = once(world, [&] {
-      if (options.resume == "never") move_aside(output / stage.name);
-      return fs::exists(output / stage.name / "final") ? (output / stage.name / "final").string()
-                                                       : std::string();
+      const fs::path folder = output / stage.name;
+      if (is_asked_for && options.resume == "never") move_aside(folder);
+      if (!fs::exists(folder / "final")) return std::string();
+      check_finished(folder, recipe, stage);
+      return (folder / "final").string();
     });
-    if (!finished.empty()) {
-      log_info("stage {} is finished: {}", stage.name, finished);
-      continue;
-    }
-    to_do.push_back(i);
-    data.push_back(prepare_data(recipe, stage));
+    if (is_asked_for && finished.empty()) to_do.push_back({.index = i});
+    if (is_asked_for && !finished.empty()) log_info("stage {} is finished: {}", stage.name, finished);
+    if (stage.name == options.only_stage) break;
   }
-
+  std::string resume = options.resume;
+  for (StageInPlan& planned : to_do) {
+    const StageConfig& stage = recipe.stages[planned.index];
+    planned.data = prepare_data(recipe, stage, world);
+    world.at(0, "looking for a checkpoint");
+    planned.checkpoint = once(world, [&] {
+      return checkpoint_to_resume(recipe, stage, resume, std::ssize(*planned.data.records))
+          .value_or("")
+          .string();
+    });
+    resume = "auto";  // a checkpoint's folder is one of the first
+  }
+  const bool will_evaluate = options.only_stage.empty() || options.only_stage == names.back();
   once(world, [&] {
+    if (recipe.evaluation && will_evaluate) check_evaluation(recipe, world);
     fs::create_directories(output);
     remove_leftovers(output);
     write_file_atomic(output / "recipe.yaml", dump_recipe(recipe));
     write_json(output / "stages.json", names);
     return std::string();
   });
-  for (size_t k = 0; k < to_do.size(); ++k) {
-    const StageConfig& stage = recipe.stages[to_do[k]];
-    const fs::path folder = output / stage.name;
-    const std::string checkpoint = once(world, [&] {
-      const std::optional<fs::path> found = checkpoint_to_resume(recipe, stage, options.resume);
+
+  for (StageInPlan& planned : to_do) {
+    const fs::path folder = output / recipe.stages[planned.index].name;
+    once(world, [&] {
       fs::create_directories(folder);
       remove_leftovers(folder);
       write_file_atomic(folder / "recipe.yaml", dump_recipe(recipe));
-      return found ? found->string() : std::string();
+      return std::string();
     });
-    Trainer trainer(recipe, to_do[k], std::move(data[k]),
-                    checkpoint.empty() ? std::nullopt : std::optional<fs::path>(checkpoint), observer,
-                    stop_requested, world);
+    Trainer trainer(recipe, planned.index, std::move(planned.data),
+                    planned.checkpoint.empty() ? std::nullopt : std::optional<fs::path>(planned.checkpoint),
+                    observer, stop_requested, world);
     try {
       if (trainer.run() == Outcome::kStopped) return Outcome::kStopped;
     } catch (const std::exception&) {

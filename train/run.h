@@ -12,12 +12,14 @@ namespace caldera {
 struct RunOptions {
   std::string only_stage;  // "" : all
   // "auto": go on from the newest valid checkpoint, skip finished stages. "never": start anew (what is there
-  // moves aside). Anything else: a checkpoint's folder.
+  // moves aside). Anything else: a checkpoint's folder, of the first stage that is not finished; the others then
+  // go as with "auto".
   std::string resume = "auto";
   World* world = nullptr;  // none: a single process
 };
 
-// Reads and checks all the data of all stages first (records, pictures, template, tokenizer), then trains.
+// Reads and checks all the data of all stages and of the evaluation first (records, pictures, template, tokenizer),
+// then trains. A finished stage is skipped where it is what the recipe says, else ConfigError says what differs.
 // Throws before any training step what can be known before. All ranks call it alike; where one fails, the
 // others throw PeerError with its name and message.
 Outcome run_recipe(const Recipe& recipe, const RunOptions& options, TrainingObserver& observer,

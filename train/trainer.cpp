@@ -129,8 +129,14 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
   loader_ =
       std::make_unique<Loader>(data_.records, stage_.data.image_folder, data_.format, options, steps_done_);
   num_steps_ = loader_->num_steps();
-  eval_batches_ =
-      pack_all(data_.eval_records, stage_.data.image_folder, data_.format, stage_.max_tokens_per_micro_batch);
+  world_.at(0, "preparing the validation data");
+  validation_ = pack_all(data_.eval_records, stage_.data.image_folder, data_.format,
+                         stage_.max_tokens_per_micro_batch, world_.rank(), world_.size());
+  CALDERA_CHECK(data_.eval_records.empty() || validation_.num_supervised > 0, DataError,
+                "{}: its {} samples have no validation loss: every label is masked or lies behind "
+                "model_max_length {}; name other samples, or none, in stages.{}.data.eval_data_path",
+                stage_.data.eval_data_path, data_.eval_records.size(), stage_.data.model_max_length,
+                stage_.name);
   if (world_.is_first()) metrics_ = std::make_unique<MetricsLog>(folder_, steps_done_);
   checkpoints_ = std::make_unique<CheckpointWriter>(
       folder_, KeptCheckpoints{stage_.save_total_limit, stage_.save_best}, stage_.async_save, world_);
@@ -156,7 +162,8 @@ Outcome Trainer::run() {
     observer_.on_step(metrics);
 
     const bool last = steps_done_ == num_steps_;
-    if (!eval_batches_.empty() && (last || (stage_.eval_steps > 0 && steps_done_ % stage_.eval_steps == 0))) {
+    if (validation_.num_batches > 0 &&
+        (last || (stage_.eval_steps > 0 && steps_done_ % stage_.eval_steps == 0))) {
       eval_loss_ = evaluate();
       if (metrics_) metrics_->evaluation(steps_done_, *eval_loss_);
       observer_.on_evaluation(steps_done_, *eval_loss_);
@@ -282,26 +289,26 @@ StepMetrics Trainer::step(const StepData& data, double data_wait_ms) {
 
 // Each rank takes its share of the batches.
 double Trainer::evaluate() {
-  world_.at(steps_done_, "evaluating");
   double nll = 0;
   int64_t num_supervised = 0;
-  const auto size = static_cast<size_t>(world_.size());
-  for (size_t first = 0; first < eval_batches_.size(); first += size) {
-    const size_t i = first + static_cast<size_t>(world_.rank());
+  const int64_t num_rounds = (validation_.num_batches + world_.size() - 1) / world_.size();
+  for (int64_t i = 0; i < num_rounds; ++i) {
+    world_.at(steps_done_, "evaluating");
     if (sharding_) sharding_->begin_evaluation();
-    if (i >= eval_batches_.size()) {
+    if (i >= std::ssize(validation_.batches)) {
       if (sharding_) sharding_->idle_forward();
       continue;
     }
-    const PackedBatch& batch = eval_batches_[i];
+    const PackedBatch& batch = validation_.batches[static_cast<size_t>(i)];
     nll += model_->nll(batch.to(model_->device())).sum(at::kDouble).item<double>();
     num_supervised += batch.supervised_K.size(0);
   }
   const at::Tensor sums =
       at::tensor({nll, static_cast<double>(num_supervised)}, at::kDouble).to(model_->device());
   world_.sum(sums)();
+  world_.wait_for_device();
   const at::Tensor all = sums.cpu();
-  return all[1].item<double>() > 0 ? all[0].item<double>() / all[1].item<double>() : 0;
+  return all[0].item<double>() / all[1].item<double>();
 }
 
 }  // namespace caldera

@@ -97,7 +97,7 @@ class Trainer {
   std::unique_ptr<MetricsLog> metrics_;  // the first rank's
   std::unique_ptr<CheckpointWriter> checkpoints_;
   Stragglers stragglers_;
-  std::vector<PackedBatch> eval_batches_;
+  PackedRecords validation_;
   int64_t steps_done_ = 0, num_steps_ = 0;
   std::optional<double> eval_loss_;  // of the weights as they are now
   int stop_signal_ = 0;

@@ -30,6 +30,7 @@ void Trainer::save_checkpoint() {
   const bool in_parts = sharding_ && !sharding_->is_replicated();
   CheckpointShare share{.state = {.step = steps_done_,
                                   .seed = recipe_.seed,
+                                  .num_samples = static_cast<int64_t>(data_.records->size()),
                                   .eval_loss = eval_loss_,
                                   .recipe = recipe_part(recipe_, stage_),
                                   .caldera = describe()},

@@ -142,12 +142,46 @@ TEST(Loader, MayBeLeftAtAnyTime) {
 TEST(Loader, PackAllKeepsTheOrder) {
   const auto records = make_records(10);
   std::vector<std::string> ids;
-  for (const PackedBatch& batch : pack_all(*records, kPictures, fake_format(), 40)) {
+  const PackedRecords packed = pack_all(*records, kPictures, fake_format(), 40);
+  EXPECT_EQ(packed.num_batches, std::ssize(packed.batches));
+  int64_t num_supervised = 0;
+  for (const PackedBatch& batch : packed.batches) {
+    num_supervised += batch.supervised_K.numel();
     EXPECT_LE(batch.num_tokens(), 40);
     ids.insert(ids.end(), batch.sample_ids.begin(), batch.sample_ids.end());
   }
   ASSERT_EQ(ids.size(), 10u);
   for (size_t i = 0; i < 10; ++i) EXPECT_EQ(ids[i], fmt::format("r{}", i));
+  EXPECT_EQ(packed.num_supervised, num_supervised);
+}
+
+TEST(Loader, RanksTakeTurnsInPackAll) {
+  auto records = make_records(10);
+  const PackedRecords whole = pack_all(*records, kPictures, fake_format(), 40);
+  ASSERT_GT(whole.num_batches, 3);
+  for (const int num_ranks : {2, 3, 20}) {
+    int64_t num_batches = 0;
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      const PackedRecords mine = pack_all(*records, kPictures, fake_format(), 40, rank, num_ranks);
+      EXPECT_EQ(mine.num_batches, whole.num_batches);
+      EXPECT_EQ(mine.num_supervised, whole.num_supervised);
+      num_batches += std::ssize(mine.batches);
+      for (size_t i = 0; i < mine.batches.size(); ++i) {
+        const PackedBatch &got = mine.batches[i],
+                          &expected = whole.batches[i * static_cast<size_t>(num_ranks) + static_cast<size_t>(rank)];
+        EXPECT_EQ(got.sample_ids, expected.sample_ids);
+        EXPECT_TRUE(at::equal(got.input_ids_T, expected.input_ids_T));
+        EXPECT_TRUE(at::equal(got.pixels_ICYX, expected.pixels_ICYX));
+      }
+    }
+    EXPECT_EQ(num_batches, whole.num_batches);
+  }
+  // A rank decodes its own pictures alone: another's may be broken.
+  (*records)[1].images = {"missing.png"};
+  ASSERT_THAT(whole.batches[0].sample_ids, ::testing::Contains("r1"));
+  EXPECT_THAT(error_of<DataError>([&] { pack_all(*records, kPictures, fake_format(), 40, 0, 2); }),
+              HasSubstr("record \"r1\""));
+  EXPECT_EQ(error_of<DataError>([&] { pack_all(*records, kPictures, fake_format(), 40, 1, 2); }), "accepted");
 }
 
 TEST(Loader, RanksShareTheSameSteps) {

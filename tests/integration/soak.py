@@ -56,7 +56,7 @@ try:
     every = options.steps // 100
     command = runs.start(options.ranks) + runs.train(
         "soak", "ddp" if options.ranks == 1 else "zero2", "--stage", "pretrain", f"stages.pretrain.eval_steps={every}", global_batch_size=2,
-        max_steps=options.steps, save_steps=every, save_total_limit=2, async_save="true", logging_steps=every)
+        max_steps=options.steps, save_steps=every, save_total_limit=2, async_save="true")
     process = subprocess.Popen(command, cwd=ROOT, env=environment() | {"MALLOC_ARENA_MAX": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = runs.work / "soak/pretrain/metrics.jsonl"
     seen = {}  # process -> [(step, bytes, open files)]

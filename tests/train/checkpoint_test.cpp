@@ -104,6 +104,22 @@ TEST_F(CheckpointTest, KeepsTheBestBesideTheNewest) {
   EXPECT_FALSE(fs::exists(folder_ / "best"));
 }
 
+// Of the run as it was before it went back, nothing later is left: it would push out what is written now.
+TEST_F(CheckpointTest, GoingBackToAnEarlierOneAbandonsTheLater) {
+  write(5, {.save_best = true}, 2.0);
+  write(10, {.save_best = true}, 1.0);
+  write_file_atomic(step(10) / "model.safetensors", "damaged");
+  EXPECT_EQ(newest_checkpoint(folder_), step(5));
+  fs::create_directories(folder_ / "checkpoints" / "step-00000009-mine");
+  write(7, {.save_total_limit = 1, .save_best = true}, 1.5);
+  EXPECT_EQ(newest_checkpoint(folder_), step(7));
+  EXPECT_EQ(read_file(folder_ / "latest"), "step-00000007\n");
+  EXPECT_EQ(read_file(folder_ / "best"), "step-00000007\n");
+  EXPECT_FALSE(fs::exists(step(10)));
+  EXPECT_FALSE(fs::exists(step(5)));
+  EXPECT_TRUE(fs::exists(folder_ / "checkpoints" / "step-00000009-mine"));  // not ours
+}
+
 TEST_F(CheckpointTest, EveryFlippedByteIsFoundAndTheOneBeforeIsUsed) {
   write(1);
   write(2);

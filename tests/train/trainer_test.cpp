@@ -135,9 +135,75 @@ TEST_F(TrainerTest, AChangedRecipeIsNotResumed) {
   changed.stages[0].optimizer.learning_rate = 5e-3;
   EXPECT_THAT([&] { train(changed); },
               ThrowsMessage<ConfigError>(HasSubstr("the recipe now says \"learning_rate: 0.005\"")));
-  changed.stages[0].save_steps = 1;  // touches nothing that is computed
+  EXPECT_THAT(read_file(fs::path(changed.output) / "recipe.yaml"), HasSubstr("learning_rate: 0.01"));
   changed.stages[0].optimizer.learning_rate = 1e-2;
+  // These touch nothing that is computed.
+  changed.stages[0].save_steps = 1;
+  changed.stages[0].gradient_checkpointing = true;
+  changed.stages[0].memory = {.budget_gb = 1000, .offload_optimizer = true, .offload_activations = true};
   EXPECT_EQ(train(changed).size(), 4u);
+}
+
+TEST_F(TrainerTest, AFinishedStageOfAChangedRecipeIsNotReused) {
+  Recipe two = recipe("a");
+  two.stages.push_back(two.stages[0]);
+  two.stages[1].name = "second";
+  train(two);
+  const fs::path output = two.output;
+  // An option of earlier versions is no change.
+  const std::string yaml = read_file(output / "finetune" / "recipe.yaml");
+  const size_t line = yaml.find("  eval_steps:");
+  ASSERT_NE(line, std::string::npos);
+  write_file_atomic(output / "finetune" / "recipe.yaml",
+                    yaml.substr(0, line) + "  logging_steps: 1\n" + yaml.substr(line));
+  two.stages[0].save_steps = 7;
+  two.stages[0].memory.offload_activations = true;
+  EXPECT_EQ(train(two).size(), 0u);
+
+  two.stages[0].optimizer.learning_rate = 5e-3;
+  const std::string before = read_file(output / "recipe.yaml");
+  EXPECT_THAT([&] { train(two); },
+              ThrowsMessage<ConfigError>(AllOf(HasSubstr("finetune/recipe.yaml: stage finetune was begun with"),
+                                               HasSubstr("the recipe now says \"learning_rate: 0.005\""),
+                                               HasSubstr("--resume never"))));
+  // The second stage alone would start from it too.
+  Recorder recorder;
+  EXPECT_THROW(run_recipe(two, {.only_stage = "second"}, recorder, [] { return 0; }), ConfigError);
+  EXPECT_EQ(read_file(output / "recipe.yaml"), before);
+  EXPECT_EQ(train(two, "never").size(), 12u);
+}
+
+TEST_F(TrainerTest, ACheckpointsFolderIsOfTheFirstStageThatIsNotFinished) {
+  Recipe two = recipe("a");
+  two.stages.push_back(two.stages[0]);
+  two.stages[1].name = "second";
+  two.stages[0].save_total_limit = 2;
+  two.stages[0].save_steps = 2;
+  int steps = 0;
+  train(two, "auto", [&] { return ++steps == 3; });
+  const fs::path step = fs::path(two.output) / "finetune" / "checkpoints" / "step-00000002";
+  EXPECT_EQ(train(two, step.string()).size(), 4u + 6u);
+  EXPECT_EQ(outcome_, Outcome::kFinished);
+}
+
+TEST_F(TrainerTest, DataOfAnotherLengthIsNotResumed) {
+  const Recipe stopped = recipe("a");
+  int steps = 0;
+  train(stopped, "auto", [&] { return ++steps == 2; });
+  Json records = read_json(folder_.path() / "test.json");
+  records.erase(3);
+  write_json(folder_.path() / "test.json", records);
+  EXPECT_THAT([&] { train(stopped); },
+              ThrowsMessage<DataError>(AllOf(HasSubstr("was begun with 4 samples"),
+                                             HasSubstr("test.json now holds 3"))));
+  // Older checkpoints do not say how many there were.
+  const fs::path step = fs::path(stopped.output) / "finetune" / "checkpoints" / "step-00000002";
+  Json state = read_json(step / "trainer_state.json"), manifest = read_json(step / "manifest.json");
+  state.erase("num_samples");
+  manifest["files"].erase("trainer_state.json");
+  write_json(step / "trainer_state.json", state);
+  write_json(step / "manifest.json", manifest);
+  EXPECT_EQ(train(stopped).size(), 4u);
 }
 
 TEST_F(TrainerTest, StartingAnewMovesWhatIsThereAside) {
@@ -154,6 +220,51 @@ TEST_F(TrainerTest, WhatCanBeKnownBeforeIsSaidBeforeTheFirstStep) {
   fs::remove(folder_.path() / "images" / "red.png");
   EXPECT_THAT([&] { train(two); }, ThrowsMessage<DataError>(HasSubstr("red.png")));
   EXPECT_FALSE(fs::exists(fs::path(two.output) / "finetune" / "metrics.jsonl"));
+}
+
+TEST_F(TrainerTest, TheEvaluationsDataIsCheckedBeforeTheFirstStep) {
+  Recipe evaluated = recipe("a");
+  evaluated.evaluation = EvaluationConfig{.data_path = (folder_.path() / "absent.json").string(),
+                                          .image_folder = (folder_.path() / "images").string(),
+                                          .conversation_template = "v1"};
+  EXPECT_THAT([&] { train(evaluated); }, ThrowsMessage<DataError>(HasSubstr("absent.json")));
+  evaluated.evaluation->data_path = (folder_.path() / "test.json").string();
+  Json records = read_json(folder_.path() / "test.json");
+  records[1]["conversations"].erase(1);
+  write_json(folder_.path() / "captions.json", records);
+  evaluated.evaluation->captions_path = (folder_.path() / "captions.json").string();
+  EXPECT_THAT([&] { train(evaluated); },
+              ThrowsMessage<DataError>(HasSubstr("captions.json: record 1 (id \"q1\"): expected a question")));
+  EXPECT_FALSE(fs::exists(evaluated.output));
+  evaluated.evaluation->captions_path = "";
+  EXPECT_EQ(train(evaluated).size(), 6u);
+}
+
+TEST_F(TrainerTest, ARecordThatTheTemplateRefusesIsNamedBeforeTheFirstStep) {
+  Json records = read_json(folder_.path() / "test.json");
+  Json& turns = records[2]["conversations"];
+  turns.push_back({{"from", "human"}, {"value", "And?"}});
+  turns.push_back({{"from", "gpt"}, {"value", "No more."}});
+  write_json(folder_.path() / "test.json", records);
+  Recipe plain = recipe("a");
+  EXPECT_EQ(train(plain).size(), 6u);
+  plain.output = recipe("b").output;
+  plain.stages[0].data.conversation_template = "plain";
+  EXPECT_THAT([&] { train(plain); },
+              ThrowsMessage<DataError>(AllOf(HasSubstr("test.json: record 2 (id \"q2\"): template plain"),
+                                             HasSubstr("got 4 turns"))));
+  EXPECT_FALSE(fs::exists(plain.output));
+}
+
+TEST_F(TrainerTest, ValidationDataWithNothingToLearnIsRefused) {
+  Json records = read_json(folder_.path() / "test.json");
+  Json& question = records[0]["conversations"][0]["value"];
+  question = question.get<std::string>() + std::string(1000, 'x');  // its answer is cut off
+  write_json(folder_.path() / "eval.json", Json::array({records[0]}));
+  Recipe validated = recipe("a");
+  validated.stages[0].data.eval_data_path = (folder_.path() / "eval.json").string();
+  EXPECT_THAT([&] { train(validated); },
+              ThrowsMessage<DataError>(HasSubstr("eval.json: its 1 samples have no validation loss")));
 }
 
 }  // namespace
