@@ -77,22 +77,23 @@ fs::path temporary_name(const fs::path& path) { return fmt::format("{}.tmp-{}", 
 std::string read_file(const fs::path& path) {
   const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor < 0) fail("open", path);
+  // The size is a guess: a pipe has none. One byte more shows the end without growing.
+  constexpr size_t kUnknownBytes = 1 << 16;
   struct stat status {};
-  std::string bytes;
-  if (::fstat(descriptor, &status) == 0 && S_ISDIR(status.st_mode))
-    errno = EISDIR;
-  else
-    bytes.resize(static_cast<size_t>(std::max<off_t>(status.st_size, 0)));
+  const bool is_known = ::fstat(descriptor, &status) == 0 && S_ISREG(status.st_mode) && status.st_size > 0;
+  std::string bytes(is_known ? static_cast<size_t>(status.st_size) + 1 : kUnknownBytes, '\0');
   size_t done = 0;
-  while (done < bytes.size()) {
-    const ssize_t count = ::read(descriptor, bytes.data() + done, bytes.size() - done);
-    if (count < 0 && errno == EINTR) continue;
-    if (count <= 0) break;
-    done += static_cast<size_t>(count);
-  }
+  ssize_t count = 0;
+  do {
+    if (done == bytes.size()) bytes.resize(2 * bytes.size());
+    count = ::read(descriptor, bytes.data() + done, bytes.size() - done);
+    if (count > 0) done += static_cast<size_t>(count);
+  } while (count > 0 || (count < 0 && errno == EINTR));
+  const int reason = errno;
   ::close(descriptor);
-  if (S_ISDIR(status.st_mode)) fail("read", path);
-  if (done != bytes.size()) fail("read", path);
+  errno = reason;
+  if (count < 0) fail("read", path);
+  bytes.resize(done);
   return bytes;
 }
 
@@ -137,7 +138,8 @@ void write_file_atomic(const fs::path& path, std::string_view bytes) {
   file.commit();
 }
 
-void write_folder_atomic(const fs::path& path, const std::function<void(const fs::path&)>& fill) {
+void write_folder_atomic(const fs::path& named, const std::function<void(const fs::path&)>& fill) {
+  const fs::path path = named.has_filename() ? named : named.parent_path();  // beside "out/" is not in it
   const fs::path temporary = temporary_name(path);
   fs::remove_all(temporary);
   fs::create_directories(temporary);

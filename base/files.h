@@ -12,7 +12,8 @@ namespace caldera {
 
 namespace fs = std::filesystem;
 
-// The whole file. Throws Error naming the file and the system's reason.
+// The whole file, up to its end: also of a pipe, whose size is not known before. Throws Error naming the file
+// and the system's reason.
 std::string read_file(const fs::path& path);
 
 // A file under construction: bytes go to "PATH.tmp-PID", commit() flushes it to disk, renames it to PATH and
@@ -37,7 +38,7 @@ void write_file_atomic(const fs::path& path, std::string_view bytes);
 
 // Builds a folder beside its place: fill(temporary folder), flush every file in it, rename to `path`
 // (replacing what is there), flush the parent. After a crash `path` is the old folder, the new one, or
-// absent; never a mixture.
+// absent; never a mixture. A final '/' changes nothing.
 void write_folder_atomic(const fs::path& path, const std::function<void(const fs::path&)>& fill);
 
 // Removes a folder with all that is in it; killed in between, it is whole or gone.

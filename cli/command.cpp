@@ -59,11 +59,12 @@ std::function<void(int64_t, int64_t)> progress_line(const std::string& what) {
   return [what, line = progress_line()](int64_t done, int64_t total) { line(what, done, total); };
 }
 
-void check_out_folder(const fs::path& out, const std::string& marker) {
+void check_out_folder(const fs::path& out, bool is_ours) {
   CALDERA_CHECK(!fs::exists(out) || fs::is_directory(out), ConfigError, "--out {}: is a file; name a folder",
                 out.string());
-  CALDERA_CHECK(!fs::exists(out) || fs::is_empty(out) || fs::exists(out / marker), ConfigError,
-                "--out {}: holds other files, which would be replaced; name a new folder", out.string());
+  CALDERA_CHECK(!fs::exists(out) || fs::is_empty(out) || is_ours, ConfigError,
+                "--out {}: holds files that this command did not write and would replace; name a new folder",
+                out.string());
 }
 
 }  // namespace caldera

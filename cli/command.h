@@ -48,8 +48,8 @@ std::function<void(const std::string& what, int64_t done, int64_t total)> progre
 // The same for a single job.
 std::function<void(int64_t done, int64_t total)> progress_line(const std::string& what);
 
-// A folder that will be written as a whole must not exist, be empty, or be an earlier result (hold `marker`):
+// A folder that will be written as a whole must not exist, be empty, or be an earlier result (`is_ours`):
 // writing it replaces what is there. Throws ConfigError.
-void check_out_folder(const std::filesystem::path& out, const std::string& marker);
+void check_out_folder(const std::filesystem::path& out, bool is_ours);
 
 }  // namespace caldera

@@ -114,11 +114,11 @@ void setup_make_scenes(CLI::App& command) {
       ->check(CLI::Range(1, 10000000))
       ->capture_default_str();
   command.add_option("--image-size", scenes.image_size_px, "edge in pixels")
-      ->check(CLI::Range(16, 4096))
+      ->check(CLI::Range(32, 4096))
       ->capture_default_str();
   command.add_option("--seed", scenes.seed, "another seed, other pictures")->capture_default_str();
   command.callback([options] {
-    check_out_folder(options->out, "finetune.json");
+    check_out_folder(options->out, fs::exists(fs::path(options->out) / "finetune.json"));
     make_scenes(options->out, options->scenes);
   });
 }

@@ -18,9 +18,10 @@ struct HeldoutCommand {
 };
 
 void heldout(const HeldoutCommand& command) {
+  const HeldoutData data = read_heldout(command.evaluation);
   ModelSession session = open_model(command.session);
-  const HeldoutResult result =
-      evaluate_heldout(*session.model, session.format, command.evaluation, {.progress = progress_line()});
+  const HeldoutResult result = evaluate_heldout(*session.model, session.format, command.evaluation, data,
+                                                {.progress = progress_line()});
   const Json json = to_json(result, 0);
   fmt::print("{}\n", json.dump(2, ' ', false, Json::error_handler_t::replace));
   if (command.out.empty()) return;

@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "base/files.h"
+#include "base/json.h"
 #include "base/strings.h"
 #include "cli/command.h"
 #include "data/template.h"
@@ -13,6 +14,9 @@
 
 namespace caldera {
 namespace {
+
+constexpr const char* kExportFile = "export.json";
+constexpr const char* kWrittenBy = "caldera export";
 
 constexpr const ExportFormat* kFormats[] = {
     &kExportHf,
@@ -51,7 +55,7 @@ void export_model(const ExportOptionsGiven& given) {
   if (&format == &kExportPeft && !given.merge) return export_adapter(given);
   format.check(given);
   if (!given.conversation_template.empty()) find_template(given.conversation_template);
-  check_out_folder(given.out, format.marker);
+  check_export_folder(given.out);
 
   // Where the weights lie in files as they are, they stay there until each is written.
   std::optional<MappedModel> mapped;
@@ -61,10 +65,30 @@ void export_model(const ExportOptionsGiven& given) {
   const std::unique_ptr<Tokenizer> tokenizer = load_tokenizer(tokenizer_path(loaded.folder));
   const ExportJob job = {given, loaded, mapped ? mapped->values : TensorValues(), *tokenizer,
                          chat_template_of(loaded.card, *tokenizer)};
-  write_folder_atomic(given.out, [&](const fs::path& folder) { format.write(job, folder); });
+  write_export(given, [&](const fs::path& folder) { format.write(job, folder); });
 }
 
 }  // namespace
+
+// Other programs' model folders have a config.json as well: only what the folder says of itself tells.
+void check_export_folder(const std::string& out) {
+  const fs::path file = fs::path(out) / kExportFile;
+  bool is_ours = false;
+  if (fs::is_regular_file(file)) {
+    const Json json = Json::parse(read_file(file), nullptr, /*allow_exceptions=*/false);
+    is_ours = json.is_object() && json.contains("written_by") && json["written_by"] == kWrittenBy;
+  }
+  check_out_folder(out, is_ours);
+}
+
+void write_export(const ExportOptionsGiven& given, const std::function<void(const fs::path&)>& fill) {
+  write_folder_atomic(given.out, [&](const fs::path& folder) {
+    fill(folder);
+    write_json(
+        folder / kExportFile,
+        {{"written_by", kWrittenBy}, {"format", given.format}, {"dtype", given.dtype}, {"part", given.part}});
+  });
+}
 
 at::ScalarType float_dtype(const std::string& name) {
   if (name == "f32" || name == "float32") return at::kFloat;

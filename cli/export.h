@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <string>
 
 #include "data/tokenizer.h"
@@ -30,8 +31,7 @@ struct ExportJob {
 
 struct ExportFormat {
   const char* name;
-  const char* help;    // one line
-  const char* marker;  // a file that every result holds: a folder without it is not replaced
+  const char* help;  // one line
   // Refuses (ConfigError) what the format cannot hold, of the command line alone: before anything is loaded.
   void (*check)(const ExportOptionsGiven& given);
   // Writes all files into an existing folder that nobody sees yet.
@@ -42,6 +42,13 @@ extern const ExportFormat kExportHf, kExportLlava, kExportPeft, kExportGguf;
 
 // --format peft without --merge: the adapter alone, which needs no model.
 void export_adapter(const ExportOptionsGiven& given);
+
+// Refuses (ConfigError) an --out that holds anything but an earlier export.
+void check_export_folder(const std::string& out);
+// Writes --out as a whole: what fill() writes, and export.json, by which a later export knows that it may
+// replace the folder.
+void write_export(const ExportOptionsGiven& given,
+                  const std::function<void(const std::filesystem::path&)>& fill);
 
 // --dtype of the formats without quantised types. Throws ConfigError.
 at::ScalarType float_dtype(const std::string& name);

@@ -60,16 +60,10 @@ void write(const ExportJob& job, const std::filesystem::path& folder) {
     save_gguf_mmproj(model, options, folder / tower_file);
   }
   write_model_readme(model, job.loaded.card, gguf_usage(decoder_file, tower_file), folder);
-  write_json(folder / "export.json", {{"format", "gguf"},
-                                      {"dtype", job.given.dtype},
-                                      {"model", decoder_file},
-                                      {"mmproj", tower_file},
-                                      {"card", to_json(job.loaded.card)}});
 }
 
 }  // namespace
 
-const ExportFormat kExportGguf = {"gguf", "what llama.cpp loads, decoder and mmproj", "export.json", check,
-                                  write};
+const ExportFormat kExportGguf = {"gguf", "what llama.cpp loads, decoder and mmproj", check, write};
 
 }  // namespace caldera

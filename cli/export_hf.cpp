@@ -15,8 +15,10 @@ void write(const ExportJob& job, const std::filesystem::path& folder) {
   LlavaModel& model = *job.loaded.model;
   if (job.given.part == "vision_tower")
     return save_hf_component(model, job.given.part, dtype, folder, job.given.max_shard_bytes, job.values);
-  const int64_t image_token_id = job.tokenizer.save(folder, job.chat_template);
-  if (job.given.part == "language_model")
+  // A decoder by itself has no row for <image>.
+  const bool is_whole = job.given.part.empty();
+  const int64_t image_token_id = job.tokenizer.save(folder, job.chat_template, /*add_image_token=*/is_whole);
+  if (!is_whole)
     return save_hf_component(model, job.given.part, dtype, folder, job.given.max_shard_bytes, job.values);
   save_hf_llava(model, job.loaded.card,
                 {.dtype = dtype,
@@ -31,6 +33,6 @@ void write(const ExportJob& job, const std::filesystem::path& folder) {
 
 }  // namespace
 
-const ExportFormat kExportHf = {"hf", "what transformers loads", "config.json", check, write};
+const ExportFormat kExportHf = {"hf", "what transformers loads", check, write};
 
 }  // namespace caldera

@@ -38,7 +38,6 @@ void write(const ExportJob& job, const std::filesystem::path& folder) {
 
 }  // namespace
 
-const ExportFormat kExportLlava = {"llava", "what the original LLaVA's code loads", "config.json", check,
-                                   write};
+const ExportFormat kExportLlava = {"llava", "what the original LLaVA's code loads", check, write};
 
 }  // namespace caldera

@@ -2,7 +2,6 @@
 #include "base/error.h"
 #include "base/files.h"
 #include "base/log.h"
-#include "cli/command.h"
 #include "cli/export.h"
 #include "model/weights/adapters.h"
 #include "model/weights/json_fields.h"
@@ -35,7 +34,7 @@ std::string base_of(const ExportOptionsGiven& given, const Adapter& adapter, con
 
 void export_adapter(const ExportOptionsGiven& given) {
   check(given);
-  check_out_folder(given.out, "adapter_config.json");
+  check_export_folder(given.out);
   const fs::path source = resolve_model_folder(given.model);
   Adapter adapter = read_adapter(source);
   Json caldera = read_card(source);
@@ -48,7 +47,7 @@ void export_adapter(const ExportOptionsGiven& given) {
     caldera.erase("build");
     caldera.erase("tokenizer");
   }
-  write_folder_atomic(given.out, [&](const fs::path& folder) {
+  write_export(given, [&](const fs::path& folder) {
     write_peft_adapter(adapter, /*for_decoder=*/!given.part.empty(), float_dtype(given.dtype), folder);
     if (!caldera.empty()) write_json(folder / "caldera.json", caldera);
   });
@@ -56,7 +55,6 @@ void export_adapter(const ExportOptionsGiven& given) {
 
 const ExportFormat kExportPeft = {.name = "peft",
                                   .help = "the adapter of a LoRA stage as PEFT loads it; with --merge as hf",
-                                  .marker = "config.json",
                                   .check = check,
                                   .write = write_merged};
 

@@ -49,6 +49,7 @@ void generate_one(const GenerateCommand& command) {
 
 void generate_many(const GenerateCommand& command) {
   const std::vector<Record> records = read_records(command.data);
+  check_images(records, command.image_folder, command.data);
   AtomicFile file(command.out);
   ModelSession session = open_model(command.session);
   const std::vector<std::string> answers =

@@ -23,13 +23,12 @@ void write_taps(const ScoreCommand& command, const std::vector<Record>& records,
   std::vector<Sample> samples;
   for (size_t i = 0; i < std::min(records.size(), static_cast<size_t>(command.taps_samples)); ++i)
     samples.push_back(make_sample(records[i], command.image_folder, session.format));
-  CALDERA_CHECK(!samples.empty(), DataError, "{}: holds no sample whose activations could be written",
-                command.data);
   write_safetensors(command.taps, record_taps(*session.model, pack(samples)));
 }
 
 void score(const ScoreCommand& command) {
   const std::vector<Record> records = read_records(command.data);
+  check_images(records, command.image_folder, command.data);
   AtomicFile file(command.out);
   ModelSession session = open_model(command.session);
   if (!command.taps.empty()) write_taps(command, records, session);

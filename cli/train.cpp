@@ -2,6 +2,7 @@
 // One process, or one of the ranks that caldera launch, torchrun, mpirun or srun started.
 #include "cli/train.h"
 
+#include <algorithm>
 #include <csignal>
 #include <cstdlib>
 
@@ -45,13 +46,17 @@ void print_summary(const Recipe& recipe, const HeldoutResult& result) {
       row(held_out ? "new kinds" : "known kinds", tally);
   }
   const fs::path output = recipe.output;
-  fmt::print(stderr, "\n  {}\n  {}\n", (output / "report.html").string(), (output / "sheet.png").string());
-  if (!result.answers.empty())
-    fmt::print(
-        stderr, "\nask it more:\n  build/caldera generate --model {} --image {} --prompt {}\n",
-        shell_quote(output.string()),
-        shell_quote((fs::path(recipe.evaluation->image_folder) / result.answers.front().image).string()),
-        shell_quote(result.answers.front().question));
+  const auto shown = std::find_if(result.answers.begin(), result.answers.end(),
+                                  [](const HeldoutAnswer& answer) { return !answer.image.empty(); });
+  const bool has_picture = shown != result.answers.end();
+  fmt::print(stderr, "\n  {}\n", (output / "report.html").string());
+  if (has_picture && recipe.evaluation->num_sheet > 0)
+    fmt::print(stderr, "  {}\n", (output / "sheet.png").string());
+  if (has_picture)
+    fmt::print(stderr, "\nask it more:\n  build/caldera generate --model {} --image {} --prompt {}\n",
+               shell_quote(output.string()),
+               shell_quote((fs::path(recipe.evaluation->image_folder) / shown->image).string()),
+               shell_quote(shown->question));
 }
 
 // Ends a rank whose training thread is stuck; called on the thread that watches over the ranks.

@@ -148,7 +148,8 @@ ImageHeader probe_tiff(const Reader& file, const std::string& where) {
   };
   CALDERA_CHECK(read(2, 2) == 42, DataError, "{}: BigTIFF is not supported; convert it to PNG or JPEG",
                 where);
-  int64_t samples = 1;
+  constexpr int64_t kFloat = 3;
+  int64_t samples = 1, orientation = 1, sample_format = 1;
   bool has_extra = false;
   const int64_t directory = read(4, 4), num_entries = read(directory, 2);
   for (int64_t i = 0; i < num_entries; ++i) {
@@ -158,9 +159,22 @@ ImageHeader probe_tiff(const Reader& file, const std::string& where) {
     if (tag == 256) header.width = value;
     if (tag == 257) header.height = value;
     if (tag == 258) header.bits_per_sample = read(entry + 4, 4) > 2 ? read(read(entry + 8, 4), 2) : value;
+    if (tag == 274) orientation = value;
     if (tag == 277) samples = value;
     if (tag == 338) has_extra = true;
+    if (tag == 339) sample_format = read(entry + 4, 4) > 2 ? read(read(entry + 8, 4), 2) : value;
   }
+  CALDERA_CHECK(
+      orientation <= 4, DataError,
+      "{}: a TIFF that lies on its side (orientation {}); only upright ones are supported: convert it to "
+      "PNG or JPEG",
+      where, orientation);
+  const int64_t most_bits = has_extra ? 8 : 16;
+  CALDERA_CHECK(
+      header.bits_per_sample <= most_bits && sample_format != kFloat, DataError,
+      "{}: a TIFF of {} channels with {} bits each{}; supported are whole numbers of up to 8 bits, and "
+      "of 16 without alpha: convert it to an 8-bit PNG",
+      where, samples, header.bits_per_sample, sample_format == kFloat ? " (floating point)" : "");
   header.is_gray = samples == 1;
   header.has_alpha = samples == 4 && has_extra;
   return header;

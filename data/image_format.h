@@ -21,9 +21,9 @@ struct ImageHeader {
 };
 
 // Reads signature and size, and checks that the file is whole: JPEG up to its end marker (bytes after it are
-// allowed, as PIL allows them), PNG up to IEND, GIF up to its first frame's end, the length that WebP and BMP state. Touches few pages of a
-// mapped file. Throws DataError "WHERE: what" for an unknown format, a truncated file, or more than
-// kMaxImagePixels.
+// allowed, as PIL allows them), PNG up to IEND, GIF up to its first frame's end, the length that WebP and BMP
+// state. Touches few pages of a mapped file. Throws DataError "WHERE: what" for an unknown format, a
+// truncated file, more than kMaxImagePixels, or a TIFF whose orientation or samples are not supported.
 ImageHeader probe_image(std::string_view bytes, const std::string& where);
 
 }  // namespace caldera

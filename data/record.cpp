@@ -3,7 +3,6 @@
 #include <simdjson.h>
 
 #include <algorithm>
-#include <optional>
 #include <string_view>
 
 #include "base/error.h"
@@ -62,6 +61,10 @@ class RecordReader {
     record.images = read_images(element);
     record.turns = read_turns(element);
     if (const auto type = field(element, "type")) record.type = text(*type, "\"type\"");
+    if (const auto mark = field(element, "held_out")) {
+      check(mark->is_bool(), "\"held_out\": expected true or false, got {}", type_name(*mark));
+      record.held_out = bool(*mark);
+    }
     check_placeholders(record);
     return record;
   }

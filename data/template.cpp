@@ -144,4 +144,14 @@ std::vector<int64_t> stop_ids(const ConversationTemplate& conversation, const To
   return ids;
 }
 
+std::vector<std::string> stop_texts(const ConversationTemplate& conversation, const Tokenizer& tokenizer) {
+  std::vector<std::string> texts;
+  for (const std::string& stop : conversation.stop_tokens) {
+    const int64_t id = tokenizer.token_id(stop);
+    const bool is_control = id >= 0 && tokenizer.decode(std::span(&id, 1)).empty();
+    if (!is_control) texts.push_back(stop);
+  }
+  return texts;
+}
+
 }  // namespace caldera

@@ -27,7 +27,7 @@ struct ConversationTemplate {
   // Renders turns (human first). With `for_generation` the last turn must be human's, and the text ends where the answer
   // would begin. Adjacent text segments are tokenised as one string, as LLaVA does.
   std::vector<Segment> (*render)(const std::vector<Turn>& turns, bool for_generation);
-  // Control tokens that end an answer.
+  // Control tokens, or plain text, that end an answer.
   std::vector<std::string> stop_tokens;
   // The same template as a Jinja chat template, for the exported folder ("" where it has none).
   const char* jinja;
@@ -52,6 +52,10 @@ TokenizedSample tokenize(const Record& record, const ConversationTemplate& conve
 // The prompt for an answer to the last human turn.
 std::vector<int64_t> tokenize_prompt(const std::vector<Turn>& turns, const ConversationTemplate& conversation,
                                      const Tokenizer& tokenizer);
+// Ids that end an answer; of plain text, the token it begins with in the middle of a text.
 std::vector<int64_t> stop_ids(const ConversationTemplate& conversation, const Tokenizer& tokenizer);
+// The ends that are plain text ("\n", "###"): a token may hold more than them (".\n"), so only the decoded
+// text tells.
+std::vector<std::string> stop_texts(const ConversationTemplate& conversation, const Tokenizer& tokenizer);
 
 }  // namespace caldera

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "base/error.h"
-#include "base/rng.h"
 #include "base/strings.h"
 #include "data/image.h"
 
@@ -15,6 +14,7 @@ GenerateOptions generate_options(const LlavaModel& model, const SampleFormat& fo
   const Tokenizer& tokenizer = *format.tokenizer;
   GenerateOptions generated;
   generated.max_new_tokens = options.max_new_tokens;
+  generated.max_length = format.model_max_length;
   generated.temperature = options.temperature;
   generated.top_p = options.top_p;
   generated.seed = options.seed;
@@ -27,9 +27,42 @@ GenerateOptions generate_options(const LlavaModel& model, const SampleFormat& fo
   return generated;
 }
 
+// With its images expanded. Throws DataError where no room is left for an answer.
 int64_t prompt_length(const std::vector<int64_t>& ids, const SampleFormat& format) {
   const auto num_images = std::count(ids.begin(), ids.end(), kImageTokenIndex);
-  return static_cast<int64_t>(ids.size()) + num_images * (format.image_spec.num_image_tokens - 1);
+  const int64_t length =
+      static_cast<int64_t>(ids.size()) + num_images * (format.image_spec.num_image_tokens - 1);
+  CALDERA_CHECK(length < format.model_max_length, DataError,
+                "the prompt takes {} tokens and the model holds {}: shorten it", length,
+                format.model_max_length);
+  return length;
+}
+
+// Where the first of these texts begins in `text`; its end where none does.
+size_t find_stop(const std::string& text, const std::vector<std::string>& stops) {
+  size_t end = text.size();
+  for (const std::string& stop : stops) end = std::min(end, text.find(stop));
+  return end;
+}
+
+// Answers in words, cut at the template's stop, without white space around.
+std::vector<std::string> generate_words(LlavaModel& model, const PackedBatch& prompts,
+                                        const SampleFormat& format, GenerateOptions options) {
+  const Tokenizer& tokenizer = *format.tokenizer;
+  const std::vector<std::string> stops = stop_texts(*format.conversation, tokenizer);
+  std::vector<std::vector<int64_t>> so_far(static_cast<size_t>(prompts.num_samples()));
+  if (!stops.empty())
+    options.on_token = [&](size_t s, int64_t token) {
+      so_far[s].push_back(token);
+      const std::string text = tokenizer.decode(so_far[s]);
+      return find_stop(text, stops) == text.size();
+    };
+  std::vector<std::string> answers;
+  for (const std::vector<int64_t>& ids : generate(model, prompts.to(model.device()), options)) {
+    const std::string text = tokenizer.decode(ids);
+    answers.push_back(strip(text.substr(0, find_stop(text, stops))));
+  }
+  return answers;
 }
 
 }  // namespace
@@ -37,7 +70,7 @@ int64_t prompt_length(const std::vector<int64_t>& ids, const SampleFormat& forma
 std::vector<Turn> question_turns(const Record& record) {
   std::vector<Turn> turns = record.turns;
   if (!turns.empty() && !turns.back().from_human) turns.pop_back();
-  CALDERA_CHECK(!turns.empty(), DataError, "record \"{}\": no human turn to answer", record.id);
+  CALDERA_CHECK(!turns.empty(), DataError, "no human turn to answer");
   return turns;
 }
 
@@ -46,12 +79,8 @@ Sample make_prompt(const std::string& id, const std::vector<Turn>& turns, std::v
   const std::vector<int64_t> ids = tokenize_prompt(turns, *format.conversation, *format.tokenizer);
   const auto num_images = std::count(ids.begin(), ids.end(), kImageTokenIndex);
   CALDERA_CHECK(num_images == static_cast<int64_t>(pixels.size()), DataError,
-                "\"{}\": {} {} placeholders for {} pictures", id, num_images, kImagePlaceholder,
-                pixels.size());
-  const int64_t length = prompt_length(ids, format);
-  CALDERA_CHECK(length < format.model_max_length, DataError,
-                "\"{}\": the prompt takes {} tokens and the model holds {}: shorten it", id, length,
-                format.model_max_length);
+                "{} {} placeholders for {} pictures", num_images, kImagePlaceholder, pixels.size());
+  prompt_length(ids, format);  // leaves room
   Sample sample;
   sample.id = id;
   for (const int64_t token : ids)
@@ -66,51 +95,53 @@ Sample make_prompt(const std::string& id, const std::vector<Turn>& turns, std::v
 std::string answer(LlavaModel& model, const std::vector<Turn>& turns, const std::vector<at::Tensor>& pixels,
                    const SampleFormat& format, const AnswerOptions& options) {
   const at::NoGradGuard no_grad;
-  const Sample prompt = make_prompt("prompt", turns, pixels, format);
-  GenerateOptions generated = generate_options(model, format, options);
-  generated.max_new_tokens = std::min(
-      generated.max_new_tokens, format.model_max_length - static_cast<int64_t>(prompt.input_ids.size()));
-  return strip(format.tokenizer->decode(generate(model, pack({prompt}).to(model.device()), generated).at(0)));
+  const PackedBatch prompt = pack({make_prompt("prompt", turns, pixels, format)});
+  return generate_words(model, prompt, format, generate_options(model, format, options)).at(0);
 }
 
 std::vector<std::string> answer_records(LlavaModel& model, const std::vector<Record>& records,
                                         const std::filesystem::path& image_folder, const SampleFormat& format,
                                         const AnswerOptions& options, const Progress& progress) {
   const at::NoGradGuard no_grad;
-  std::vector<std::string> answers(records.size());
-  const auto record = [&](int64_t index) -> const Record& { return records[static_cast<size_t>(index)]; };
+  const auto num_records = static_cast<int64_t>(records.size());
+  if (progress) progress(0, num_records);
+  // All of them before the first answer: a prompt without an answer must not lose the others'.
+  std::vector<int64_t> lengths;
+  for (const Record& record : records)
+    lengths.push_back(for_record(record, [&] {
+      return prompt_length(tokenize_prompt(question_turns(record), *format.conversation, *format.tokenizer),
+                           format);
+    }));
   const SampleSource source = {
-      .num_samples = static_cast<int64_t>(records.size()),
+      .num_samples = num_records,
       .num_tokens =
           [&](int64_t index) {
-            const auto ids =
-                tokenize_prompt(question_turns(record(index)), *format.conversation, *format.tokenizer);
-            return prompt_length(ids, format) + options.max_new_tokens;
+            return std::min(lengths[static_cast<size_t>(index)] + options.max_new_tokens,
+                            format.model_max_length);
           },
       .make =
           [&](int64_t index) {
-            std::vector<at::Tensor> pixels;
-            for (const std::string& image : record(index).images)
-              pixels.push_back(preprocess_image(load_image(image_path(image_folder, image)),
-                                                format.image_spec, format.image_aspect_ratio));
-            return make_prompt(record(index).id, question_turns(record(index)), std::move(pixels), format);
+            const Record& record = records[static_cast<size_t>(index)];
+            return for_record(record, [&] {
+              std::vector<at::Tensor> pixels;
+              for (const std::string& image : record.images)
+                pixels.push_back(preprocess_image(load_image(image_path(image_folder, image)),
+                                                  format.image_spec, format.image_aspect_ratio));
+              return make_prompt(record.id, question_turns(record), std::move(pixels), format);
+            });
           }};
   GenerateOptions generated = generate_options(model, format, options);
+  std::vector<std::string> answers(records.size());
   int64_t done = 0;
-  visit_batches(
-      source, options.max_tokens_per_batch,
-      [&](const std::vector<int64_t>& indices, const PackedBatch& batch) {
-        int64_t longest = 0;
-        for (size_t s = 0; s < indices.size(); ++s)
-          longest = std::max(longest, batch.cu_seqlens[s + 1] - batch.cu_seqlens[s]);
-        generated.max_new_tokens = std::min(options.max_new_tokens, format.model_max_length - longest);
-        generated.seed = Rng(options.seed, indices.front()).next();  // batches draw apart from each other
-        const auto ids = generate(model, batch.to(model.device()), generated);
-        for (size_t s = 0; s < indices.size(); ++s)
-          answers[static_cast<size_t>(indices[s])] = strip(format.tokenizer->decode(ids.at(s)));
-        done += static_cast<int64_t>(indices.size());
-        if (progress) progress(done, source.num_samples);
-      });
+  visit_batches(source, options.max_tokens_per_batch,
+                [&](const std::vector<int64_t>& indices, const PackedBatch& batch) {
+                  generated.numbers = indices;
+                  std::vector<std::string> words = generate_words(model, batch, format, generated);
+                  for (size_t s = 0; s < indices.size(); ++s)
+                    answers[static_cast<size_t>(indices[s])] = std::move(words[s]);
+                  done += static_cast<int64_t>(indices.size());
+                  if (progress) progress(done, num_records);
+                });
   return answers;
 }
 

@@ -34,7 +34,8 @@ std::vector<Turn> question_turns(const Record& record);
 std::string answer(LlavaModel& model, const std::vector<Turn>& turns, const std::vector<at::Tensor>& pixels,
                    const SampleFormat& format, const AnswerOptions& options);
 
-// Answers to the last question of each record, in the records' order.
+// Answers to the last question of each record, in the records' order; the batches change nothing but
+// rounding. DataErrors name the record; a prompt that is too long throws before the first answer.
 std::vector<std::string> answer_records(LlavaModel& model, const std::vector<Record>& records,
                                         const std::filesystem::path& image_folder, const SampleFormat& format,
                                         const AnswerOptions& options, const Progress& progress = {});

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <sstream>
 #include <unordered_map>
 
 #include "base/error.h"
@@ -46,31 +45,11 @@ std::vector<Record> draw(std::vector<Record> records, int64_t limit) {
 
 std::vector<Record> read_answered(const fs::path& file, int64_t limit) {
   std::vector<Record> records = read_records(file);
-  CALDERA_CHECK(!records.empty(), DataError, "{}: holds no records", file.string());
   for (const Record& record : records)
     CALDERA_CHECK(record.turns.size() >= 2 && !record.turns.back().from_human, DataError,
                   "{}: record \"{}\": expected a question and its answer last, got no answer", file.string(),
                   record.id);
   return draw(std::move(records), limit);
-}
-
-// The "held_out" marks of a data file, by record id.
-std::unordered_map<std::string, bool> read_held_out(const fs::path& file) {
-  std::unordered_map<std::string, bool> marks;
-  const auto note = [&](const Json& record) {
-    if (!record.is_object() || !record.contains("id") || !record.contains("held_out")) return;
-    if (!record["held_out"].is_boolean()) return;
-    const Json& id = record["id"];
-    marks[id.is_string() ? id.get<std::string>() : id.dump()] = record["held_out"].get<bool>();
-  };
-  if (file.extension() == ".jsonl") {
-    std::istringstream lines(read_file(file));
-    for (std::string line; std::getline(lines, line);)
-      if (!strip(line).empty()) note(parse_json(line, file.string()));
-  } else {
-    for (const Json& record : read_json(file)) note(record);
-  }
-  return marks;
 }
 
 double nll_per_token(const std::vector<Score>& scores) {
@@ -131,26 +110,35 @@ std::vector<Record> with_other_pictures(const std::vector<Record>& records) {
   return others;
 }
 
-std::vector<std::string> blind_answers(const std::vector<Record>& records,
-                                       const std::vector<Record>& source) {
+std::vector<std::string> blind_answers(const std::vector<Record>& records) {
   std::unordered_map<std::string, AnswerCounts> by_question, by_type;
   size_t num_asked = 0;
-  for (const Record& record : source)
+  for (const Record& record : records)
     for (size_t i = 0; i + 1 < record.turns.size(); i += 2, ++num_asked)
       by_question[question_text(record.turns[i])][normalize_answer(record.turns[i + 1].value)] += 1;
   // Where no question is ever repeated, each would be its own majority and blindness would be perfect.
   if (by_question.size() == num_asked) by_question.clear();
   for (const Record& record : records) by_type[record.type][normalize_answer(last_answer(record))] += 1;
   std::vector<std::string> answers;
-  for (const Record& record : records) {
-    const auto known = by_question.find(question_text(last_question(record)));
-    answers.push_back(majority(known != by_question.end() ? known->second : by_type.at(record.type)));
-  }
+  for (const Record& record : records)
+    answers.push_back(majority(by_question.empty() ? by_type.at(record.type)
+                                                   : by_question.at(question_text(last_question(record)))));
   return answers;
 }
 
+HeldoutData read_heldout(const EvaluationConfig& config) {
+  HeldoutData data;
+  data.questions = read_answered(config.data_path, config.max_questions);
+  data.captions = config.captions_path.empty() ? data.questions
+                                               : read_answered(config.captions_path, config.max_questions);
+  std::erase_if(data.captions, [](const Record& record) { return record.images.empty(); });
+  check_images(data.questions, config.image_folder, config.data_path);
+  if (!config.captions_path.empty()) check_images(data.captions, config.image_folder, config.captions_path);
+  return data;
+}
+
 HeldoutResult evaluate_heldout(LlavaModel& model, SampleFormat format, const EvaluationConfig& config,
-                               const HeldoutOptions& options) {
+                               const HeldoutData& data, const HeldoutOptions& options) {
   const auto begin = std::chrono::steady_clock::now();
   const at::NoGradGuard no_grad;
   const auto progress = [&](const std::string& what) {
@@ -165,9 +153,7 @@ HeldoutResult evaluate_heldout(LlavaModel& model, SampleFormat format, const Eva
   HeldoutResult result;
 
   // 1. Likelihood of the captions with the right picture and with another's.
-  const fs::path captions_file = config.captions_path.empty() ? config.data_path : config.captions_path;
-  std::vector<Record> captions = read_answered(captions_file, config.max_questions);
-  std::erase_if(captions, [](const Record& record) { return record.images.empty(); });
+  const std::vector<Record>& captions = data.captions;
   if (!captions.empty()) {
     const auto nll = [&](const std::vector<Record>& records, const char* what) {
       return nll_per_token(score_records(model, records, config.image_folder, format,
@@ -180,14 +166,12 @@ HeldoutResult evaluate_heldout(LlavaModel& model, SampleFormat format, const Eva
   }
 
   // 2. Greedy answers.
-  const std::vector<Record> questions = read_answered(config.data_path, config.max_questions);
+  const std::vector<Record>& questions = data.questions;
   const std::vector<std::string> given = answer_records(
       model, questions, config.image_folder, format,
       {.max_new_tokens = config.max_new_tokens, .max_tokens_per_batch = options.max_tokens_per_batch},
       progress("answers"));
-  const std::vector<std::string> blind =
-      blind_answers(questions, options.training != nullptr ? *options.training : questions);
-  const std::unordered_map<std::string, bool> held_out = read_held_out(config.data_path);
+  const std::vector<std::string> blind = blind_answers(questions);
 
   // 3. The table.
   for (size_t i = 0; i < questions.size(); ++i) {
@@ -200,9 +184,9 @@ HeldoutResult evaluate_heldout(LlavaModel& model, SampleFormat format, const Eva
                          .expected = last_answer(record),
                          .given = given[i],
                          .blind = blind[i],
+                         .held_out = record.held_out,
                          .is_right = normalize_answer(given[i]) == expected,
                          .is_blind_right = blind[i] == expected};
-    if (const auto mark = held_out.find(record.id); mark != held_out.end()) answer.held_out = mark->second;
     count(result.all, answer);
     if (!answer.type.empty()) count(result.by_type[answer.type], answer);
     if (answer.held_out) count(result.by_held_out[*answer.held_out], answer);

@@ -44,19 +44,26 @@ struct HeldoutResult {
   double evaluation_seconds = 0;
 };
 
+// The records to measure on.
+struct HeldoutData {
+  std::vector<Record> captions;   // with pictures
+  std::vector<Record> questions;  // each with its answer last
+};
+
+// Reads config.captions_path and config.data_path (of each at most max_questions, drawn by a fixed seed) and
+// looks at their pictures: what is wrong with them shows before a model is opened. Throws DataError with the
+// file.
+HeldoutData read_heldout(const EvaluationConfig& config);
+
 struct HeldoutOptions {
-  // Where the blind baseline takes its majority answers from: the training records. Null: from the test
-  // answers themselves, which is an upper bound on what any answer without the picture can reach.
-  const std::vector<Record>* training = nullptr;
   int64_t max_tokens_per_batch = 8192;
   std::function<void(const std::string& what, int64_t done, int64_t total)> progress;
 };
 
-// Greedy answers to config.data_path and likelihoods of config.captions_path (both at most max_questions,
-// drawn by a fixed seed). `format`'s template gives way to config.conversation_template where that is set.
-// Throws DataError with the file.
+// Greedy answers to the questions and likelihoods of the captions. `format`'s template gives way to
+// config.conversation_template where that is set. Throws DataError with the record.
 HeldoutResult evaluate_heldout(LlavaModel& model, SampleFormat format, const EvaluationConfig& config,
-                               const HeldoutOptions& options = {});
+                               const HeldoutData& data, const HeldoutOptions& options = {});
 
 // What stands in results.json; `train_seconds` is the caller's.
 Json to_json(const HeldoutResult& result, double train_seconds);
@@ -73,8 +80,8 @@ std::string normalize_answer(const std::string& text);
 std::vector<Record> with_other_pictures(const std::vector<Record>& records);
 
 // The answer that never looks, for each record: the majority answer (normalised; ties: the alphabetically
-// first) to the same question in `source`. For a question that `source` does not hold, and where no question
-// of `source` is ever repeated, it is the majority answer to questions of its type in `records`.
-std::vector<std::string> blind_answers(const std::vector<Record>& records, const std::vector<Record>& source);
+// first) to the same question, or, where no question is ever repeated, to questions of its type. Taken from
+// the records themselves, it is an upper bound on what any answer without the picture can reach.
+std::vector<std::string> blind_answers(const std::vector<Record>& records);
 
 }  // namespace caldera

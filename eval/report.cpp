@@ -205,11 +205,12 @@ std::optional<HeldoutResult> evaluate_run(
   for (const StageConfig& stage : recipe.stages) report.stages.push_back(stage.name);
   if (recipe.evaluation) {
     const EvaluationConfig& config = *recipe.evaluation;
+    const HeldoutData data = read_heldout(config);
     ModelSession session = open_model({.model = output,
                                        .conversation_template = config.conversation_template,
                                        .dtype = recipe.stages.back().dtype,
                                        .device = recipe.device});
-    report.result = evaluate_heldout(*session.model, session.format, config, {.progress = progress});
+    report.result = evaluate_heldout(*session.model, session.format, config, data, {.progress = progress});
     report.image_folder = config.image_folder;
     report.num_sheet = config.num_sheet;
     write_json(output / "results.json", to_json(*report.result, report.train_seconds));

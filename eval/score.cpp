@@ -8,12 +8,15 @@ std::vector<Score> score_records(LlavaModel& model, const std::vector<Record>& r
   const at::NoGradGuard no_grad;
   std::vector<Score> scores(records.size());
   const auto record = [&](int64_t index) -> const Record& { return records[static_cast<size_t>(index)]; };
+  const auto num_records = static_cast<int64_t>(records.size());
+  if (progress) progress(0, num_records);
+  // All of them before the first is scored: a record that the template refuses must not lose the others.
+  std::vector<int64_t> lengths;
+  for (const Record& each : records)
+    lengths.push_back(for_record(each, [&] { return std::ssize(make_sample_text(each, format).input_ids); }));
   const SampleSource source = {
-      .num_samples = static_cast<int64_t>(records.size()),
-      .num_tokens =
-          [&](int64_t index) {
-            return static_cast<int64_t>(make_sample_text(record(index), format).input_ids.size());
-          },
+      .num_samples = num_records,
+      .num_tokens = [&](int64_t index) { return lengths[static_cast<size_t>(index)]; },
       .make = [&](int64_t index) { return make_sample(record(index), image_folder, format); }};
   int64_t done = 0;
   visit_batches(source, max_tokens, [&](const std::vector<int64_t>& indices, const PackedBatch& batch) {
@@ -30,7 +33,7 @@ std::vector<Score> score_records(LlavaModel& model, const std::vector<Record>& r
       row += score.num_supervised;
     }
     done += static_cast<int64_t>(indices.size());
-    if (progress) progress(done, source.num_samples);
+    if (progress) progress(done, num_records);
   });
   return scores;
 }

@@ -18,7 +18,7 @@ struct Score {
 };
 
 // One score a record, in the records' order. Batches hold at most `max_tokens` tokens, which changes nothing
-// but rounding.
+// but rounding. DataErrors name the record.
 std::vector<Score> score_records(LlavaModel& model, const std::vector<Record>& records,
                                  const std::filesystem::path& image_folder, const SampleFormat& format,
                                  int64_t max_tokens, const Progress& progress = {});

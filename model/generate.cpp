@@ -28,9 +28,9 @@ int64_t sample(const at::Tensor& logits_V, const GenerateOptions& options, doubl
   return ids.const_data_ptr<int64_t>()[choice];
 }
 
-// The next id of each row. logits float32 [S, V]; `sequence` and `position` name each row's draw.
+// The next id of each row, the `position`th of its answer. logits float32 [S, V]; `sequence` tells the rows.
 std::vector<int64_t> next_tokens(at::Tensor logits_SV, const GenerateOptions& options,
-                                 const std::vector<size_t>& sequence, const std::vector<int64_t>& position) {
+                                 const std::vector<size_t>& sequence, int64_t position) {
   const int64_t vocab = logits_SV.size(1);
   if (options.allowed_vocab > 0 && options.allowed_vocab < vocab)
     logits_SV.narrow(1, options.allowed_vocab, vocab - options.allowed_vocab).fill_(kNever);
@@ -45,7 +45,9 @@ std::vector<int64_t> next_tokens(at::Tensor logits_SV, const GenerateOptions& op
   }
   const at::Tensor host = logits_SV.cpu();
   for (size_t i = 0; i < sequence.size(); ++i) {
-    const double uniform = Rng(options.seed, sequence[i], position[i]).uniform();
+    const size_t s = sequence[i];
+    const int64_t number = options.numbers.empty() ? static_cast<int64_t>(s) : options.numbers.at(s);
+    const double uniform = Rng(options.seed, number, position).uniform();
     tokens.push_back(sample(host[static_cast<int64_t>(i)], options, uniform));
   }
   return tokens;
@@ -69,7 +71,12 @@ std::vector<std::vector<int64_t>> generate(LlavaModel& model, const PackedBatch&
   for (size_t s = 0; s < num_sequences; ++s) {
     const int64_t length = prompts.cu_seqlens[s + 1] - prompts.cu_seqlens[s];
     CALDERA_CHECK(length > 0, DataError, "prompt {} is empty: nothing to continue", s);
-    caches.push_back(language.make_cache(length + options.max_new_tokens));
+    CALDERA_CHECK(options.max_length <= 0 || length < options.max_length, DataError,
+                  "prompt {} takes {} of {} positions, which leaves none for an answer: shorten it", s,
+                  length, options.max_length);
+    int64_t longest = length + options.max_new_tokens;
+    if (options.max_length > 0) longest = std::min(longest, options.max_length);
+    caches.push_back(language.make_cache(longest));
     last_rows.push_back(prompts.cu_seqlens[s + 1] - 1);
   }
   const auto on_device = [&](const std::vector<int64_t>& values) {
@@ -86,8 +93,7 @@ std::vector<std::vector<int64_t>> generate(LlavaModel& model, const PackedBatch&
   at::Tensor hidden_SD = language.forward(model.embed(prompts), prompts.position_ids_T, prompts.cu_seqlens,
                                           on_device(last_rows), active_caches);
   for (int64_t position = 0;; ++position) {
-    const std::vector<int64_t> tokens =
-        next_tokens(head(hidden_SD), options, active, std::vector<int64_t>(active.size(), position));
+    const std::vector<int64_t> tokens = next_tokens(head(hidden_SD), options, active, position);
     std::vector<size_t> unfinished;
     std::vector<int64_t> ids, positions, cu_seqlens = {0};
     active_caches.clear();
@@ -98,6 +104,8 @@ std::vector<std::vector<int64_t>> generate(LlavaModel& model, const PackedBatch&
       if (stops) continue;
       answers[s].push_back(tokens[i]);
       if (options.on_token && !options.on_token(s, tokens[i])) continue;
+      // With the new token, which is not in the cache yet.
+      if (options.max_length > 0 && caches[s].length + 1 >= options.max_length) continue;
       unfinished.push_back(s);
       ids.push_back(tokens[i]);
       positions.push_back(caches[s].length);

@@ -11,9 +11,12 @@ namespace caldera {
 
 struct GenerateOptions {
   int64_t max_new_tokens = 512;
+  int64_t max_length = 0;  // of a prompt with its answer, each sequence for itself (0: any)
   double temperature = 0;  // 0: greedy
   double top_p = 1;
-  uint64_t seed = 0;       // with the sequence's index and position decides each draw: order and batching do not matter
+  // With the sequence's number and position decides each draw: order and batching do not matter.
+  uint64_t seed = 0;
+  std::vector<int64_t> numbers;     // each sequence's number (empty: its index)
   std::vector<int64_t> stop_ids;    // ends a sequence; not part of the answer
   int64_t allowed_vocab = 0;        // ids from here on are never produced (0: all may be)
   std::vector<int64_t> banned_ids;  // never produced (the image placeholder's id)
@@ -21,8 +24,9 @@ struct GenerateOptions {
   std::function<bool(size_t index, int64_t token)> on_token;
 };
 
-// `prompts` is a packed batch of S prompts (its supervised part is ignored). Prefill is one packed forward; each step then
-// runs all unfinished sequences as one packed row of one token each. Returns the new ids of each sequence.
+// `prompts` is a packed batch of S prompts (its supervised part is ignored). Prefill is one packed forward;
+// each step then runs all unfinished sequences as one packed row of one token each. Returns the new ids of
+// each sequence. Throws DataError for a prompt that is empty or leaves no room below max_length.
 std::vector<std::vector<int64_t>> generate(LlavaModel& model, const PackedBatch& prompts,
                                            const GenerateOptions& options);
 

@@ -9,6 +9,7 @@
 
 #include "base/files.h"
 #include "base/json.h"
+#include "data/image_format.h"
 #include "data/resize.h"
 #include "tests/data/fake_text.h"
 
@@ -58,6 +59,29 @@ std::vector<uint8_t> values_of(const at::Tensor& pixels_CYX) {
 
 at::Tensor resize_whole(const Image& image, int64_t height, int64_t width) {
   return resize_bicubic(image, {image.height, image.width}, height, width, {0, 0, height, width});
+}
+
+// The TIFF of the goldens with a number of one of its directory's entries, of 16 bits, replaced.
+std::string tiff_with(std::string bytes, uint16_t old_tag, uint16_t tag, uint16_t value) {
+  uint32_t directory = 0;
+  std::memcpy(&directory, bytes.data() + 4, 4);
+  uint16_t num_entries = 0;
+  std::memcpy(&num_entries, bytes.data() + directory, 2);
+  for (size_t i = 0; i < num_entries; ++i) {
+    char* entry = bytes.data() + directory + 2 + 12 * i;
+    uint16_t found = 0;
+    std::memcpy(&found, entry, 2);
+    if (found != old_tag) continue;
+    const uint16_t kShort = 3;
+    const uint32_t count = 1;
+    std::memcpy(entry, &tag, 2);
+    std::memcpy(entry + 2, &kShort, 2);
+    std::memcpy(entry + 4, &count, 4);
+    std::memcpy(entry + 8, &value, 2);
+    return bytes;
+  }
+  ADD_FAILURE() << "no tag " << old_tag;
+  return bytes;
 }
 
 std::string decode_error(std::string_view bytes) {
@@ -160,6 +184,25 @@ TEST(Image, EveryTruncationOfAJpegOrPngIsAnError) {
   }
   const std::string jpeg = read_file(kGoldens / "rgb.jpg");
   EXPECT_THAT(decode_error(std::string_view(jpeg).substr(0, jpeg.size() / 2)), HasSubstr("truncated"));
+}
+
+TEST(Image, ATiffThatWouldComeOutWrongIsRefusedByItsHeader) {
+  const std::string tiff = read_file(kGoldens / "rgb.tiff");
+  ASSERT_EQ(tiff.substr(0, 2), "II");
+  const auto probe_error = [](const std::string& bytes) {
+    return error_of<DataError>([&] { probe_image(bytes, "pic"); });
+  };
+  constexpr uint16_t kBits = 258, kPhotometric = 262, kOrientation = 274, kExtra = 338, kFormat = 339;
+  EXPECT_EQ(probe_error(tiff_with(tiff, kPhotometric, kOrientation, 3)), "accepted");
+  for (const uint16_t orientation : {5, 6, 7, 8})
+    EXPECT_THAT(probe_error(tiff_with(tiff, kPhotometric, kOrientation, orientation)),
+                HasSubstr(fmt::format("pic: a TIFF that lies on its side (orientation {})", orientation)));
+  EXPECT_EQ(probe_error(tiff_with(tiff, kBits, kBits, 16)), "accepted");
+  EXPECT_THAT(probe_error(tiff_with(tiff, kBits, kBits, 32)),
+              HasSubstr("pic: a TIFF of 3 channels with 32 bits each;"));
+  EXPECT_THAT(probe_error(tiff_with(tiff_with(tiff, kBits, kBits, 16), kPhotometric, kExtra, 2)),
+              HasSubstr("a TIFF of 3 channels with 16 bits each;"));
+  EXPECT_THAT(probe_error(tiff_with(tiff, kPhotometric, kFormat, 3)), HasSubstr("(floating point)"));
 }
 
 TEST(Image, TruncatedTiffIsAnError) {

@@ -50,6 +50,15 @@ TEST(Record, ReadsWhatLlavaReads) {
   EXPECT_THAT(records[3].images, ElementsAre("a.jpg", "b.jpg"));
 }
 
+TEST(Record, TellsWhatIsHeldOut) {
+  const std::string same = R"({"id": "a", "conversations": )" + kTurns;
+  const auto records =
+      read("[" + same + R"(, "held_out": true}, )" + same + R"(, "held_out": false}, )" + same + "}]");
+  EXPECT_EQ(records[0].held_out, true);
+  EXPECT_EQ(records[1].held_out, false);
+  EXPECT_EQ(records[2].held_out, std::nullopt);
+}
+
 TEST(Record, JsonLinesAreTheSame) {
   const std::string line = R"({"id": "a", "conversations": )" + kTurns + "}";
   EXPECT_EQ(read(line + "\n\n" + line + "\r\n", "data.jsonl").size(), 2u);
@@ -115,6 +124,8 @@ TEST(Record, EachFaultNamesFileRecordAndId) {
          "an entry of \"image\": expected a string");
   expect(R"([{"id": "x7", "image": "", "conversations": )" + kTurns + "}]", "an empty path");
   expect(R"([{"id": "x7", "type": 1, "conversations": )" + kTurns + "}]", "\"type\": expected a string");
+  expect(R"([{"id": "x7", "held_out": "yes", "conversations": )" + kTurns + "}]",
+         "\"held_out\": expected true or false, got a string");
   EXPECT_THAT(error(R"([{"id": [], "conversations": )" + kTurns + "}]"),
               HasSubstr("record 0: \"id\": expected a string"));
 }

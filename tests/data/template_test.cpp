@@ -13,6 +13,7 @@ namespace {
 
 using testing::ElementsAre;
 using testing::HasSubstr;
+using testing::IsEmpty;
 using testing::ThrowsMessage;
 
 const fs::path kGolden = fs::path(CALDERA_SOURCE_DIR) / "tests/golden";
@@ -135,6 +136,16 @@ TEST(TemplateTest, StopIdsEndAnAnswer) {
   EXPECT_THAT(stop_ids(find_template("v1"), *llama), ElementsAre(2));
   EXPECT_THAT(stop_ids(find_template("plain"), *llama), ElementsAre(llama->token_id("<0x0A>")));
   EXPECT_THAT(stop_ids(find_template("v0"), *llama), ElementsAre(llama->token_id("##")));
+}
+
+TEST(TemplateTest, OnlyEndsInPlainTextAreLookedForInTheText) {
+  const auto qwen2 = load_tokenizer(kGolden / "text_bpe_qwen2");
+  EXPECT_THAT(stop_texts(find_template("chatml"), *qwen2), IsEmpty());
+  EXPECT_THAT(stop_texts(find_template("plain"), *qwen2), ElementsAre("\n"));
+  const auto llama = load_tokenizer(kGolden / "text_sentencepiece");
+  EXPECT_THAT(stop_texts(find_template("v1"), *llama), IsEmpty());  // "</s>" in plain letters ends nothing
+  EXPECT_THAT(stop_texts(find_template("plain"), *llama), ElementsAre("\n"));
+  EXPECT_THAT(stop_texts(find_template("v0"), *llama), ElementsAre("###"));
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdio>
+#include <set>
 #include <sstream>
 
 #include "base/strings.h"
@@ -136,7 +137,9 @@ TEST_F(Cli, ABadModelFolderExitsWith4AndIsNamed) {
   const Outcome missing = run({"generate", "--model", at("nowhere"), "--prompt", "x"});
   EXPECT_EQ(missing.exit_code, 4) << missing.err;
   EXPECT_THAT(missing.err, HasSubstr(at("nowhere")));
-  EXPECT_EQ(run({"score", "--model", at("images"), "--data", at("test.json"), "--out", at("x")}).exit_code,
+  EXPECT_EQ(run({"score", "--model", at("images"), "--data", at("test.json"), "--images", at("images"),
+                 "--out", at("x")})
+                .exit_code,
             4);
   EXPECT_EQ(run({"export", "--model", at("nowhere"), "--out", at("x")}).exit_code, 4);
   EXPECT_EQ(run({"data", "preview", "--data", at("test.json"), "--model", at("nowhere"), "--template", "v1",
@@ -149,6 +152,32 @@ TEST_F(Cli, ABadModelFolderExitsWith4AndIsNamed) {
   EXPECT_EQ(bent.exit_code, 4) << bent.err;
   EXPECT_FALSE(fs::exists(at("x")));
   expect_no_leftovers();
+}
+
+TEST_F(Cli, FaultsOfTheDataShowBeforeTheModelIsOpened) {
+  const std::vector<std::vector<std::string>> commands = {
+      {"generate", "--out", at("x")}, {"score", "--out", at("x")}, {"eval", "heldout", "--out", at("x")}};
+  for (std::vector<std::string> command : commands) {
+    for (const std::string& more : {std::string("--model"), at("nowhere"), std::string("--data"),
+                                    at("test.json"), std::string("--images"), at("nowhere")})
+      command.push_back(more);
+    const Outcome outcome = run(command);
+    EXPECT_EQ(outcome.exit_code, 3) << outcome.err;
+    EXPECT_THAT(outcome.err, HasSubstr("red.png"));
+  }
+  EXPECT_FALSE(fs::exists(at("x")));
+}
+
+TEST_F(Cli, AnOverlongPromptIsNamedBeforeTheFirstAnswer) {
+  Json records = read_json(at("test.json"));
+  records.back()["id"] = "endless";
+  records.back()["conversations"][0]["value"] = "<image>\n" + std::string(600, 'x');
+  write_json(at("endless.json"), records);
+  const Outcome outcome = run({"generate", "--model", at("model"), "--data", at("endless.json"), "--images",
+                               at("images"), "--out", at("x")});
+  EXPECT_EQ(outcome.exit_code, 3) << outcome.err;
+  EXPECT_THAT(outcome.err, StartsWith("error: record \"endless\": the prompt takes "));
+  EXPECT_THAT(outcome.err, HasSubstr("and the model holds 512"));
 }
 
 TEST_F(Cli, GeneratePrintsTheAnswerAlone) {
@@ -260,6 +289,47 @@ TEST_F(Cli, AnExportNeverReplacesOtherFiles) {
   EXPECT_TRUE(fs::exists(at("images/red.png")));
 }
 
+TEST_F(Cli, AnExportReplacesAnEarlierOneButNoModelFromElsewhere) {
+  fs::copy(at("model"), at("base"), fs::copy_options::recursive);
+  write_file_atomic(at("base/notes.txt"), "mine");
+  write_file_atomic(at("base/adapter_config.json"), "{}");
+  const auto contents = [&] {
+    std::string all;
+    for (const auto& entry : std::set<fs::path>(fs::directory_iterator(at("base")), {}))
+      all += entry.filename().string() + read_file(entry);
+    return all;
+  };
+  const auto refused = [&](const std::vector<std::string>& more) {
+    std::vector<std::string> arguments = {"export", "--model", at("model"), "--out", at("base")};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const Outcome outcome = run(arguments);
+    EXPECT_EQ(outcome.exit_code, 2);
+    return outcome.err;
+  };
+  const std::vector<std::vector<std::string>> formats = {{},
+                                                         {"--part", "language_model"},
+                                                         {"--format", "llava"},
+                                                         {"--format", "gguf"},
+                                                         {"--format", "peft"},
+                                                         {"--format", "peft", "--merge"}};
+  for (const char* foreign : {"", "[1]", "{\"written_by\": 5}", "{\"format\": \"onnx\"}", "{"}) {
+    if (*foreign != '\0') write_file_atomic(at("base/export.json"), foreign);
+    const std::string before = contents();
+    for (const std::vector<std::string>& format : formats)
+      EXPECT_THAT(refused(format), HasSubstr(at("base") + ": holds files that this command did not write"));
+    EXPECT_EQ(contents(), before);
+  }
+
+  for (const std::vector<std::string>& format : std::vector(formats.begin(), formats.begin() + 4)) {
+    std::vector<std::string> arguments = {"export", "--model", at("model"), "--out", at("again/")};
+    arguments.insert(arguments.end(), format.begin(), format.end());
+    const Outcome outcome = run(arguments);
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.err;  // each replaces the one before
+    EXPECT_EQ(read_json(at("again/export.json"))["written_by"], "caldera export");
+  }
+  expect_no_leftovers();
+}
+
 TEST_F(Cli, EvalWritesResultsAndReport) {
   const Outcome outcome = run({"eval", "heldout", "--model", at("model"), "--data", at("test.json"),
                                "--images", at("images"), "--max-new-tokens", "4", "--out", at("evaluation")});
@@ -284,13 +354,21 @@ TEST_F(Cli, ARunEndsWithItsEvaluationAndItsCheckpointsServeAsModels) {
         stage, at("test.json"), at("images"));
   recipe += fmt::format(
       "evaluation: {{data_path: {}, image_folder: {}, conversation_template: v1, max_new_tokens: 3}}\n",
-      at("test.json"), at("images"));
+      at("ask.json"), at("images"));
+  Json asked = {{{"id", "text"},
+                 {"conversations",
+                  {{{"from", "human"}, {"value", "Are you there?"}}, {{"from", "gpt"}, {"value", "yes"}}}}}};
+  for (const Json& record : read_json(at("test.json"))) asked.push_back(record);
+  write_json(at("ask.json"), asked);
   write_file_atomic(at("run.yaml"), recipe);
   const Outcome trained = run({"train", at("run.yaml")});
   ASSERT_EQ(trained.exit_code, 0) << trained.err;
+  EXPECT_THAT(trained.err, HasSubstr(at("run/sheet.png")));
+  EXPECT_THAT(trained.err,
+              HasSubstr("--image " + shell_quote(at("images/red.png"))));  // not of the first record
   EXPECT_THAT(trained.out, IsEmpty());
   const Json results = read_json(at("run/results.json"));
-  EXPECT_EQ(results["num_questions"], 4);
+  EXPECT_EQ(results["num_questions"], 5);
   EXPECT_GT(results["train_seconds"], 0);
   EXPECT_THAT(read_file(at("run/report.html")), HasSubstr("finetune"));
   EXPECT_EQ(read_json(at("run/finetune/final/caldera.json"))["card"]["conversation_template"], "v1");
@@ -333,6 +411,12 @@ TEST_F(Cli, ScenesAreMadeOnceForASeed) {
       run({"data", "check", "--data", at("scenes a/finetune.json"), "--images", at("scenes a/images")});
   EXPECT_EQ(check.exit_code, 0) << check.err;
   EXPECT_THAT(check.out, HasSubstr("6 records"));
+}
+
+TEST_F(Cli, ScenesOfTooFewPixelsAreRefusedOnTheCommandLine) {
+  const Outcome outcome = run({"data", "make-scenes", "--out", at("tiny_scenes"), "--image-size", "31"});
+  EXPECT_EQ(outcome.exit_code, 2);
+  EXPECT_THAT(outcome.err, HasSubstr("--image-size"));
 }
 
 TEST_F(Cli, RecipeFaultsAreNamedWithTheirPlace) {

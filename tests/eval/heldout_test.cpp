@@ -54,12 +54,12 @@ TEST(BlindAnswers, MajorityPerQuestion) {
   const std::vector<Record> records = {question("a", "Colour?", "red"),  question("b", "Colour?", "Red."),
                                        question("c", "Colour?", "blue"), question("d", "Count?", "2"),
                                        question("e", "Count?", "3"),     question("f", "Count?", "3")};
-  EXPECT_THAT(blind_answers(records, records), ElementsAre("red", "red", "red", "3", "3", "3"));
+  EXPECT_THAT(blind_answers(records), ElementsAre("red", "red", "red", "3", "3", "3"));
 }
 
 TEST(BlindAnswers, ATieGoesToTheFirstInTheAlphabet) {
   const std::vector<Record> records = {question("a", "Q?", "yes"), question("b", "Q?", "no")};
-  EXPECT_THAT(blind_answers(records, records), ElementsAre("no", "no"));
+  EXPECT_THAT(blind_answers(records), ElementsAre("no", "no"));
 }
 
 TEST(BlindAnswers, WhereAllQuestionsDifferTheirTypeDecides) {
@@ -67,28 +67,13 @@ TEST(BlindAnswers, WhereAllQuestionsDifferTheirTypeDecides) {
                                        question("b", "Is the dog brown?", "yes", "yes_no"),
                                        question("c", "Is the hen white?", "no", "yes_no"),
                                        question("d", "What is that?", "a boat", "object")};
-  EXPECT_THAT(blind_answers(records, records), ElementsAre("yes", "yes", "yes", "a boat"));
+  EXPECT_THAT(blind_answers(records), ElementsAre("yes", "yes", "yes", "a boat"));
 }
 
 TEST(BlindAnswers, OneQuestionAmongRepeatedOnesIsItsOwnMajority) {
   const std::vector<Record> records = {question("a", "Colour?", "red"), question("b", "Colour?", "red"),
                                        question("c", "Count?", "2")};
-  EXPECT_THAT(blind_answers(records, records), ElementsAre("red", "red", "2"));
-}
-
-TEST(BlindAnswers, AQuestionThatTrainingNeverAskedFallsBackToItsType) {
-  const std::vector<Record> records = {question("a", "New?", "no", "yes_no"),
-                                       question("b", "Newer?", "no", "yes_no")};
-  const std::vector<Record> training = {question("t", "Old?", "yes"), question("u", "Old?", "yes")};
-  EXPECT_THAT(blind_answers(records, training), ElementsAre("no", "no"));
-}
-
-TEST(BlindAnswers, TrainingAnswersDecideWhereGiven) {
-  const std::vector<Record> records = {question("a", "Colour?", "red"), question("b", "Colour?", "red")};
-  Record conversation = question("t", "Colour?", "blue");
-  conversation.turns.push_back({true, "Colour?"});
-  conversation.turns.push_back({false, "Blue."});
-  EXPECT_THAT(blind_answers(records, {conversation}), ElementsAre("blue", "blue"));
+  EXPECT_THAT(blind_answers(records), ElementsAre("red", "red", "2"));
 }
 
 class Heldout : public ::testing::Test {
@@ -104,13 +89,16 @@ class Heldout : public ::testing::Test {
             .image_folder = (folder_->path() / "images").string(),
             .max_new_tokens = 4};
   }
+  static HeldoutResult evaluate(ModelSession& session, const EvaluationConfig& config) {
+    return evaluate_heldout(*session.model, session.format, config, read_heldout(config));
+  }
   static TemporaryFolder* folder_;
 };
 TemporaryFolder* Heldout::folder_ = nullptr;
 
 TEST_F(Heldout, LikelihoodsAreThoseOfScoringAndAnswersAreCounted) {
   ModelSession session = open_model({.model = folder_->path() / "model", .device = "cpu"});
-  const HeldoutResult result = evaluate_heldout(*session.model, session.format, config());
+  const HeldoutResult result = evaluate(session, config());
 
   const std::vector<Record> records = read_records(config().data_path);
   const auto per_token = [&](const std::vector<Record>& scored) {
@@ -146,29 +134,45 @@ TEST_F(Heldout, DrawsAtMostWhatWasAsked) {
   ModelSession session = open_model({.model = folder_->path() / "model", .device = "cpu"});
   EvaluationConfig few = config();
   few.max_questions = 3;
-  EXPECT_EQ(evaluate_heldout(*session.model, session.format, few).answers.size(), 3u);
+  EXPECT_EQ(evaluate(session, few).answers.size(), 3u);
 }
 
-TEST_F(Heldout, ARecordWithoutAnAnswerIsNamed) {
+TEST_F(Heldout, EachRecordsOwnMarkCountsAlsoWhereIdsRepeat) {
+  const fs::path file = folder_->path() / "same_id.json";
+  Json records = read_json(folder_->path() / "test.json");
+  for (Json& record : records) record["id"] = "same";
+  write_json(file, records);
+  EvaluationConfig same = config();
+  same.data_path = file.string();
   ModelSession session = open_model({.model = folder_->path() / "model", .device = "cpu"});
-  const fs::path file = folder_->path() / "unanswered.json";
-  write_json(file, {{{"id", "lonely"},
-                     {"image", "red.png"},
-                     {"conversations", {{{"from", "human"}, {"value", "<image>\nWell?"}}}}}});
-  EvaluationConfig unanswered = config();
-  unanswered.data_path = file.string();
-  try {
-    evaluate_heldout(*session.model, session.format, unanswered);
-    FAIL() << "a record without an answer was accepted";
-  } catch (const DataError& error) {
-    EXPECT_THAT(error.what(), ::testing::HasSubstr(file.string()));
-    EXPECT_THAT(error.what(), ::testing::HasSubstr("lonely"));
-  }
+  const HeldoutResult result = evaluate(session, same);
+  EXPECT_EQ(result.by_held_out.at(true).num_questions, 2);
+  EXPECT_EQ(result.by_held_out.at(false).num_questions, 2);
+}
+
+TEST_F(Heldout, FaultsOfTheDataShowBeforeAModelIsOpened) {
+  const fs::path file = folder_->path() / "faulty.json";
+  const auto faults_of = [&](const Json& records, const std::string& captions = "") {
+    write_json(file, records);
+    EvaluationConfig faulty = config();
+    faulty.data_path = captions.empty() ? file.string() : captions;
+    faulty.captions_path = captions.empty() ? "" : file.string();
+    return error_of<DataError>([&] { read_heldout(faulty); });
+  };
+  const Json question = {{"from", "human"}, {"value", "<image>\nWell?"}};
+  const Json answer = {{"from", "gpt"}, {"value", "Well."}};
+  const Json unanswered = {{{"id", "lonely"}, {"image", "red.png"}, {"conversations", {question}}}};
+  EXPECT_THAT(faults_of(unanswered), ::testing::HasSubstr(file.string() + ": record \"lonely\""));
+  const Json unseen = {{{"id", "unseen"}, {"image", "green.png"}, {"conversations", {question, answer}}}};
+  for (const std::string& captions : {std::string(), config().data_path})
+    EXPECT_THAT(faults_of(unseen, captions),
+                ::testing::AllOf(::testing::HasSubstr(file.string()), ::testing::HasSubstr("id \"unseen\""),
+                                 ::testing::HasSubstr("green.png")));
 }
 
 TEST_F(Heldout, TheReportStandsAlone) {
   ModelSession session = open_model({.model = folder_->path() / "model", .device = "cpu"});
-  HeldoutResult result = evaluate_heldout(*session.model, session.format, config());
+  HeldoutResult result = evaluate(session, config());
   result.answers[0].given = "<script>alert(1)</script>";
   const fs::path out = folder_->path() / "run";
   fs::create_directories(out / "pretrain");
