@@ -194,7 +194,7 @@ TEST(Image, ATiffThatWouldComeOutWrongIsRefusedByItsHeader) {
   };
   constexpr uint16_t kBits = 258, kPhotometric = 262, kOrientation = 274, kExtra = 338, kFormat = 339;
   EXPECT_EQ(probe_error(tiff_with(tiff, kPhotometric, kOrientation, 3)), "accepted");
-  for (const uint16_t orientation : {5, 6, 7, 8})
+  for (uint16_t orientation = 5; orientation <= 8; ++orientation)
     EXPECT_THAT(probe_error(tiff_with(tiff, kPhotometric, kOrientation, orientation)),
                 HasSubstr(fmt::format("pic: a TIFF that lies on its side (orientation {})", orientation)));
   EXPECT_EQ(probe_error(tiff_with(tiff, kBits, kBits, 16)), "accepted");
