@@ -122,6 +122,9 @@ struct SplitRotaryFunction : torch::autograd::Function<SplitRotaryFunction> {
 
 Rotary rotary_tables(const at::Tensor& inv_freq, const at::Tensor& positions_T, double scaling,
                      at::ScalarType dtype) {
+  // MKL, by which ATen computes these, picks its code at the first call. Where several threads make that call at once, one of
+  // them now and then takes other code, and its angles other last bits: here one thread makes it.
+  [[maybe_unused]] static const std::array first_calls = {at::zeros({1}).cos(), at::zeros({1}).sin()};
   const at::Tensor half = at::outer(positions_T.to(at::kFloat), inv_freq);
   const at::Tensor angles = at::cat({half, half}, -1);
   return {(angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)};
