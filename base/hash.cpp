@@ -12,18 +12,6 @@
 #include "base/error.h"
 
 namespace caldera {
-namespace {
-
-std::string text_of(const XXH128_hash_t& hash) {
-  return fmt::format("{:016x}{:016x}", hash.high64, hash.low64);
-}
-
-}  // namespace
-
-std::string hash_bytes(const void* bytes, size_t num_bytes) {
-  return text_of(XXH3_128bits(bytes, num_bytes));
-}
-
 // Read piece by piece: a mapped checkpoint would count as memory of the training, as large as its file.
 std::string hash_file(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
@@ -34,7 +22,8 @@ std::string hash_file(const std::filesystem::path& path) {
   while (file.read(piece.data(), std::ssize(piece)) || file.gcount() > 0)
     XXH3_128bits_update(state.get(), piece.data(), static_cast<size_t>(file.gcount()));
   CALDERA_CHECK(file.eof(), Error, "{}: cannot be read: {}", path.string(), std::strerror(errno));
-  return text_of(XXH3_128bits_digest(state.get()));
+  const XXH128_hash_t hash = XXH3_128bits_digest(state.get());
+  return fmt::format("{:016x}{:016x}", hash.high64, hash.low64);
 }
 
 }  // namespace caldera

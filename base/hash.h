@@ -1,6 +1,5 @@
 // Checksums of what we write, so that bit rot is found before it is used.
 #pragma once
-#include <cstddef>
 #include <filesystem>
 #include <string>
 
@@ -8,6 +7,5 @@ namespace caldera {
 
 // XXH3-128 of a file's bytes, as 32 hex digits. Throws Error naming the file.
 std::string hash_file(const std::filesystem::path& path);
-std::string hash_bytes(const void* bytes, size_t num_bytes);
 
 }  // namespace caldera

@@ -106,7 +106,8 @@ struct BenchCommand {
 };
 
 void train(const BenchCommand& command) {
-  const Recipe recipe = read_recipe(command.recipe, command.overrides);
+  Recipe recipe = read_recipe(command.recipe, command.overrides);
+  recipe.evaluation.reset();  // none of its steps
   tune_allocator();
   StepByStep steps;
   run_recipe(recipe, command.run, steps, [] { return 0; });

@@ -203,7 +203,6 @@ Loader::Loader(std::shared_ptr<const std::vector<Record>> records, std::filesyst
 Loader::~Loader() = default;
 
 int64_t Loader::num_steps() const { return state_->num_steps; }
-int64_t Loader::steps_per_epoch() const { return state_->steps_per_epoch; }
 
 bool Loader::next(StepData& data) {
   State& state = *state_;

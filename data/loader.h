@@ -42,7 +42,6 @@ class Loader {
          SampleFormat format, LoaderOptions options, int64_t first_step = 0);
   ~Loader();
   int64_t num_steps() const;  // in the whole run
-  int64_t steps_per_epoch() const;
   // The next step's data; throws what its preparation threw (DataError with file and record). Ends with step
   // == num_steps().
   bool next(StepData& data);

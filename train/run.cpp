@@ -23,7 +23,6 @@ std::vector<Record> read_checked(const std::string& path, const std::string& ima
   const auto show_life = [&] { world.at(0, "reading the data"); };
   show_life();
   std::vector<Record> records = read_records(path);
-  CALDERA_CHECK(!records.empty(), DataError, "{}: holds no sample", path);
   check_images(records, image_folder, path, show_life);
   for (size_t i = 0; i < records.size(); ++i) {
     try {

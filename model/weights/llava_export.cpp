@@ -1,6 +1,7 @@
 #include "model/weights/llava_export.h"
 
 #include "base/error.h"
+#include "model/vision/towers.h"
 #include "model/weights/export_parts.h"
 #include "model/weights/model_readme.h"
 #include "model/weights/torch_pickle_write.h"
@@ -44,11 +45,6 @@ const Family* family_of(const LlavaModel& model) {
   return found == std::end(kFamilies) ? nullptr : found;
 }
 
-bool drops_class_token(const LlavaModel& model) {
-  const std::string& strategy = model.features.vision_feature_select_strategy;
-  return strategy == "patch" || strategy == "default";
-}
-
 Json llava_config(const LlavaModel& model, const ModelCard& card, const LlavaExportOptions& options) {
   const Family& family = *family_of(model);
   Json config = model.language->config();
@@ -61,7 +57,7 @@ Json llava_config(const LlavaModel& model, const ModelCard& card, const LlavaExp
   config["mm_hidden_size"] = model.vision->hidden_size();
   config["mm_projector_type"] = model.mm_projector_type;
   config["mm_vision_select_layer"] = model.features.vision_feature_layer;
-  config["mm_vision_select_feature"] = drops_class_token(model) ? "patch" : "cls_patch";
+  config["mm_vision_select_feature"] = drops_class_token(model.features) ? "patch" : "cls_patch";
   config["mm_patch_merge_type"] = "flat";
   config["mm_resampler_type"] = nullptr;
   config["mm_use_im_start_end"] = false;
