@@ -22,12 +22,6 @@ int64_t num_images(const Sample& sample, const SampleFormat& format) {
          format.image_spec.num_image_tokens;
 }
 
-at::Tensor load_pixels(const std::filesystem::path& image_folder, const std::string& image,
-                       const SampleFormat& format) {
-  return preprocess_image(load_image(image_path(image_folder, image)), format.image_spec,
-                          format.image_aspect_ratio);
-}
-
 // The place of a sample's last supervised id, which is read as a label alone.
 int64_t last_supervised(const Sample& sample) {
   auto place = static_cast<int64_t>(sample.labels.size()) - 1;
@@ -36,6 +30,12 @@ int64_t last_supervised(const Sample& sample) {
 }
 
 }  // namespace
+
+at::Tensor load_pixels(const std::filesystem::path& image_folder, const std::string& image,
+                       const SampleFormat& format) {
+  return preprocess_image(load_image(image_path(image_folder, image)), format.image_spec,
+                          format.image_aspect_ratio);
+}
 
 int64_t Sample::num_supervised() const {
   if (labels.empty()) return 0;
@@ -62,7 +62,7 @@ Sample make_sample_text(const Record& record, const SampleFormat& format) {
 
 Sample make_sample(const Record& record, const std::filesystem::path& image_folder,
                    const SampleFormat& format, PixelCache* cache) {
-  try {
+  return for_record(record, [&] {
     Sample sample = make_sample_text(record, format);
     const auto count = static_cast<size_t>(num_images(sample, format));
     CALDERA_CHECK(count <= record.images.size(), DataError, "{} in its text but only {} images", count,
@@ -77,9 +77,7 @@ Sample make_sample(const Record& record, const std::filesystem::path& image_fold
       sample.pixels.push_back(std::move(pixels));
     }
     return sample;
-  } catch (const DataError& error) {
-    throw DataError(fmt::format("record \"{}\": {}", record.id, error.what()));
-  }
+  });
 }
 
 at::Tensor PixelCache::find(const std::string& image) const {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/batch.h"
+#include "base/error.h"
 #include "base/words.h"
 #include "data/record.h"
 #include "data/template.h"
@@ -49,6 +50,18 @@ class PixelCache {
   int64_t bytes_left_;
 };
 
+// What work() returns; a DataError of it names the record.
+template <class Work>
+auto for_record(const Record& record, const Work& work) {
+  try {
+    return work();
+  } catch (const DataError& error) {
+    throw DataError(fmt::format("record \"{}\": {}", record.id, error.what()));
+  }
+}
+
+// A picture as the tower is given it: uint8 [3, Y, X].
+at::Tensor load_pixels(const std::filesystem::path& image_folder, const std::string& image, const SampleFormat& format);
 // Tokenises and cuts to model_max_length. An image of which any token would be cut off is cut off whole, and
 // so is all that follows it.
 Sample make_sample_text(const Record& record, const SampleFormat& format);

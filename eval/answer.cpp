@@ -4,7 +4,6 @@
 
 #include "base/error.h"
 #include "base/strings.h"
-#include "data/image.h"
 
 namespace caldera {
 namespace {
@@ -125,8 +124,7 @@ std::vector<std::string> answer_records(LlavaModel& model, const std::vector<Rec
             return for_record(record, [&] {
               std::vector<at::Tensor> pixels;
               for (const std::string& image : record.images)
-                pixels.push_back(preprocess_image(load_image(image_path(image_folder, image)),
-                                                  format.image_spec, format.image_aspect_ratio));
+                pixels.push_back(load_pixels(image_folder, image, format));
               return make_prompt(record.id, question_turns(record), std::move(pixels), format);
             });
           }};

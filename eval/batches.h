@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "base/batch.h"
-#include "base/error.h"
 #include "data/dataset.h"
 
 namespace caldera {
@@ -18,16 +17,6 @@ struct SampleSource {
   std::function<int64_t(int64_t index)> num_tokens;  // what a sample counts against the budget
   std::function<Sample(int64_t index)> make;         // called from background threads
 };
-
-// What work() returns; a DataError of it names the record, as make_sample's do.
-template <class Work>
-auto for_record(const Record& record, const Work& work) {
-  try {
-    return work();
-  } catch (const DataError& error) {
-    throw DataError(fmt::format("record \"{}\": {}", record.id, error.what()));
-  }
-}
 
 // Calls visit(indices, batch) with batches of at most `max_tokens` (a larger sample alone). Samples come once
 // each, near their order but not in it: `indices` says which ones a batch holds. Throws what making a sample
