@@ -45,6 +45,8 @@ class ConfigReader {
   const char* family_;
 };
 
+// LanguageModelSpec::class_defaults: apart from these two, transformers' configuration classes agree.
+Json class_sizes(int64_t vocab_size, int64_t intermediate_size);
 std::unique_ptr<LanguageModel> make_decoder(DecoderConfig config);
 // HF's initialisation: normal(0, initializer_range), norms 1, biases 0.
 void init_decoder(LanguageModel& model, uint64_t seed);

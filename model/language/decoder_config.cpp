@@ -5,6 +5,14 @@
 
 namespace caldera {
 
+Json class_sizes(int64_t vocab_size, int64_t intermediate_size) {
+  return {{"vocab_size", vocab_size},
+          {"hidden_size", 4096},
+          {"intermediate_size", intermediate_size},
+          {"num_hidden_layers", 32},
+          {"num_attention_heads", 32}};
+}
+
 bool ConfigReader::has(const char* key) const {
   const auto found = json_.find(key);
   return found != json_.end() && !found->is_null();

@@ -24,10 +24,6 @@ const LanguageModelSpec kLlamaSpec = {.id = "llama",
                                       .gguf_architectures = {"llama"},
                                       .make = make,
                                       .init = init_decoder,
-                                      .class_defaults = {{"vocab_size", 32000},
-                                                         {"hidden_size", 4096},
-                                                         {"intermediate_size", 11008},
-                                                         {"num_hidden_layers", 32},
-                                                         {"num_attention_heads", 32}}};
+                                      .class_defaults = class_sizes(32000, 11008)};
 
 }  // namespace caldera

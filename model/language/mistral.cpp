@@ -25,10 +25,6 @@ const LanguageModelSpec kMistralSpec = {.id = "mistral",
                                         .gguf_architectures = {},
                                         .make = make,
                                         .init = init_decoder,
-                                        .class_defaults = {{"vocab_size", 32000},
-                                                           {"hidden_size", 4096},
-                                                           {"intermediate_size", 14336},
-                                                           {"num_hidden_layers", 32},
-                                                           {"num_attention_heads", 32}}};
+                                        .class_defaults = class_sizes(32000, 14336)};
 
 }  // namespace caldera

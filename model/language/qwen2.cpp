@@ -23,10 +23,6 @@ const LanguageModelSpec kQwen2Spec = {.id = "qwen2",
                                       .gguf_architectures = {"qwen2"},
                                       .make = make,
                                       .init = init_decoder,
-                                      .class_defaults = {{"vocab_size", 151936},
-                                                         {"hidden_size", 4096},
-                                                         {"intermediate_size", 22016},
-                                                         {"num_hidden_layers", 32},
-                                                         {"num_attention_heads", 32}}};
+                                      .class_defaults = class_sizes(151936, 22016)};
 
 }  // namespace caldera

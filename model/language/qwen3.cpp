@@ -27,10 +27,6 @@ const LanguageModelSpec kQwen3Spec = {.id = "qwen3",
                                       .gguf_architectures = {"qwen3"},
                                       .make = make,
                                       .init = init_decoder,
-                                      .class_defaults = {{"vocab_size", 151936},
-                                                         {"hidden_size", 4096},
-                                                         {"intermediate_size", 22016},
-                                                         {"num_hidden_layers", 32},
-                                                         {"num_attention_heads", 32}}};
+                                      .class_defaults = class_sizes(151936, 22016)};
 
 }  // namespace caldera

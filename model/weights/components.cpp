@@ -42,7 +42,6 @@ Json decoder_config(const fs::path& folder, const Json& config) {
   if (!is_llava(config)) return config;
   const std::string where = (folder / "config.json").string();
   Json text = is_original_llava(config) ? read_original_llava(folder, config).text : hf_text_config(config, where);
-  if (boolean_field(config, where, "tie_word_embeddings", false)) text["tie_word_embeddings"] = true;
   if (const int64_t vocab_size = read_model_card(folder).vocab_size; vocab_size > 0)
     text["vocab_size"] = vocab_size;
   return text;

@@ -98,6 +98,7 @@ Json hf_text_config(const Json& config, const std::string& where) {
   Json text = find_language_model(model_type, where + ": text_config").class_defaults;
   text.update(given);
   text["model_type"] = model_type;
+  if (boolean_field(config, where, "tie_word_embeddings", false)) text["tie_word_embeddings"] = true;
   return text;
 }
 
@@ -130,9 +131,6 @@ std::unique_ptr<LlavaModel> make_hf_llava(const fs::path& folder, int64_t vocab_
       where);
 
   Json text = hf_text_config(config, where);
-  const bool tied = boolean_field(config, where, "tie_word_embeddings", false) ||
-                    boolean_field(text, where, "tie_word_embeddings", false);
-  text["tie_word_embeddings"] = tied;
   if (vocab_size > 0) text["vocab_size"] = vocab_size;
   model->language =
       find_language_model(text_field(text, where, "model_type", ""), where + ": text_config").make(text);

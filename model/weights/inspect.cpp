@@ -105,9 +105,7 @@ ModelReport inspect_hf_llava(const fs::path& folder, const Json& config) {
   add_files(folder, true, report);
   for (const char* name : {"preprocessor_config.json", "processor_config.json"})
     if (!fs::exists(folder / name)) report.facts.emplace_back(name, "none");
-  Json text = hf_text_config(config, where);
-  if (boolean_field(config, where, "tie_word_embeddings", false)) text["tie_word_embeddings"] = true;
-  add_llava(folder, hf_vision_features(config, where), folder, text,
+  add_llava(folder, hf_vision_features(config, where), folder, hf_text_config(config, where),
             text_field(config, where, "mm_projector_type", "mlp2x_gelu"), report);
   return report;
 }

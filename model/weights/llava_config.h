@@ -13,8 +13,8 @@ namespace caldera {
 bool is_hf_llava(const Json& config);
 bool is_original_llava(const Json& config);
 
-// The decoder's part of an HF LLaVA's: its text_config, with the sizes of transformers' class where it has none.
-// transformers 4 wrote of it what differs from the class alone (llava-hf/llava-1.5-7b-hf names no width).
+// The decoder's part of an HF LLaVA's: its text_config, tied where the whole says so, with the sizes of transformers' class
+// where it has none: transformers 4 wrote of it what differs from the class alone (llava-hf/llava-1.5-7b-hf names no width).
 Json hf_text_config(const Json& config, const std::string& where);
 
 // vision_feature_layer and vision_feature_select_strategy; throws CheckpointError for what is not supported.
