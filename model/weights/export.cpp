@@ -27,34 +27,24 @@ at::Tensor pad_rows(const at::Tensor& matrix, int64_t num_rows) {
 }
 
 Json image_processor(const ImageSpec& spec, const std::string& image_aspect_ratio) {
-  const bool pad = image_aspect_ratio == kAspectPad;
-  if (!spec.keeps_aspect)
-    return {{"image_processor_type", pad ? "LlavaImageProcessor" : "SiglipImageProcessor"},
-            {"do_convert_rgb", true},
-            {"do_pad", pad},
-            {"do_resize", true},
-            {"size", {{"height", spec.image_size}, {"width", spec.image_size}}},
-            {"do_center_crop", false},
-            {"resample", 3},  // bicubic
-            {"do_rescale", true},
-            {"rescale_factor", 1.0 / 255.0},
-            {"do_normalize", true},
-            {"image_mean", spec.image_mean},
-            {"image_std", spec.image_std}};
-  return {// Only LLaVA's own processor pads to a square; older releases know CLIP's alone.
-          {"image_processor_type", pad ? "LlavaImageProcessor" : "CLIPImageProcessor"},
-          {"do_convert_rgb", true},
-          {"do_pad", pad},
-          {"do_resize", true},
-          {"size", {{"shortest_edge", spec.image_size}}},
-          {"resample", 3},  // bicubic
-          {"do_center_crop", true},
-          {"crop_size", {{"height", spec.image_size}, {"width", spec.image_size}}},
-          {"do_rescale", true},
-          {"rescale_factor", 1.0 / 255.0},
-          {"do_normalize", true},
-          {"image_mean", spec.image_mean},
-          {"image_std", spec.image_std}};
+  const bool pad = image_aspect_ratio == kAspectPad, crops = spec.keeps_aspect;
+  // Only LLaVA's own processor pads to a square; older releases know CLIP's and SigLIP's alone.
+  const char* type = pad ? "LlavaImageProcessor" : crops ? "CLIPImageProcessor" : "SiglipImageProcessor";
+  const Json square = {{"height", spec.image_size}, {"width", spec.image_size}};
+  Json processor = {{"image_processor_type", type},
+                    {"do_convert_rgb", true},
+                    {"do_pad", pad},
+                    {"do_resize", true},
+                    {"size", crops ? Json{{"shortest_edge", spec.image_size}} : square},
+                    {"resample", 3},  // bicubic
+                    {"do_center_crop", crops},
+                    {"do_rescale", true},
+                    {"rescale_factor", 1.0 / 255.0},
+                    {"do_normalize", true},
+                    {"image_mean", spec.image_mean},
+                    {"image_std", spec.image_std}};
+  if (crops) processor["crop_size"] = square;
+  return processor;
 }
 
 int64_t patch_size_of(const LlavaModel& model) {
