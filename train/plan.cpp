@@ -12,7 +12,6 @@
 #include "base/error.h"
 #include "base/log.h"
 #include "data/dataset.h"
-#include "model/ops/matmul.h"
 #include "train/plan_memory.h"
 #include "train/stage.h"
 
@@ -148,9 +147,8 @@ StagePlan plan_stage(const Recipe& recipe, const StageConfig& stage, int64_t max
   plan.least_memory = memory_with({.recomputed_halves = 2 * model.L, .offloaded_inputs = movable});
   // The copies go first, then as few halves recompute as keep it below the budget, then as few inputs move.
   const double budget = stage.memory.budget_gb * 1e9;
-  const int64_t copies = model.num_packed * (stage.dtype == "float32" ? 4 : 2);
   plan.choices = {.packs_frozen = !on_gpu && recipe.distributed.strategy != "zero3" &&
-                                  has_onednn_products(parse_dtype(stage.dtype)) && copies_fit(copies, ranks_per_node),
+                                  model.packed_bytes > 0 && copies_fit(model.packed_bytes, ranks_per_node),
                   .recomputed_halves = stage.gradient_checkpointing ? 2 * model.L : 0,
                   .offloaded_inputs = stage.memory.offload_activations ? movable : 0};
   plan.memory = memory_with(plan.choices);

@@ -7,7 +7,9 @@
 
 #include "base/error.h"
 #include "model/ops/dynamic_map.h"
+#include "model/ops/matmul.h"
 #include "model/ops/ops.h"
+#include "model/ops/widened_product.h"
 #include "model/weights/gguf_weights.h"
 #include "model/weights/json_fields.h"
 #include "model/weights/llava_config.h"
@@ -133,7 +135,7 @@ PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage) {
     p.head_trains = p.embedding_trains = !p.lora;
     p.block_trainable = of_first_block(group.tensors);
   }
-  p.num_packed = num_packed_elements(model, groups);
+  p.packed_bytes = frozen_copy_bytes(model, groups, parse_dtype(stage.dtype));
   return p;
 }
 
@@ -161,7 +163,7 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   fixed.weights = p.nf4_bytes + e * (strategy == "zero3" ? held_whole - block_weights + block_weights / sharers +
                                                                2 * p.block_parameters
                                                          : held_whole);
-  if (choices.packs_frozen) fixed.packed = e * p.num_packed;
+  if (choices.packs_frozen) fixed.packed = p.packed_bytes;
   const bool has_masters = e == 2 && stage.optimizer.master_weights == "float32";
   fixed.masters = has_masters ? 2 * p.num_trainable / sharers : 0;
   fixed.states = p.state_bytes / sharers;
@@ -203,12 +205,20 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
       on_gpu ? (4 + (p.G < p.H ? 2 * e : 0)) * T * p.H * p.K + kGpuLibraryBytes
              : at::get_num_threads() * (2 * p.H * rows * longest * e + (p.H + 2 * p.G) * longest * p.K * (e + 4));
 
-  // What a checkpoint is written from, in host memory: in the background a copy of all, beside the steps that follow;
-  // else the masters where they are kept in halves or in parts.
+  // What a checkpoint is written from, in host memory: in the background what is not written by the next update, at
+  // worst all; else the masters where they are kept in parts.
   const bool saves = !on_gpu && stage.save_steps > 0 && stage.save_steps < numbers.num_steps;
   const bool in_background = saves && stage.async_save;
-  const int64_t saved_masters = saves && (in_background || has_masters || sharers > 1) ? 4 * p.num_trainable : 0;
+  const int64_t saved_masters = saves && (in_background || sharers > 1) ? 4 * p.num_trainable : 0;
   const int64_t beside = in_background ? saved_masters + p.state_bytes / sharers : 0;
+
+  // What the products of a linear layer make of their factors where the CPU multiplies in float32.
+  const bool widens = !on_gpu && product_way(parse_dtype(stage.dtype)) == ProductWay::kWidened;
+  const auto widened = [&](int64_t count, int64_t in, int64_t out) {
+    return !widens || count == 0 ? 0
+                                 : std::max({widened_product_bytes(count, in, out), widened_product_bytes(count, out, in),
+                                             widened_product_bytes(out, count, in)});
+  };
 
   MemoryPlan most;
   const auto consider = [&](const std::string& moment, int64_t gradients, int64_t activations,
@@ -234,7 +244,8 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   const int64_t chunk = cross_entropy_chunk(N, p.V, e);
   const int64_t head_sum = chunk < N && e == 2 && p.head_trains ? 4 * p.V * p.D : 0;
   const int64_t leaving = offloads(0) ? input : 0;  // for host memory
-  consider("the head", sums + head_gradient, all_kept + leaving + 3 * N * p.D * e, chunk * p.V * e + head_sum);
+  consider("the head", sums + head_gradient, all_kept + leaving + 3 * N * p.D * e,
+           chunk * p.V * e + head_sum + widened(chunk, p.D, p.V));
   if (p.num_trainable == 0) return most;
   int64_t held = all_kept;
   for (int64_t layer = p.L; layer-- > 0;) {
@@ -248,11 +259,13 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
     // Its MLP: the gated product again, its gradient and that of gate and up; then its attention and the
     // fused projection.
     // What a product makes of its factors: a weight out of its 4 bits; both in 8-bit floats, by way of float32.
-    const int64_t factors = p.nf4_matrix * e + (stage.float8 ? 5 * 2 * p.F * (p.D + T) : 0);
-    consider(moment, gradients, held + again, (wide * 4 * p.F + 2 * T * p.D) * e + factors);
+    const int64_t converted = p.nf4_matrix * e + (stage.float8 ? 5 * 2 * p.F * (p.D + T) : 0);
+    consider(moment, gradients, held + again,
+             (wide * 4 * p.F + 2 * T * p.D) * e + converted + widened(wide, p.D, 2 * p.F));
     const int64_t inner = again > 0 ? again : kept_by(layer);
     consider(moment, gradients + block_gradient, held + again - std::min(inner, wide * 2 * p.F * e),
-             T * (2 * (p.H + 2 * p.G) * p.K + 2 * p.D) * e + attention + factors);
+             T * (2 * (p.H + 2 * p.G) * p.K + 2 * p.D) * e + attention + converted +
+                 widened(T, p.D, (p.H + 2 * p.G) * p.K));
     held -= kept_by(layer);
   }
   // The embedding's gradient comes last; where it is the head's too, one is added to the other.

@@ -17,7 +17,7 @@ struct PlannedModel {
   int64_t nf4_parameters = 0, nf4_bytes = 0;          // of weights in 4 bits
   int64_t nf4_matrix = 0;                             // elements of the largest of them
   int64_t state_bytes = 0;                            // of both moments
-  int64_t num_packed = 0;                             // elements of copies of what does not train (FrozenWeights)
+  int64_t packed_bytes = 0;                           // of copies of what does not train (FrozenWeights)
   int64_t lora_r = 0;                                 // rank of adapters
   int64_t file_bytes = 0;                             // of the decoder's weights
   int64_t tower_width = 0, tower_kept = 0;  // elements that a trained tower keeps for backward, a patch

@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "base/files.h"
+#include "model/ops/frozen_weights.h"
 #include "model/weights/adapters.h"
 
 namespace caldera {
@@ -89,21 +90,21 @@ std::vector<ParameterGroup> parameter_groups(LlavaModel& model, const StageConfi
 }
 
 // Matrices that products read: the tower's and the head forward, others for the gradients of their inputs as well.
-int64_t num_packed_elements(LlavaModel& model, const std::vector<ParameterGroup>& groups) {
+int64_t frozen_copy_bytes(LlavaModel& model, const std::vector<ParameterGroup>& groups, at::ScalarType dtype) {
   std::unordered_set<const at::Tensor*> seen;
   for (const ParameterGroup& group : groups)
     for (const NamedTensor& tensor : group.tensors) seen.insert(tensor.owner);
   const at::Tensor* head = &model.language->head_weight();
-  int64_t count = 0;
+  int64_t bytes = 0;
   for (const NamedTensor& tensor : model.tensors()) {
     const bool is_looked_up =
         (tensor.name.ends_with("position_embedding.weight") || tensor.name.ends_with("embed_tokens.weight")) &&
         tensor.owner != head;
     if (tensor.owner->dim() != 2 || is_looked_up || !seen.insert(tensor.owner).second) continue;
     const bool only_forward = tensor.name.starts_with("vision_tower") || tensor.owner == head;
-    count += (only_forward ? 1 : 2) * tensor.owner->numel();
+    bytes += frozen_bytes_each(dtype, only_forward) * tensor.owner->numel();
   }
-  return count;
+  return bytes;
 }
 
 }  // namespace caldera

@@ -26,7 +26,8 @@ std::string tokenizer_of(const Recipe& recipe);
 std::string recipe_part(const Recipe& recipe, const StageConfig& stage);
 // The tensors that a stage trains, by part, with its learning rates.
 std::vector<ParameterGroup> parameter_groups(LlavaModel& model, const StageConfig& stage);
-// Elements of the copies that FrozenWeights makes of what is in none of these groups.
-int64_t num_packed_elements(LlavaModel& model, const std::vector<ParameterGroup>& groups);
+// Bytes of the copies that FrozenWeights makes of what is in none of these groups, on the CPU in this dtype; 0 where
+// its products need none.
+int64_t frozen_copy_bytes(LlavaModel& model, const std::vector<ParameterGroup>& groups, at::ScalarType dtype);
 
 }  // namespace caldera

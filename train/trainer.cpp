@@ -107,8 +107,8 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
     std::vector<at::Tensor> weights;
     for (const NamedTensor& tensor : model_->tensors())
       if (!tensor.owner->requires_grad() && tensor.owner->dim() == 2) weights.push_back(*tensor.owner);
-    const auto bytes_each = static_cast<int64_t>(c10::elementSize(parse_dtype(stage_.dtype)));
-    if (copies_fit(num_packed_elements(*model_, optimizer_->groups()) * bytes_each, world_.spec().local_size))
+    const int64_t bytes = frozen_copy_bytes(*model_, optimizer_->groups(), parse_dtype(stage_.dtype));
+    if (bytes > 0 && copies_fit(bytes, world_.spec().local_size))
       frozen_ = std::make_unique<FrozenWeights>(weights);
   }
   if (checkpoint) {

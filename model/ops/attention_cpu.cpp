@@ -292,10 +292,10 @@ class KeyHead {
   float *scores_, *narrow_;
 };
 
-// Whether LibTorch's inner kernel takes bfloat16 as it is; where not, it says so by throwing.
+// Whether bfloat16 is multiplied as it is. Where LibTorch's inner kernel does not take it, that says so by throwing.
 bool multiplies_bfloat16() {
   static const bool result = [] {
-    if (!has_onednn_products(at::kBFloat16)) return false;
+    if (product_way(at::kBFloat16) != ProductWay::kOneDnn) return false;
     const std::vector<c10::BFloat16> factor(kUnit * kUnit);
     std::vector<float> product(kUnit * kUnit);
     try {

@@ -1,6 +1,6 @@
 // Softmax attention of packed samples on the CPU, one task for each sample and key head. The products run on oneDNN's
 // inner kernel through LibTorch, on blocks of queries whose scores stay in the core's cache, in float32; bfloat16
-// factors are multiplied as they are where the processor can, with float32 sums.
+// factors are multiplied as they are where the processor does that faster (matmul.h), with float32 sums.
 #pragma once
 #include <ATen/ATen.h>
 

@@ -8,11 +8,13 @@
 
 #include "base/error.h"
 #include "model/ops/autograd.h"
+#include "model/ops/matmul.h"
+#include "model/ops/widened_product.h"
 
 namespace caldera {
 namespace {
 
-// One order of a weight, opaque to ATen.
+// One order of a weight, opaque to ATen; or the weight in float32.
 struct Packed {
   at::Tensor values;
   uint32_t version = 0;  // of the weight that it was made of
@@ -51,10 +53,14 @@ at::Tensor find(const at::Tensor& b) {
   // linear(x, w) multiplies by w's transpose.
   const bool is_transposed = b.sizes() == weight.t().sizes() && b.strides() == weight.t().strides();
   if (!is_transposed && !(b.sizes() == weight.sizes() && b.is_contiguous())) return {};
-  Packed& copy = is_transposed ? found->second.straight : found->second.transposed;
+  const bool is_widened = product_way(weight.scalar_type()) == ProductWay::kWidened;
+  Packed& copy = is_transposed || is_widened ? found->second.straight : found->second.transposed;
   if (!copy.values.defined() || copy.version != b._version())
-    copy = {packed(is_transposed ? weight : weight.t().contiguous()), static_cast<uint32_t>(b._version())};
-  return copy.values;
+    copy = {is_widened     ? weight.to(at::kFloat)
+            : is_transposed ? packed(weight)
+                            : packed(weight.t().contiguous()),
+            static_cast<uint32_t>(b._version())};
+  return is_widened && is_transposed ? copy.values.t() : copy.values;
 }
 
 }  // namespace
@@ -80,9 +86,22 @@ int64_t FrozenWeights::num_bytes() const {
   for (const void* address : addresses_) {
     const Frozen& frozen = registry.at(address);
     for (const Packed* copy : {&frozen.straight, &frozen.transposed})
-      if (copy->values.defined()) bytes += static_cast<int64_t>(frozen.weight_OI.nbytes());
+      if (copy->values.defined())
+        bytes += frozen.weight_OI.numel() * frozen_bytes_each(frozen.weight_OI.scalar_type(), /*forward_only=*/true);
   }
   return bytes;
+}
+
+int64_t frozen_bytes_each(at::ScalarType dtype, bool forward_only) {
+  switch (product_way(dtype)) {
+    case ProductWay::kAten:
+      return 0;
+    case ProductWay::kOneDnn:
+      return static_cast<int64_t>(c10::elementSize(dtype)) * (forward_only ? 1 : 2);
+    case ProductWay::kWidened:
+      return sizeof(float);
+  }
+  throw Error("a way of multiplying that is not known");
 }
 
 at::Tensor product_with_frozen(const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias) {
@@ -91,6 +110,12 @@ at::Tensor product_with_frozen(const at::Tensor& a, const at::Tensor& b, const a
   if (!weight.defined()) return {};
   CALDERA_PROFILED("matrix_product");
   const at::NoGradGuard no_grad;
+  if (product_way(a.scalar_type()) == ProductWay::kWidened) {
+    const at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options().requires_grad(false));
+    if (bias.defined()) at::Tensor(out).copy_(bias);
+    widened_product_into(a, weight, out, /*accumulate=*/bias.defined());
+    return out;
+  }
   return packed_linear(a.contiguous(), weight, bias.defined() ? std::optional(bias) : std::nullopt);
 }
 

@@ -1,6 +1,6 @@
-// Weights that stay as they are keep what oneDNN makes of them. Its products read a weight in an order of their own, and
+// Weights that stay as they are keep what products make of them. oneDNN's read a weight in an order of their own, and
 // lay it out anew at each product: a twentieth to a seventh of the product's time (measured on AMD EPYCs of families 25
-// and 26, widths of 256 to 1376, some 1400 rows).
+// and 26, widths of 256 to 1376, some 1400 rows). Widened ones (widened_product.h) read it in float32.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -10,9 +10,9 @@
 namespace caldera {
 
 // While one of these lives, products by one of `weights` (matrix [O, I], float32 or bfloat16, on the CPU) or by its
-// transposed view read a copy in oneDNN's order, made at the first such product. Of each weight that is used both ways,
-// forward and for the gradient of its input, there are two copies. A weight that was changed in place since is laid out
-// anew. The products' bits are those without.
+// transposed view read a copy, made at the first such product. Of each weight that is used both ways, forward and for the
+// gradient of its input, there are two copies in oneDNN's order; a widened one serves both. A weight that was changed in
+// place since is copied anew. The products' bits are those without.
 class FrozenWeights {
  public:
   // What is listed twice counts once.
@@ -27,6 +27,10 @@ class FrozenWeights {
  private:
   std::vector<const void*> addresses_;
 };
+
+// Bytes of the copies for each element of such a weight; `forward_only`: it is used one way. 0 where this CPU's
+// products read weights as they are.
+int64_t frozen_bytes_each(at::ScalarType dtype, bool forward_only);
 
 // a [M, K] times b [K, N], plus bias [N] where defined, where b is such a weight or its transposed view; else undefined.
 at::Tensor product_with_frozen(const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias = {});

@@ -3,9 +3,11 @@
 #include "model/ops/frozen_weights.h"
 #include "model/ops/matmul.h"
 #include "model/ops/ops.h"
+#include "model/ops/widened_product.h"
 
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <array>
 #include <limits>
 
 namespace caldera {
@@ -43,6 +45,40 @@ TEST_P(Matmul, AddsToWhatIsThere) {
   const at::Tensor out = before.clone();
   matrix_product_into(a, b, out, /*accumulate=*/true);
   EXPECT_LT(error(out, before.to(at::kDouble) + a.to(at::kDouble).mm(b.to(at::kDouble))), tolerance());
+}
+
+TEST_P(Matmul, IsTheSameForLargeFactors) {
+  at::manual_seed(3);
+  const at::Tensor a = random({200, 130}), b = random({90, 130}), c = random({200, 90});
+  const at::Tensor a64 = a.to(at::kDouble), b64 = b.to(at::kDouble), c64 = c.to(at::kDouble);
+  EXPECT_LT(error(matrix_product(a, b.t()), a64.mm(b64.t())), tolerance());
+  EXPECT_LT(error(matrix_product(c, b), c64.mm(b64)), tolerance());
+  EXPECT_LT(error(matrix_product(c.t(), a), c64.t().mm(a64)), tolerance());
+}
+
+// Wide, high and small results, cut into blocks or not; b as it is or widened before.
+TEST(WidenedProduct, IsRoundedOnceWhateverItsBlocks) {
+  at::manual_seed(4);
+  const auto is_rounded_once = [](const at::Tensor& got, const at::Tensor& exact) {
+    return ((got.to(at::kDouble) - exact).abs() <= exact.abs() / 256 + 1e-4).all().item<bool>();
+  };
+  for (const auto& [M, K, N] : {std::array<int64_t, 3>{5, 70, 9}, {1100, 40, 2100}, {2100, 40, 1100}, {70, 1, 64}, {40, 9000, 30}}) {
+    const auto make = [](int64_t rows, int64_t cols, bool transposed) {
+      return transposed ? at::randn({cols, rows}).to(at::kBFloat16).t() : at::randn({rows, cols}).to(at::kBFloat16);
+    };
+    for (const int layout : {0, 1, 2, 3}) {
+      const at::Tensor a = make(M, K, (layout & 1) != 0), b = make(K, N, (layout & 2) != 0), before = make(M, N, false);
+      const at::Tensor exact = a.to(at::kDouble).mm(b.to(at::kDouble));
+      at::Tensor out = before.clone(), with_wide = before.clone();
+      widened_product_into(a, b, out);
+      widened_product_into(a, b.to(at::kFloat), with_wide);
+      EXPECT_TRUE(at::equal(out, with_wide)) << M << layout;
+      EXPECT_TRUE(is_rounded_once(out, exact)) << M << layout;
+      out = before.clone();
+      widened_product_into(a, b, out, /*accumulate=*/true);
+      EXPECT_TRUE(is_rounded_once(out, exact + before.to(at::kDouble))) << M << layout;
+    }
+  }
 }
 
 TEST_P(Matmul, OfNothingIsZeroOrEmpty) {
@@ -86,22 +122,22 @@ TEST_P(Matmul, AFrozenWeightHasNoGradientAndItsLayerMayBeAddedToInPlace) {
 
 // It is the largest matrix, and its gradient comes at a step's peak.
 TEST_P(Matmul, OfAFrozenOutputProjectionThereIsOneCopy) {
-  const at::Tensor weight = random({96, 64}), targets = at::randint(0, 96, {37}, at::kLong);
-  const at::Tensor hidden = random({37, 64}).requires_grad_();
+  const at::Tensor weight = random({96, 64}), targets = at::randint(0, 96, {70}, at::kLong);
+  const at::Tensor hidden = random({70, 64}).requires_grad_();
   const auto run = [&] { return torch::autograd::grad({linear_cross_entropy(hidden, weight, targets)}, {hidden})[0]; };
   const at::Tensor before = run();
   const FrozenWeights frozen({weight});
   EXPECT_TRUE(at::equal(run(), before));
-  EXPECT_EQ(frozen.num_bytes(), static_cast<int64_t>(has_onednn_products(GetParam()) ? weight.nbytes() : 0));
+  EXPECT_EQ(frozen.num_bytes(), weight.numel() * frozen_bytes_each(GetParam(), /*forward_only=*/true));
 }
 
 TEST_P(Matmul, FrozenWeightsKeepTheirOrderAndChangeNoBit) {
   at::manual_seed(2);
   at::Tensor weight = random({96, 64}), bias = random({96});
-  const at::Tensor x = random({37, 64}).requires_grad_(), grad = random({37, 96});
+  const at::Tensor x = random({70, 64}).requires_grad_(), grad = random({70, 96});
   const auto run = [&] {
     const at::Tensor y = affine(x, weight), with_bias = affine(x, weight, bias);
-    at::Tensor into = at::empty({37, 64}, x.options().requires_grad(false));
+    at::Tensor into = at::empty({70, 64}, x.options().requires_grad(false));
     matrix_product_into(grad, weight, into);
     return std::vector<at::Tensor>{y.detach(), with_bias.detach(), torch::autograd::grad({y}, {x}, {grad})[0], into};
   };
@@ -113,7 +149,7 @@ TEST_P(Matmul, FrozenWeightsKeepTheirOrderAndChangeNoBit) {
     const FrozenWeights frozen({weight, random({3, 3}).t(), bias.new_empty({0, 4})});
     EXPECT_EQ(frozen.num_bytes(), 0);  // laid out when they are first used
     expect_equal(run(), before);
-    const auto expected = static_cast<int64_t>(has_onednn_products(GetParam()) ? 2 * weight.nbytes() : 0);
+    const auto expected = weight.numel() * frozen_bytes_each(GetParam(), /*forward_only=*/false);
     EXPECT_EQ(frozen.num_bytes(), expected);
     expect_equal(run(), before);
     EXPECT_EQ(frozen.num_bytes(), expected);
