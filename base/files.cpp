@@ -6,8 +6,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -15,6 +18,9 @@
 
 namespace caldera {
 namespace {
+
+constexpr uint64_t kLongFile = 64 << 20;
+constexpr size_t kBlockBytes = 4096, kPieceBytes = 8 << 20;
 
 [[noreturn]] void fail(std::string_view what, const fs::path& path) {
   throw Error(fmt::format("{}: cannot {}: {}", path.string(), what, std::strerror(errno)));
@@ -97,9 +103,12 @@ std::string read_file(const fs::path& path) {
   return bytes;
 }
 
-AtomicFile::AtomicFile(fs::path path) : path_(std::move(path)), temporary_(temporary_name(path_)) {
+AtomicFile::AtomicFile(fs::path path, uint64_t num_bytes)
+    : path_(std::move(path)), temporary_(temporary_name(path_)), piece_(nullptr, std::free) {
   descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
   if (descriptor_ < 0) fail("create", temporary_);
+  if (num_bytes >= kLongFile && set_direct(true))
+    piece_.reset(static_cast<char*>(std::aligned_alloc(kBlockBytes, kPieceBytes)));
 }
 
 AtomicFile::~AtomicFile() {
@@ -108,18 +117,45 @@ AtomicFile::~AtomicFile() {
   ::unlink(temporary_.c_str());
 }
 
-void AtomicFile::write(const void* bytes, size_t num_bytes) {
-  const char* next = static_cast<const char*>(bytes);
+bool AtomicFile::set_direct(bool on) {
+  const int flags = ::fcntl(descriptor_, F_GETFL);
+  const bool is_set =
+      flags >= 0 && ::fcntl(descriptor_, F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT) == 0;
+  if (is_set) is_direct_ = on;
+  return is_set;
+}
+
+void AtomicFile::write_out(const char* bytes, size_t num_bytes) {
   while (num_bytes > 0) {
-    const ssize_t count = do_write(descriptor_, next, num_bytes);
+    const ssize_t count = do_write(descriptor_, bytes, num_bytes);
     if (count < 0 && errno == EINTR) continue;
+    // Blocks of another size, or part of one was written before the disk was full.
+    if (count < 0 && errno == EINVAL && is_direct_ && set_direct(false)) continue;
     if (count < 0) fail("write", path_);
-    next += count;
+    bytes += count;
     num_bytes -= static_cast<size_t>(count);
   }
 }
 
+void AtomicFile::write(const void* bytes, size_t num_bytes) {
+  hasher_.add(bytes, num_bytes);
+  const char* next = static_cast<const char*>(bytes);
+  if (!piece_) return write_out(next, num_bytes);
+  while (num_bytes > 0) {
+    const size_t count = std::min(num_bytes, kPieceBytes - num_in_piece_);
+    std::memcpy(piece_.get() + num_in_piece_, next, count);
+    next += count;
+    num_bytes -= count;
+    num_in_piece_ += count;
+    if (num_in_piece_ < kPieceBytes) break;
+    write_out(piece_.get(), kPieceBytes);
+    num_in_piece_ = 0;
+  }
+}
+
 void AtomicFile::commit() {
+  if (is_direct_ && !set_direct(false)) fail("write", path_);  // the end is no whole block
+  write_out(piece_.get(), std::exchange(num_in_piece_, 0));
   if (do_fsync(descriptor_) != 0) fail("flush", path_);
   const int result = ::close(descriptor_);
   descriptor_ = -1;

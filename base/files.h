@@ -4,9 +4,12 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
+
+#include "base/hash.h"
 
 namespace caldera {
 
@@ -18,20 +21,32 @@ std::string read_file(const fs::path& path);
 
 // A file under construction: bytes go to "PATH.tmp-PID", commit() flushes it to disk, renames it to PATH and
 // flushes the folder. Destroyed without commit(), it leaves nothing. Every failing system call throws Error
-// with the path.
+// with the path. Long files go to the disk past the page cache, where the file system has a way: a checkpoint would
+// push the pictures out of it, and on a virtual machine its fresh pages cost more than the disk.
 class AtomicFile {
  public:
-  explicit AtomicFile(fs::path path);
+  // `num_bytes`: how long it will be, as far as that is known.
+  explicit AtomicFile(fs::path path, uint64_t num_bytes = 0);
   ~AtomicFile();
   AtomicFile(const AtomicFile&) = delete;
   AtomicFile& operator=(const AtomicFile&) = delete;
   void write(const void* bytes, size_t num_bytes);
   void write(std::string_view text) { write(text.data(), text.size()); }
   void commit();
+  // XXH3-128 of what was written, as hash_file().
+  std::string hash() const { return hasher_.hex(); }
 
  private:
+  void write_out(const char* bytes, size_t num_bytes);
+  bool set_direct(bool on);
+
   fs::path path_, temporary_;
   int descriptor_ = -1;
+  Hasher hasher_;
+  // Past the cache go whole pieces of memory alone.
+  bool is_direct_ = false;
+  std::unique_ptr<char, void (*)(void*)> piece_;
+  size_t num_in_piece_ = 0;
 };
 
 void write_file_atomic(const fs::path& path, std::string_view bytes);

@@ -124,7 +124,7 @@ void write_gguf(const std::filesystem::path& file, const GgufFields& fields,
   }
   header.pad();
 
-  AtomicFile out(file);
+  AtomicFile out(file, header.text().size() + offset);
   out.write(header.text());
   const std::string zeros(kAlignment, '\0');
   for (const GgufTensorToWrite& tensor : tensors) {

@@ -164,27 +164,43 @@ void tokenise(const BenchCommand& command) {
   });
 }
 
-// A training state, the model's weights and two moments of each, written as training writes it: the seconds
-// that training waits, and those until the checkpoint stands.
+// A training state, the model's weights and two moments of each, written as training writes it beside the products
+// of one step. -> the seconds that training waits, those by which the products take longer, and those until the
+// checkpoint stands.
 void save_state(const BenchCommand& command) {
   tune_allocator();
   const LoadedModel loaded = load_llava(command.session.model);
   CheckpointShare share;
   for (const NamedTensor& named : loaded.model->tensors()) {
     const at::Tensor value = named.value().contiguous();
-    share.masters.emplace_back(named.name, value);
+    share.masters.emplace_back(named.name, Master{value, {}});
     for (const char* moment : {"exp_avg.", "exp_avg_sq."})
-      share.moments.emplace_back(moment + named.name, at::rand_like(value));
+      share.moments.emplace_back(moment + named.name, Master{at::rand_like(value), {}});
   }
   share.state.caldera = Json::object();
+  const at::Tensor matrix = at::rand({512, 512});
+  at::Tensor product = at::empty_like(matrix);
+  const auto multiply = [&](int count) {
+    const Clock::time_point start = Clock::now();
+    for (int i = 0; i < count; ++i) at::mm_out(product, matrix, matrix);
+    return seconds_since(start);
+  };
+  constexpr double kStepSeconds = 0.5;
+  multiply(10);
+  const int count = static_cast<int>(kStepSeconds / multiply(10) * 10);
   serve([&]() -> Json {
     const Clock::time_point start = Clock::now();
     CheckpointWriter writer(command.out, {.save_total_limit = 1}, /*in_background=*/true, World::alone());
     ++share.state.step;
     writer.save(share);
-    const double waited = seconds_since(start);
+    double waited = seconds_since(start);
+    const double beside = multiply(count);
+    const Clock::time_point update = Clock::now();
+    writer.before_update();
+    waited += seconds_since(update);
     writer.finish();
-    return {{"s", waited}, {"written_s", seconds_since(start)}};
+    const double written = seconds_since(start);
+    return {{"s", waited}, {"slowed_s", beside - multiply(count)}, {"written_s", written}};
   });
 }
 

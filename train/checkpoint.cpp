@@ -33,23 +33,16 @@ std::vector<fs::path> step_folders(const fs::path& stage_folder) {
   return folders;
 }
 
-// {file's name: {"bytes", "xxh3_128"}} of some files of a folder.
-Json describe_files(const fs::path& folder, const std::vector<std::string>& names) {
+// Writes what this rank has of a checkpoint. -> {file's name: {"bytes", "xxh3_128"}}
+Json write_share(const fs::path& folder, const CheckpointShare& share, Snapshot& masters, Snapshot& moments,
+                 const World& world) {
   Json files = Json::object();
-  for (const std::string& name : names)
-    files[name] = {{"bytes", fs::file_size(folder / name)}, {"xxh3_128", hash_file(folder / name)}};
-  return files;
-}
-
-// Writes what this rank has of a checkpoint and returns describe_files() of it.
-Json write_share(const fs::path& folder, const CheckpointShare& share, const World& world) {
-  std::vector<std::string> names;
-  const auto write = [&](const std::string& name, const TensorList& tensors) {
-    write_safetensors(folder / name, tensors);
-    names.push_back(name);
+  const auto write = [&](const std::string& name, Snapshot& state) {
+    const WrittenFile written = write_safetensors(folder / name, state.tensors());
+    files[name] = {{"bytes", written.num_bytes}, {"xxh3_128", written.hash}};
   };
   if (world.is_first()) {
-    write("model.safetensors", share.masters);
+    write("model.safetensors", masters);
     write_json(folder / "trainer_state.json",
                {{"step", share.state.step},
                 {"seed", share.state.seed},
@@ -57,14 +50,15 @@ Json write_share(const fs::path& folder, const CheckpointShare& share, const Wor
                 {"eval_loss", share.state.eval_loss ? Json(*share.state.eval_loss) : Json()},
                 {"recipe", share.state.recipe}});
     write_json(folder / "caldera.json", share.state.caldera);
-    names.insert(names.end(), {"trainer_state.json", "caldera.json"});
+    for (const char* name : {"trainer_state.json", "caldera.json"})
+      files[name] = {{"bytes", fs::file_size(folder / name)}, {"xxh3_128", hash_file(folder / name)}};
   }
   if (share.part >= 0)
     write(share.num_parts == 1
               ? "optimizer.safetensors"
               : fmt::format("optimizer-{:05}-of-{:05}.safetensors", share.part + 1, share.num_parts),
-          share.moments);
-  return describe_files(folder, names);
+          moments);
+  return files;
 }
 
 // Every rank does its part and hears of the others': what `work` returns, by rank. Where it threw on a rank,
@@ -80,10 +74,9 @@ std::vector<std::string> together(World& world, const std::function<std::string(
   return world.exchange("save", mine);
 }
 
-}  // namespace
-
-void write_checkpoint(const fs::path& stage_folder, const CheckpointShare& share, const KeptCheckpoints& kept,
-                      World& world) {
+// The share's lists are read from `masters` and `moments`.
+void write(const fs::path& stage_folder, const CheckpointShare& share, Snapshot& masters, Snapshot& moments,
+           const KeptCheckpoints& kept, World& world) {
   const SavingScope saving;
   const fs::path parent = stage_folder / "checkpoints";
   const std::string name = step_name(share.state.step);
@@ -93,7 +86,7 @@ void write_checkpoint(const fs::path& stage_folder, const CheckpointShare& share
     const fs::path shared = together(world, [&] { return folder.string(); }).front();
     Json files = Json::object();
     for (const std::string& text :
-         together(world, [&] { return json_line(write_share(shared, share, world)); }))
+         together(world, [&] { return json_line(write_share(shared, share, masters, moments, world)); }))
       files.update(parse_json(text, "what a rank wrote"));
     std::vector<std::string> names;
     for (const auto& [file, description] : files.items()) names.push_back(file);
@@ -126,6 +119,14 @@ void write_checkpoint(const fs::path& stage_folder, const CheckpointShare& share
   });
 }
 
+}  // namespace
+
+void write_checkpoint(const fs::path& stage_folder, const CheckpointShare& share, const KeptCheckpoints& kept,
+                      World& world) {
+  Snapshot masters(share.masters, /*may_change=*/false), moments(share.moments, /*may_change=*/false);
+  write(stage_folder, share, masters, moments, kept, world);
+}
+
 CheckpointWriter::CheckpointWriter(fs::path stage_folder, const KeptCheckpoints& kept, bool in_background,
                                    World& world)
     : stage_folder_(std::move(stage_folder)), kept_(kept), in_background_(in_background), world_(world) {}
@@ -136,20 +137,20 @@ CheckpointWriter::~CheckpointWriter() {
 
 void CheckpointWriter::save(CheckpointShare share) {
   CALDERA_ASSERT(!writing_.valid());
-  // Training goes on over these tensors: what is written is a copy.
-  const at::NoGradGuard no_grad;
-  const auto copy = [](TensorList& list) {
-    for (auto& [name, tensor] : list)
-      tensor = tensor.detach().to(at::kCPU, tensor.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
-  };
-  if (in_background_ && !share.masters_are_copies) copy(share.masters);
-  if (in_background_) copy(share.moments);
+  masters_ = std::make_unique<Snapshot>(std::exchange(share.masters, {}), in_background_ && !share.masters_are_copies);
+  moments_ = std::make_unique<Snapshot>(std::exchange(share.moments, {}), in_background_);
   writing_ = std::async(in_background_ ? std::launch::async : std::launch::deferred,
                         [this, share = std::move(share)] {
                           if (in_background_) work_without_a_team();
-                          write_checkpoint(stage_folder_, share, kept_, world_);
+                          write(stage_folder_, share, *masters_, *moments_, kept_, world_);
                           return stage_folder_ / "checkpoints" / step_name(share.state.step);
                         });
+}
+
+void CheckpointWriter::before_update() {
+  if (!writing_.valid()) return;
+  masters_->copy_the_rest();
+  moments_->copy_the_rest();
 }
 
 std::optional<fs::path> CheckpointWriter::finish() {
@@ -250,13 +251,18 @@ class Parts {
     }
   }
 
-  // Fills `values`: elements [begin, begin + n) of the flattened tensor, or all of it in its shape where
-  // `is_part` is false.
-  void copy_to(const at::Tensor& values, const std::string& name, int64_t begin, bool is_part) const {
+  // Reads what is named NAME or, of the flattened tensor from element BEGIN on, NAME@BEGIN.
+  void read_into(const Master& state, const std::string& named) const {
+    const size_t at = named.rfind('@');
+    const bool is_part = at != std::string::npos;
+    const std::string name = named.substr(0, at);
+    const int64_t begin = is_part ? std::stoll(named.substr(at + 1)) : 0;
     const auto found = parts_.find(name);
     CALDERA_CHECK(found != parts_.end(), CheckpointError,
                   "{}: tensor {} is missing: does the stage train other parts now?", where_, name);
-    const at::Tensor flat = values.contiguous().view(-1);
+    const at::Tensor values =
+        state.remainder.defined() ? at::empty(state.weight.sizes(), at::kFloat) : state.weight.contiguous();
+    const at::Tensor flat = values.view(-1);
     const int64_t end = begin + flat.numel();
     int64_t num_filled = 0;
     for (const Part& part : found->second) {
@@ -273,7 +279,7 @@ class Parts {
     CALDERA_CHECK(num_filled == flat.numel(), CheckpointError,
                   "{}: tensor {}: expected {} elements from {}, got {}", where_, name, flat.numel(), begin,
                   num_filled);
-    if (!flat.is_alias_of(values)) values.copy_(flat.view(values.sizes()));
+    if (!values.is_alias_of(state.weight)) state.assign(values);
   }
 
  private:
@@ -288,28 +294,20 @@ class Parts {
   std::string where_;
 };
 
-void copy_all(const Parts& parts, const TensorList& wanted) {
-  for (const auto& [name, tensor] : wanted) {
-    const size_t at = name.rfind('@');
-    const bool is_part = at != std::string::npos;
-    parts.copy_to(tensor, name.substr(0, at), is_part ? std::stoll(name.substr(at + 1)) : 0, is_part);
-  }
-}
-
 }  // namespace
 
 void load_checkpoint(const fs::path& folder, AdamW& optimizer) {
   const at::NoGradGuard no_grad;
-  const TensorList masters = optimizer.masters();
-  copy_all(Parts({folder / "model.safetensors"}), masters);
   std::vector<fs::path> files;
   for (const auto& entry : fs::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
     if (name.starts_with("optimizer") && name.ends_with(".safetensors")) files.push_back(entry.path());
   }
   std::sort(files.begin(), files.end());
-  copy_all(Parts(files), optimizer.moments());
-  optimizer.restore(read_checkpoint_state(folder).step, masters);
+  const Parts model({folder / "model.safetensors"}), states(files);
+  for (const auto& [name, master] : optimizer.masters()) model.read_into(master, name);
+  for (const auto& [name, moment] : optimizer.moments()) states.read_into(moment, name);
+  optimizer.restore(read_checkpoint_state(folder).step);
 }
 
 }  // namespace caldera

@@ -16,13 +16,14 @@
 #include <cstdint>
 #include <filesystem>
 #include <future>
+#include <memory>
 #include <optional>
 #include <string>
 
 #include "base/json.h"
-#include "model/weights/safetensors.h"
 #include "train/distributed/world.h"
 #include "train/optimizer.h"
+#include "train/snapshot.h"
 
 namespace caldera {
 
@@ -38,8 +39,8 @@ struct CheckpointState {
 // What one rank writes of a checkpoint.
 struct CheckpointShare {
   CheckpointState state;
-  TensorList masters, moments;  // masters: the first rank's alone
-  bool masters_are_copies = false;  // nobody else has them, in host memory
+  StateList masters, moments;  // masters: the first rank's alone
+  bool masters_are_copies = false;  // in host memory, and no update changes them
   int part = 0, num_parts = 1;  // which part of the moments this is; -1: another rank writes the same
 };
 
@@ -56,14 +57,17 @@ struct KeptCheckpoints {
 void write_checkpoint(const std::filesystem::path& stage_folder, const CheckpointShare& share,
                       const KeptCheckpoints& kept, World& world = World::alone());
 
-// Writes checkpoints, in the background where told so: from a copy in host memory, the same bytes.
+// Writes checkpoints, in the background where told so: the same bytes.
 class CheckpointWriter {
  public:
   CheckpointWriter(std::filesystem::path stage_folder, const KeptCheckpoints& kept, bool in_background,
                    World& world);
   ~CheckpointWriter();  // waits for what is being written
-  // Begins a save, after the one before has ended.
+  // Begins a save, after the one before has ended. In the background the state is read where it lies, tensor
+  // by tensor: it must not change before_update().
   void save(CheckpointShare share);
+  // Copies what is not written yet, so that the state may change.
+  void before_update();
   // Waits for what is being written, throws what it threw, and returns its folder if there is one that was
   // not returned before.
   std::optional<std::filesystem::path> finish();
@@ -75,6 +79,7 @@ class CheckpointWriter {
   KeptCheckpoints kept_;
   bool in_background_;
   World& world_;
+  std::unique_ptr<Snapshot> masters_, moments_;  // of what is being written
   std::future<std::filesystem::path> writing_;
 };
 

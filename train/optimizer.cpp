@@ -119,21 +119,16 @@ void AdamW::step(double lr_factor, double grad_scale) {
   }
 }
 
-std::vector<std::pair<std::string, at::Tensor>> AdamW::views(
-    const std::string& prefix, const std::function<at::Tensor(const Slot&)>& values_of,
-    int64_t elements_each) const {
-  std::vector<std::pair<std::string, at::Tensor>> list;
-  const Slot* previous = nullptr;
-  at::Tensor values;  // of that one: the parts of a fused tensor come one after the other
+StateList AdamW::views(const std::string& prefix, const std::function<Master(const Slot&)>& value_of,
+                       int64_t elements_each) const {
+  StateList list;
   for (const ParameterGroup& group : groups_) {
     for (const NamedTensor& tensor : group.tensors) {
       const Slot& slot = slots_[slot_of_.at(tensor.owner)];
-      if (&slot != previous) values = values_of(slot);
-      previous = &slot;
-      if (!values.defined()) continue;
+      const Master value = value_of(slot);
+      if (!value.weight.defined()) continue;
       if (!slot.is_part && elements_each == 1) {
-        list.emplace_back(prefix + tensor.name,
-                          tensor.num_rows < 0 ? values : values.narrow(0, tensor.row_begin, tensor.num_rows));
+        list.emplace_back(prefix + tensor.name, tensor.num_rows < 0 ? value : value.rows(tensor.row_begin, tensor.num_rows));
         continue;
       }
       // The named tensor is elements [first, last) of the flattened owner; of these, the owned ones.
@@ -148,47 +143,33 @@ std::vector<std::pair<std::string, at::Tensor>> AdamW::views(
       const int64_t from = (begin - slot.begin) / elements_each;
       list.emplace_back(
           prefix + tensor.name + (slot.is_part ? fmt::format("@{}", (begin - first) / elements_each) : ""),
-          values.narrow(0, from, up(end - slot.begin) - from));
+          value.rows(from, up(end - slot.begin) - from));
     }
   }
   return list;
 }
 
-std::vector<std::pair<std::string, at::Tensor>> AdamW::masters() const {
-  return views("", [](const Slot& slot) { return slot.master.values(); });
+StateList AdamW::masters() const {
+  return views("", [](const Slot& slot) { return slot.master; });
 }
 
-bool AdamW::masters_are_copies() const {
-  return std::all_of(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.master.remainder.defined(); });
-}
-
-std::vector<std::pair<std::string, at::Tensor>> AdamW::moments() const {
-  std::vector<std::pair<std::string, at::Tensor>> list;
-  const auto add = [&](std::vector<std::pair<std::string, at::Tensor>> more) {
+StateList AdamW::moments() const {
+  StateList list;
+  const auto add = [&](const std::string& prefix, int64_t elements_each, const auto& values_of) {
+    StateList more = views(
+        prefix, [&](const Slot& slot) { return Master{values_of(slot), {}}; }, elements_each);
     list.insert(list.end(), std::make_move_iterator(more.begin()), std::make_move_iterator(more.end()));
   };
-  add(views("exp_avg.", [](const Slot& slot) { return slot.exp_avg.values; }));
-  add(views("exp_avg_sq.", [](const Slot& slot) { return slot.exp_avg_sq.values; }));
-  add(views(
-      "exp_avg_scale.", [](const Slot& slot) { return slot.exp_avg.scale; }, kQuantizedBlock));
-  add(views(
-      "exp_avg_sq_scale.", [](const Slot& slot) { return slot.exp_avg_sq.scale; }, kQuantizedBlock));
+  add("exp_avg.", 1, [](const Slot& slot) { return slot.exp_avg.values; });
+  add("exp_avg_sq.", 1, [](const Slot& slot) { return slot.exp_avg_sq.values; });
+  add("exp_avg_scale.", kQuantizedBlock, [](const Slot& slot) { return slot.exp_avg.scale; });
+  add("exp_avg_sq_scale.", kQuantizedBlock, [](const Slot& slot) { return slot.exp_avg_sq.scale; });
   return list;
 }
 
-void AdamW::restore(int64_t num_updates, const std::vector<std::pair<std::string, at::Tensor>>& masters) {
+void AdamW::restore(int64_t num_updates) {
   const at::NoGradGuard no_grad;
   num_updates_ = num_updates;
-  // The same list again, of each half. Float32 masters are views: they are written already.
-  const auto weights = views("", [](const Slot& slot) { return slot.master.weight; });
-  const auto remainders = views("", [](const Slot& slot) {
-    return slot.master.remainder.defined() ? slot.master.remainder : slot.master.weight;
-  });
-  CALDERA_ASSERT(masters.size() == weights.size());
-  for (size_t i = 0; i < masters.size(); ++i) {
-    const at::Tensor &weight = weights[i].second, &remainder = remainders[i].second;
-    if (remainder.scalar_type() == at::kShort) Master{weight, remainder}.assign(masters[i].second);
-  }
   for (const Slot& slot : slots_)
     if (slot.is_away()) slot.place.copy_(slot.master.weight);
 }

@@ -40,6 +40,10 @@ struct OwnedPart {
 };
 using OwnedParts = std::unordered_map<const at::Tensor*, OwnedPart>;  // by NamedTensor::owner
 
+// The optimizer's state where it lies, under its names in checkpoints. What is not kept in halves is a Master
+// without remainder: float32 weights, those without masters, and moments.
+using StateList = std::vector<std::pair<std::string, Master>>;
+
 // Of which tensors 8 bits hold the states: matrices of at least 4096 elements, embeddings excepted, as HF's
 // Trainer has it with bitsandbytes; the parts of a fused one must begin at a block of 256.
 std::unordered_set<const at::Tensor*> with_8bit_states(const std::vector<ParameterGroup>& groups);
@@ -69,17 +73,16 @@ class AdamW {
 
   int64_t num_updates() const { return num_updates_; }
   const std::vector<ParameterGroup>& groups() const { return groups_; }
-  // Float32 masters (without them: the weights) under their HF names. Of a tensor that is owned in part,
+  // Masters (without them: the weights) under their HF names. Of a tensor that is owned in part,
   // "NAME@BEGIN" [n] are elements [BEGIN, BEGIN + n) of the flattened NAME; where nothing of it is owned, it
-  // does not appear. Float32 weights are views; those of bfloat16 weights are made anew, in host memory.
-  std::vector<std::pair<std::string, at::Tensor>> masters() const;
-  bool masters_are_copies() const;  // all of them
-  // Views of the moments, likewise, as "exp_avg.NAME" and "exp_avg_sq.NAME", where those are codes of 8 bits
-  // beside "exp_avg_scale.NAME" and "exp_avg_sq_scale.NAME".
-  std::vector<std::pair<std::string, at::Tensor>> moments() const;
+  // does not appear.
+  StateList masters() const;
+  // The moments, likewise, as "exp_avg.NAME" and "exp_avg_sq.NAME", where those are codes of 8 bits beside
+  // "exp_avg_scale.NAME" and "exp_avg_sq_scale.NAME".
+  StateList moments() const;
   at::Tensor master(const at::Tensor* owner) const { return slots_[slot_of_.at(owner)].master.values(); }
-  // Goes on from another state: after the moments were written, takes what was written to masters().
-  void restore(int64_t num_updates, const std::vector<std::pair<std::string, at::Tensor>>& masters);
+  // Goes on from another state, which was written to masters() and moments().
+  void restore(int64_t num_updates);
 
  private:
   // One fused or plain leaf tensor; its HF names are ranges of its rows.
@@ -95,10 +98,9 @@ class AdamW {
     bool is_part = false;
     bool is_away() const { return master.weight.device() != place.device(); }
   };
-  // `values` of each slot under its HF names; each element of them stands for so many of the weight.
-  std::vector<std::pair<std::string, at::Tensor>> views(const std::string& prefix,
-                                                        const std::function<at::Tensor(const Slot&)>& values,
-                                                        int64_t elements_each = 1) const;
+  // `value` of each slot under its HF names; each element of it stands for so many of the weight.
+  StateList views(const std::string& prefix, const std::function<Master(const Slot&)>& value,
+                  int64_t elements_each = 1) const;
   void update(const Slot& slot, const AdamWStep& step) const;
 
   std::vector<ParameterGroup> groups_;

@@ -135,7 +135,7 @@ void fields(V& v, StageConfig& c) {
   v("save_best", c.save_best,
     "also keep the checkpoint with the lowest validation loss so far; needs `save_steps` to be a multiple of "
     "`eval_steps`");
-  v("async_save", c.async_save, "write checkpoints in the background from a copy in host memory; the same bytes");
+  v("async_save", c.async_save, "write checkpoints in the background, beside the next steps; the same bytes");
   v("eval_steps", c.eval_steps, "steps between validation losses; 0: only at the end", at_least(0));
 }
 

@@ -34,7 +34,7 @@ void Trainer::save_checkpoint() {
                                   .eval_loss = eval_loss_,
                                   .recipe = recipe_part(recipe_, stage_),
                                   .caldera = describe()},
-                        .masters_are_copies = in_parts || optimizer_->masters_are_copies(),
+                        .masters_are_copies = in_parts,
                         .part = sharding_ ? sharding_->part() : 0,
                         .num_parts = sharding_ ? sharding_->num_parts() : 1};
   if (in_parts)

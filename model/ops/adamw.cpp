@@ -86,6 +86,10 @@ at::Tensor Master::values() const {
   return whole;
 }
 
+Master Master::rows(int64_t begin, int64_t count) const {
+  return {weight.narrow(0, begin, count), remainder.defined() ? remainder.narrow(0, begin, count) : remainder};
+}
+
 void Master::assign(const at::Tensor& values) const {
   const at::NoGradGuard no_grad;
   if (!remainder.defined()) {

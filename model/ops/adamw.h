@@ -24,6 +24,8 @@ struct Master {
   static Master of(const at::Tensor& weight);
   // Float32, in a tensor of its own in host memory; without a remainder the weight itself.
   at::Tensor values() const;
+  at::ScalarType values_type() const { return remainder.defined() ? at::kFloat : weight.scalar_type(); }
+  Master rows(int64_t begin, int64_t count) const;  // shares the memory
   // Sets them to float32 values.
   void assign(const at::Tensor& values) const;
 };

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -44,9 +45,24 @@ std::map<std::string, std::string> safetensors_metadata(const std::filesystem::p
 
 using TensorList = std::vector<std::pair<std::string, at::Tensor>>;
 
-// Writes one file, atomically: header first, then each tensor's bytes as `tensors` yields them (made
-// contiguous, moved to CPU and, where a dtype is given, floats converted to it, one at a time, so memory
-// stays flat).
+// A tensor that is read, once, when its turn comes to be written.
+struct TensorToWrite {
+  std::string name;
+  std::vector<int64_t> shape;
+  at::ScalarType type;
+  std::function<at::Tensor()> read;
+};
+
+// How long a file became, and its XXH3-128.
+struct WrittenFile {
+  uint64_t num_bytes;
+  std::string hash;
+};
+// Writes one file, atomically: header first, then each tensor's bytes (made contiguous, moved to CPU and,
+// where a dtype is given, floats converted to it, one at a time, so memory stays flat).
+WrittenFile write_safetensors(const std::filesystem::path& file, const std::vector<TensorToWrite>& tensors,
+                              const std::map<std::string, std::string>& metadata = {{"format", "pt"}},
+                              std::optional<at::ScalarType> dtype = {});
 void write_safetensors(const std::filesystem::path& file, const TensorList& tensors,
                        const std::map<std::string, std::string>& metadata = {{"format", "pt"}},
                        std::optional<at::ScalarType> dtype = {});

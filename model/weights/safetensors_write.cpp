@@ -5,12 +5,14 @@
 namespace caldera {
 namespace {
 
-at::ScalarType type_in_file(const at::Tensor& tensor, std::optional<at::ScalarType> dtype) {
-  return dtype && at::isFloatingType(tensor.scalar_type()) ? *dtype : tensor.scalar_type();
+at::ScalarType type_in_file(at::ScalarType type, std::optional<at::ScalarType> dtype) {
+  return dtype && at::isFloatingType(type) ? *dtype : type;
 }
 
+int64_t element_size(at::ScalarType type) { return static_cast<int64_t>(c10::elementSize(type)); }
+
 int64_t bytes_in_file(const at::Tensor& tensor, std::optional<at::ScalarType> dtype) {
-  return tensor.numel() * static_cast<int64_t>(c10::elementSize(type_in_file(tensor, dtype)));
+  return tensor.numel() * element_size(type_in_file(tensor.scalar_type(), dtype));
 }
 
 std::string_view type_name(at::ScalarType type) {
@@ -21,42 +23,51 @@ std::string_view type_name(at::ScalarType type) {
 
 }  // namespace
 
-void write_safetensors(const fs::path& file, const TensorList& tensors,
-                       const std::map<std::string, std::string>& metadata,
-                       std::optional<at::ScalarType> dtype) {
+WrittenFile write_safetensors(const fs::path& file, const std::vector<TensorToWrite>& tensors,
+                              const std::map<std::string, std::string>& metadata,
+                              std::optional<at::ScalarType> dtype) {
   // Wide elements first, so that each tensor's data are aligned to its element; otherwise in the order given.
-  std::vector<const TensorList::value_type*> order;
-  for (const auto& item : tensors) order.push_back(&item);
+  std::vector<const TensorToWrite*> order;
+  for (const TensorToWrite& tensor : tensors) order.push_back(&tensor);
   std::stable_sort(order.begin(), order.end(), [&](const auto* a, const auto* b) {
-    return c10::elementSize(type_in_file(a->second, dtype)) >
-           c10::elementSize(type_in_file(b->second, dtype));
+    return element_size(type_in_file(a->type, dtype)) > element_size(type_in_file(b->type, dtype));
   });
 
   Json header = Json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   int64_t offset = 0;
-  for (const auto* item : order) {
-    const auto& [name, tensor] = *item;
-    CALDERA_CHECK(!header.contains(name), Error, "{}: tensor {} is given twice", file.string(), name);
-    const int64_t end = offset + bytes_in_file(tensor, dtype);
-    header[name] = {{"dtype", type_name(type_in_file(tensor, dtype))},
-                    {"shape", tensor.sizes().vec()},
-                    {"data_offsets", {offset, end}}};
+  for (const TensorToWrite* tensor : order) {
+    CALDERA_CHECK(!header.contains(tensor->name), Error, "{}: tensor {} is given twice", file.string(),
+                  tensor->name);
+    const at::ScalarType type = type_in_file(tensor->type, dtype);
+    const int64_t end = offset + c10::multiply_integers(tensor->shape) * element_size(type);
+    header[tensor->name] = {{"dtype", type_name(type)}, {"shape", tensor->shape}, {"data_offsets", {offset, end}}};
     offset = end;
   }
   std::string text = header.dump();
   text.append((8 - text.size() % 8) % 8, ' ');
 
-  AtomicFile out(file);
-  const uint64_t length = text.size();
+  const uint64_t length = text.size(), num_bytes = sizeof length + length + static_cast<uint64_t>(offset);
+  AtomicFile out(file, num_bytes);
   out.write(&length, sizeof length);
   out.write(text);
-  for (const auto* item : order) {
-    const at::Tensor& tensor = item->second;
-    const at::Tensor bytes = tensor.detach().to(at::kCPU, type_in_file(tensor, dtype)).contiguous();
+  for (const TensorToWrite* tensor : order) {
+    const at::Tensor values = tensor->read();
+    CALDERA_ASSERT(values.sizes() == tensor->shape && values.scalar_type() == tensor->type);
+    const at::Tensor bytes = values.detach().to(at::kCPU, type_in_file(tensor->type, dtype)).contiguous();
     out.write(bytes.const_data_ptr(), bytes.nbytes());
   }
   out.commit();
+  return {num_bytes, out.hash()};
+}
+
+void write_safetensors(const fs::path& file, const TensorList& tensors,
+                       const std::map<std::string, std::string>& metadata,
+                       std::optional<at::ScalarType> dtype) {
+  std::vector<TensorToWrite> list;
+  for (const auto& [name, tensor] : tensors)
+    list.push_back({name, tensor.sizes().vec(), tensor.scalar_type(), [&tensor = tensor] { return tensor; }});
+  write_safetensors(file, list, metadata, dtype);
 }
 
 void write_weights_folder(const fs::path& folder, const TensorList& tensors, int64_t max_shard_bytes,

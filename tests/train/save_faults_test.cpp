@@ -18,8 +18,8 @@ namespace {
 
 CheckpointShare share(int64_t step) {
   return {.state = {.step = step, .seed = 7, .recipe = "r", .caldera = {{"card", 1}}},
-          .masters = {{"weight", at::full({300}, static_cast<double>(step))}},
-          .moments = {{"exp_avg.weight", at::full({300}, static_cast<double>(step))}}};
+          .masters = {{"weight", Master::of(at::full({300}, static_cast<double>(step)))}},
+          .moments = {{"exp_avg.weight", Master::of(at::full({300}, static_cast<double>(step)))}}};
 }
 // Step 1 is the best, whatever comes.
 CheckpointShare measured_share(int64_t step) {
@@ -183,14 +183,15 @@ TEST_F(SaveFaults, AThousandFlippedBitsAndAHundredCutsAreAllFound) {
 TEST_F(SaveFaults, InTheBackgroundTheBytesAreTheSame) {
   at::Tensor weight = at::arange(300, at::kFloat);
   CheckpointShare one = share(1);
-  one.masters = {{"weight", weight}};
+  one.masters = {{"weight", Master::of(weight)}};
   {
     CheckpointWriter now(folder_ / "now", {.save_total_limit = 2}, false, World::alone()),
         later(folder_ / "later", {.save_total_limit = 2}, true, World::alone());
     now.save(one);
     EXPECT_EQ(now.finish(), folder_ / "now" / "checkpoints" / "step-00000001");
     later.save(one);
-    weight.zero_();  // training goes on
+    later.before_update();
+    weight.zero_();
     EXPECT_EQ(later.finish(), folder_ / "later" / "checkpoints" / "step-00000001");
     EXPECT_EQ(later.finish(), std::nullopt);
   }

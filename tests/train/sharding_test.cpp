@@ -90,7 +90,7 @@ at::Tensor rows_of(int64_t step, int64_t round, int rank) {
 bool has_rows(int64_t round, int rank, int size) { return round == 0 || rank + 1 < size; }
 
 struct Result {
-  TensorList masters;
+  StateList masters;
   std::vector<at::Tensor> weights;  // as the model has them at the end, in the masters' order
   std::vector<double> norms;
   int64_t num_collectives = 0, num_bytes = 0;  // of the last step
@@ -203,9 +203,9 @@ TEST_P(ShardingTest, ComputesWhatOneRankDoesAndSendsWhatItSays) {
   ASSERT_EQ(results[0].masters.size(), expected.masters.size());
   for (size_t i = 0; i < expected.masters.size(); ++i) {
     EXPECT_EQ(results[0].masters[i].first, expected.masters[i].first);
-    EXPECT_TRUE(at::allclose(results[0].masters[i].second, expected.masters[i].second, 1e-5, 1e-6)) << i;
+    EXPECT_TRUE(at::allclose(results[0].masters[i].second.values(), expected.masters[i].second.values(), 1e-5, 1e-6)) << i;
     for (const Result& result : results)
-      EXPECT_TRUE(at::equal(result.weights[i], results[0].masters[i].second)) << i;
+      EXPECT_TRUE(at::equal(result.weights[i], results[0].masters[i].second.values())) << i;
   }
   for (const Result& result : results) {
     EXPECT_EQ(result.norms, results[0].norms) << "the same bits on every rank";

@@ -335,7 +335,7 @@ void Sharding::finish_gathers(int64_t layer) {
   }
 }
 
-TensorList Sharding::gather_masters(const AdamW& optimizer) {
+StateList Sharding::gather_masters(const AdamW& optimizer) {
   const at::NoGradGuard no_grad;
   finish_gathers(kAllLayers);
   std::unordered_map<const at::Tensor*, at::Tensor> whole;
@@ -354,13 +354,13 @@ TensorList Sharding::gather_masters(const AdamW& optimizer) {
     const at::Tensor host = all.cpu();
     for (const FlatUnit::Leaf& leaf : unit->leaves) whole[leaf.owner] = unit->of(host, leaf);
   }
-  TensorList list;
+  StateList list;
   for (const ParameterGroup& group : optimizer.groups()) {
     for (const NamedTensor& tensor : group.tensors) {
       if (!world_.is_first()) break;
-      const at::Tensor& values = whole.at(tensor.owner);
+      const Master values{whole.at(tensor.owner), {}};
       list.emplace_back(tensor.name,
-                        tensor.num_rows < 0 ? values : values.narrow(0, tensor.row_begin, tensor.num_rows));
+                        tensor.num_rows < 0 ? values : values.rows(tensor.row_begin, tensor.num_rows));
     }
   }
   return list;

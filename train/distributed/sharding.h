@@ -81,7 +81,7 @@ class Sharding {
   void hold_all();
   // The float32 masters, whole, under their HF names in the first rank's host memory; empty on the others.
   // All ranks call it.
-  TensorList gather_masters(const AdamW& optimizer);
+  StateList gather_masters(const AdamW& optimizer);
 
  private:
   enum class Strategy { kDdp, kZero1, kZero2, kZero3 };

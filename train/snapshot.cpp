@@ -1,0 +1,58 @@
+#include "train/snapshot.h"
+
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace caldera {
+namespace {
+
+// In host memory, and nobody else's.
+at::Tensor copy_of(const Master& state) {
+  const at::NoGradGuard no_grad;
+  const at::Tensor values = state.values();
+  return values.is_alias_of(state.weight) && values.is_cpu() ? values.clone() : values.cpu();
+}
+
+}  // namespace
+
+Snapshot::Snapshot(StateList state, bool may_change) : state_(std::move(state)), may_change_(may_change) {
+  const auto on_gpu = std::find_if(state_.begin(), state_.end(),
+                                   [](const auto& item) { return !item.second.weight.is_cpu(); });
+  if (!may_change || on_gpu == state_.end()) return;
+  const at::Device device = on_gpu->second.weight.device();
+  const c10::impl::VirtualGuardImpl guard(device.type());
+  stream_ = guard.getStreamFromGlobalPool(device);
+  c10::Event now(device.type());
+  now.record(guard.getStream(device));
+  now.block(*stream_);
+}
+
+std::vector<TensorToWrite> Snapshot::tensors() {
+  std::vector<TensorToWrite> list;
+  for (size_t i = 0; i < state_.size(); ++i) {
+    const auto& [name, state] = state_[i];
+    list.push_back({name, state.weight.sizes().vec(), state.values_type(), [this, i] { return read(i); }});
+  }
+  return list;
+}
+
+at::Tensor Snapshot::read(size_t i) {
+  const std::lock_guard lock(mutex_);
+  const c10::OptionalStreamGuard guard(stream_);
+  const Master state = std::exchange(state_[i].second, {});
+  return may_change_ ? copy_of(state) : state.values();
+}
+
+void Snapshot::copy_the_rest() {
+  const std::lock_guard lock(mutex_);
+  if (!may_change_) return;
+  for (auto& [name, state] : state_)
+    if (state.weight.defined()) state = {copy_of(state), {}};
+  may_change_ = false;
+}
+
+}  // namespace caldera
