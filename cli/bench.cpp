@@ -196,7 +196,7 @@ void save_state(const BenchCommand& command) {
     double waited = seconds_since(start);
     const double beside = multiply(count);
     const Clock::time_point update = Clock::now();
-    writer.before_update();
+    writer.before_update(share.state.step + 1);
     waited += seconds_since(update);
     writer.finish();
     const double written = seconds_since(start);

@@ -132,7 +132,11 @@ CheckpointWriter::CheckpointWriter(fs::path stage_folder, const KeptCheckpoints&
     : stage_folder_(std::move(stage_folder)), kept_(kept), in_background_(in_background), world_(world) {}
 
 CheckpointWriter::~CheckpointWriter() {
-  if (writing_.valid()) writing_.wait();
+  try {
+    finish();
+  } catch (const std::exception& error) {  // of a run that ends for another reason
+    log_warning("the checkpoint that was being written is lost: {}", error.what());
+  }
 }
 
 void CheckpointWriter::save(CheckpointShare share) {
@@ -147,8 +151,9 @@ void CheckpointWriter::save(CheckpointShare share) {
                         });
 }
 
-void CheckpointWriter::before_update() {
-  if (!writing_.valid()) return;
+void CheckpointWriter::before_update(int64_t step) {
+  if (!writing_.valid() || writing_.wait_for(std::chrono::seconds(0)) == std::future_status::ready) return;
+  world_.at(step, "copying what is left of a checkpoint");
   masters_->copy_the_rest();
   moments_->copy_the_rest();
 }

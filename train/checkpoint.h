@@ -66,8 +66,8 @@ class CheckpointWriter {
   // Begins a save, after the one before has ended. In the background the state is read where it lies, tensor
   // by tensor: it must not change before_update().
   void save(CheckpointShare share);
-  // Copies what is not written yet, so that the state may change.
-  void before_update();
+  // Copies what is not written yet, so that the state may change; `step` is the one under way.
+  void before_update(int64_t step);
   // Waits for what is being written, throws what it threw, and returns its folder if there is one that was
   // not returned before.
   std::optional<std::filesystem::path> finish();

@@ -20,24 +20,20 @@ at::Tensor copy_of(const Master& state) {
 }  // namespace
 
 Snapshot::Snapshot(StateList state, bool may_change) : state_(std::move(state)), may_change_(may_change) {
+  for (size_t i = 0; i < state_.size(); ++i) {
+    const auto& [name, tensor] = state_[i];
+    tensors_.push_back({name, tensor.weight.sizes().vec(), tensor.values_type(), [this, i] { return read(i); }});
+  }
   const auto on_gpu = std::find_if(state_.begin(), state_.end(),
                                    [](const auto& item) { return !item.second.weight.is_cpu(); });
   if (!may_change || on_gpu == state_.end()) return;
   const at::Device device = on_gpu->second.weight.device();
   const c10::impl::VirtualGuardImpl guard(device.type());
-  stream_ = guard.getStreamFromGlobalPool(device);
+  static const c10::Stream stream = guard.getStreamFromGlobalPool(device);  // a process works on one GPU
+  stream_ = stream;
   c10::Event now(device.type());
   now.record(guard.getStream(device));
-  now.block(*stream_);
-}
-
-std::vector<TensorToWrite> Snapshot::tensors() {
-  std::vector<TensorToWrite> list;
-  for (size_t i = 0; i < state_.size(); ++i) {
-    const auto& [name, state] = state_[i];
-    list.push_back({name, state.weight.sizes().vec(), state.values_type(), [this, i] { return read(i); }});
-  }
-  return list;
+  now.block(stream);
 }
 
 at::Tensor Snapshot::read(size_t i) {

@@ -261,7 +261,7 @@ StepMetrics Trainer::step(const StepData& data, double data_wait_ms) {
       max_norm > 0 && report.grad_norm > max_norm ? max_norm / (report.grad_norm + 1e-6) : 1.0;
   const double factor =
       lr_factor(stage_.optimizer.lr_scheduler_type, stage_.optimizer.warmup_ratio, steps_done_, num_steps_);
-  checkpoints_->before_update();
+  checkpoints_->before_update(steps_done_ + 1);
   optimizer_->step(factor, grad_scale);
   if (sharding_) sharding_->begin_gather_weights();
   ++steps_done_;

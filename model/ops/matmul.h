@@ -1,16 +1,16 @@
 // Matrix products on the fastest library at hand. On CPUs that are not Intel's, LibTorch's MKL runs float32
 // products at a quarter of what the cores can do; oneDNN, which comes in the same library, runs them in full
 // (measured on an AMD EPYC of family 26, one core: 60 against 260 GFLOP/s). bfloat16 runs by oneDNN where the
-// processor multiplies it faster than float32, and in float32 elsewhere (on two cores of an Intel Xeon with AVX512_BF16
-// and without AMX: 165 against 300 GFLOP/s). Which way is taken depends on the machine alone, never on timing, so a
-// resumed run computes the same bits.
+// processor multiplies it faster than float32, and in float32 on other x86 CPUs, but for narrow products (on two cores of
+// an Intel Xeon with AVX512_BF16 and without AMX: 165 against 300 GFLOP/s). Which way is taken depends on the machine and
+// the shapes alone, never on timing, so a resumed run computes the same bits.
 #pragma once
 #include <ATen/ATen.h>
 
 namespace caldera {
 
 enum class ProductWay { kAten, kOneDnn, kWidened };  // kWidened: widened_product.h
-// How this machine's CPU multiplies matrices of this type.
+// How this machine's CPU multiplies large matrices of this type.
 ProductWay product_way(at::ScalarType dtype);
 
 // a [M, K] times b [K, N], or both with a batch dimension in front; float32 or bfloat16, b and a may be

@@ -8,16 +8,22 @@
 namespace caldera {
 namespace {
 
-constexpr int64_t kBlockElements = 1 << 20;  // of the result
+constexpr int64_t kBlockElements = 1 << 21;  // of the result, or of a factor
 constexpr int64_t kLeastWidth = 256;         // narrower products do not reach full speed
 constexpr int64_t kDepth = 4096;             // of blocks of deep products
 
-// A result smaller than its factors is summed up from blocks of their common dimension; else it is cut along its longer
-// side, and the factor of the other side is widened whole.
-bool is_deep(int64_t M, int64_t K, int64_t N) { return K > kDepth && M * N < K * (M + N); }
-int64_t block_width(int64_t M, int64_t N) {
-  return std::max(kLeastWidth, kBlockElements / std::max<int64_t>(std::min(M, N), 1));
+// The result is cut along its longer side, and the factor of the other side is widened whole; or, where that takes less
+// memory, summed up from blocks of the factors' common dimension.
+int64_t block_width(int64_t M, int64_t K, int64_t N) {
+  const int64_t fewer = std::min(M, N), more = std::max(M, N);
+  return std::clamp(kBlockElements / std::max<int64_t>({fewer, K, 1}), std::min(kLeastWidth, more), std::max<int64_t>(more, 1));
 }
+int64_t cut_elements(int64_t M, int64_t K, int64_t N) {
+  const int64_t fewer = std::min(M, N);
+  return fewer * K + block_width(M, K, N) * (K + fewer);
+}
+int64_t deep_elements(int64_t M, int64_t N) { return M * N + kDepth * (M + N); }
+bool is_deep(int64_t M, int64_t K, int64_t N) { return K > kDepth && deep_elements(M, N) < cut_elements(M, K, N); }
 
 at::Tensor sums_for(const at::Tensor& out, bool accumulate) {
   return accumulate ? out.to(at::kFloat).contiguous() : at::empty(out.sizes(), out.options().dtype(at::kFloat));
@@ -46,7 +52,7 @@ void widened_product_into(const at::Tensor& a, const at::Tensor& b, const at::Te
   }
   const bool by_columns = N >= M;
   const at::Tensor whole = (by_columns ? a : b).to(at::kFloat);
-  const int64_t width = block_width(M, N);
+  const int64_t width = block_width(M, K, N);
   for (int64_t begin = 0; begin < std::max(M, N); begin += width) {
     const int64_t count = std::min(width, std::max(M, N) - begin);
     if (by_columns)
@@ -57,9 +63,7 @@ void widened_product_into(const at::Tensor& a, const at::Tensor& b, const at::Te
 }
 
 int64_t widened_product_bytes(int64_t M, int64_t K, int64_t N) {
-  const int64_t fewer = std::min(M, N), width = std::min(block_width(M, N), std::max(M, N));
-  const int64_t elements = is_deep(M, K, N) ? M * N + kDepth * (M + N) : fewer * K + width * (K + fewer);
-  return elements * int64_t{sizeof(float)};
+  return (is_deep(M, K, N) ? deep_elements(M, N) : cut_elements(M, K, N)) * int64_t{sizeof(float)};
 }
 
 }  // namespace caldera

@@ -96,7 +96,7 @@ def checkpoint(work, args, say):
     whole, slowed = (statistics.median([step[name] for step in saving[-1].steps]) for name in ("written_s", "slowed_s"))
     say(pair.table(f"saving a training state of {size:.2f} GB: what training waits for", rows) + "\n"
         + f"Caldera writes beside the next step (here half a second of products on one thread, which take {slowed:.2f} s longer); the checkpoint, flushed to disk and with "
-        f"checksums, stands after {whole:.2f} s. The others do not flush.\n")
+        f"checksums, stands after {whole:.2f} s, that half second included. The others do not flush.\n")
     opening = [pair.Contender(name, python("checkpoint_torch.py", work, "open", how), env, prefix)
                for name, how in (("torch.load", "torch"), ("safetensors", "safetensors"), ("transformers from_pretrained", "transformers"))]
     opening.append(pair.Contender("Caldera", bench("open", "--model", work / "model", "--template", "v1", "--dtype", "float32", "--device", "cpu"), env, prefix))

@@ -51,11 +51,13 @@ TEST(Files, APipeIsReadToItsEnd) {
   ::close(ends[0]);
 }
 
-// On a disk they go past the page cache, in memory they cannot.
+// On a disk they go past the page cache; in memory, before Linux 6.6, they cannot.
 class LongFiles : public ::testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
-    if (!fs::is_directory(GetParam())) GTEST_SKIP() << GetParam() << " is not there";
+    constexpr uint64_t kNeeded = 200 << 20;
+    std::error_code none;
+    if (fs::space(GetParam(), none).available < kNeeded || none) GTEST_SKIP() << GetParam() << " has no room";
     folder_.emplace(GetParam());
     for (size_t i = 0; bytes_.size() < (65 << 20); ++i) bytes_ += fmt::format("{} ", i);
   }

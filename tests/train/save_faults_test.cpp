@@ -190,7 +190,7 @@ TEST_F(SaveFaults, InTheBackgroundTheBytesAreTheSame) {
     now.save(one);
     EXPECT_EQ(now.finish(), folder_ / "now" / "checkpoints" / "step-00000001");
     later.save(one);
-    later.before_update();
+    later.before_update(2);
     weight.zero_();
     EXPECT_EQ(later.finish(), folder_ / "later" / "checkpoints" / "step-00000001");
     EXPECT_EQ(later.finish(), std::nullopt);

@@ -80,7 +80,7 @@ TEST(Snapshot, AnUpdateBesideTheWriterIsNotInTheCheckpoint) {
     share.moments = moments;
     writer.save(std::move(share));
     std::this_thread::sleep_for(std::chrono::milliseconds(4 * (step - 1)));
-    writer.before_update();
+    writer.before_update(step + 1);
     set_all(-1);
     const fs::path written = writer.finish().value();
     for (const char* file : {"model.safetensors", "optimizer.safetensors"}) {
