@@ -51,7 +51,7 @@ operations() { # TEST
   echo "$log"
   [[ $log != *SKIPPED* ]]
 }
-for test in model_ops_test model_adapter_ops_test; do
+for test in model_ops_test model_adapter_ops_test train_snapshot_test; do
   if [ -x "$build/$test" ]; then
     step "$test" operations "$test"
   else
@@ -97,6 +97,7 @@ mapfile -t inputs_on_host < <(both gradient_checkpointing=true; both memory.offl
 mapfile -t eight_bit < <(both optimizer.optim=adamw_8bit)
 mapfile -t no_masters < <(both optimizer.master_weights=none)
 mapfile -t offload < <(both memory.offload_optimizer=true)
+mapfile -t saves < <(both save_steps=3; both async_save=true)
 mapfile -t float8 < <(both float8=true)
 lora='stages.finetune.lora={lora_r: 8}' qlora='stages.finetune.lora={lora_r: 8, load_in_4bit: true}'
 run_variants() { # each a command line in one argument; they run in shells of their own
@@ -118,6 +119,7 @@ run_variants \
   'variant 8bit cuda bfloat16 "${eight_bit[@]}"' \
   'variant no-masters cuda bfloat16 "${no_masters[@]}"' \
   'variant offload cuda bfloat16 "${offload[@]}"' \
+  'variant saves cuda bfloat16 "${saves[@]}"' \
   'variant float8 cuda bfloat16 "${float8[@]}"' \
   'variant lora-cpu cpu float32 "$lora"' \
   'variant lora cuda float32 "$lora"' \
@@ -171,7 +173,7 @@ def scores(name):
 
 for of, like, bound in [("cuda-float32", "cpu-float32", 1e-3), ("cuda-bfloat16", "cpu-float32", 5e-2), ("recompute", "cuda-float32", 1e-4),
                         ("inputs-on-host", "recompute", 1e-4),
-                        ("8bit", "cuda-bfloat16", 5e-2), ("no-masters", "cuda-bfloat16", 5e-2), ("offload", "cuda-bfloat16", 5e-2),
+                        ("8bit", "cuda-bfloat16", 5e-2), ("no-masters", "cuda-bfloat16", 5e-2), ("offload", "cuda-bfloat16", 5e-2), ("saves", "cuda-bfloat16", 5e-2),
                         ("float8", "cuda-bfloat16", 1e-1), ("lora", "lora-cpu", 1e-3), ("qlora", "qlora-cpu", 5e-2),
                         *[(f"nccl-{strategy}", "cuda-float32", 1e-4) for strategy in ("ddp", "zero1", "zero2", "zero3")]]:
     compare(f"losses, {of} against {like}", losses, of, like, bound)

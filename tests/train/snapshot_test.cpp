@@ -5,6 +5,7 @@
 #include <chrono>
 #include <thread>
 
+#include "tests/model/operations.h"
 #include "tests/support.h"
 #include "train/checkpoint.h"
 
@@ -12,21 +13,25 @@ namespace caldera {
 namespace {
 
 // A float32 weight, a bfloat16 one in halves with the values 2, and codes of 8 bits.
-StateList three() {
-  const Master halves = Master::of(at::empty({4, 8}, at::kBFloat16));
+StateList three(at::DeviceType device = at::kCPU) {
+  const auto on = [&](at::ScalarType dtype) { return at::TensorOptions(device).dtype(dtype); };
+  const Master halves = Master::of(at::empty({4, 8}, on(at::kBFloat16)));
   halves.assign(at::full({4, 8}, 2.0 + 1e-4));
-  return {{"whole", Master::of(at::full({5}, 1.0))},
+  return {{"whole", Master::of(at::full({5}, 1.0, on(at::kFloat)))},
           {"halves", halves},
-          {"codes", Master::of(at::full({7}, 3, at::kByte))}};
+          {"codes", Master::of(at::full({7}, 3, on(at::kByte)))}};
 }
 void change(const StateList& state) {
   for (const auto& [name, master] : state) master.assign(at::full_like(master.values(), 9));
 }
 
-TEST(Snapshot, IsTheStateAsItWasWhenItWasTaken) {
+class Snapshots : public testing::TestWithParam<at::DeviceType> {};
+
+TEST_P(Snapshots, AreTheStateAsItWasWhenTheyWereTaken) {
+  if (GetParam() == at::kCUDA && !has_gpu()) GTEST_SKIP() << "no GPU here (or a build without CUDA)";
   const StateList expected = three();
   for (size_t num_read_before = 0; num_read_before <= expected.size(); ++num_read_before) {
-    const StateList state = three();
+    const StateList state = three(GetParam());
     Snapshot snapshot(state, /*may_change=*/true);
     const std::vector<TensorToWrite> tensors = snapshot.tensors();
     ASSERT_EQ(tensors.size(), expected.size());
@@ -40,6 +45,7 @@ TEST(Snapshot, IsTheStateAsItWasWhenItWasTaken) {
     }
     change(state);
     for (size_t i = 0; i < tensors.size(); ++i) {
+      EXPECT_TRUE(read[i].is_cpu());
       EXPECT_EQ(tensors[i].name, expected[i].first);
       EXPECT_EQ(tensors[i].type, read[i].scalar_type());
       EXPECT_EQ(tensors[i].shape, read[i].sizes().vec());
@@ -47,6 +53,8 @@ TEST(Snapshot, IsTheStateAsItWasWhenItWasTaken) {
     }
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(, Snapshots, testing::Values(at::kCPU, at::kCUDA));
 
 TEST(Snapshot, CopiesNothingOfWhatNobodyChanges) {
   const StateList state = three();
