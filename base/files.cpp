@@ -109,7 +109,7 @@ AtomicFile::AtomicFile(fs::path path, uint64_t num_bytes)
   if (descriptor_ < 0) fail("create", temporary_);
   if (num_bytes >= kLongFile && set_direct(true))
     piece_.reset(static_cast<char*>(std::aligned_alloc(kBlockBytes, kPieceBytes)));
-  if (!piece_) set_direct(false);
+  if (is_direct_ && !piece_) set_direct(false);
 }
 
 AtomicFile::~AtomicFile() {
@@ -129,12 +129,14 @@ bool AtomicFile::set_direct(bool on) {
 void AtomicFile::write_out(const char* bytes, size_t num_bytes) {
   while (num_bytes > 0) {
     const ssize_t count = do_write(descriptor_, bytes, num_bytes);
-    if (count < 0 && errno == EINTR) continue;
-    // A file system that has no such way after all, other blocks, or part of one written before the disk was full.
-    const int reason = errno;
-    if (count < 0 && (reason == EINVAL || reason == EOPNOTSUPP) && is_direct_ && set_direct(false)) continue;
-    errno = reason;
-    if (count < 0) fail("write", path_);
+    if (count < 0) {
+      const int reason = errno;
+      if (reason == EINTR) continue;
+      // A file system that has no such way after all, other blocks, or part of one written before the disk was full.
+      if ((reason == EINVAL || reason == EOPNOTSUPP) && is_direct_ && set_direct(false)) continue;
+      errno = reason;
+      fail("write", path_);
+    }
     bytes += count;
     num_bytes -= static_cast<size_t>(count);
   }

@@ -1,11 +1,11 @@
 #include "train/snapshot.h"
 
-#include <c10/core/Event.h>
 #include <c10/core/StreamGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <utility>
+
+#include "model/ops/streams.h"
 
 namespace caldera {
 namespace {
@@ -28,12 +28,9 @@ Snapshot::Snapshot(StateList state, bool may_change) : state_(std::move(state)),
                                    [](const auto& item) { return !item.second.weight.is_cpu(); });
   if (!may_change || on_gpu == state_.end()) return;
   const at::Device device = on_gpu->second.weight.device();
-  const c10::impl::VirtualGuardImpl guard(device.type());
-  static const c10::Stream stream = guard.getStreamFromGlobalPool(device);  // a process works on one GPU
+  static const c10::Stream stream = pool_stream(device);  // a process works on one GPU
+  follow(stream, current_stream(device));
   stream_ = stream;
-  c10::Event now(device.type());
-  now.record(guard.getStream(device));
-  now.block(stream);
 }
 
 at::Tensor Snapshot::read(size_t i) {

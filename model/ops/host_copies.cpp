@@ -1,28 +1,18 @@
 #include "model/ops/host_copies.h"
 
 #include <c10/core/StreamGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "base/error.h"
+#include "model/ops/streams.h"
 
 namespace caldera {
 namespace {
 
-c10::Stream current_stream(at::Device device) {
-  return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-}
 // All copies of a process go on one stream: a process works on one GPU.
 c10::Stream copy_stream(at::Device device) {
-  static const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device);
+  static const c10::Stream stream = pool_stream(device);
   CALDERA_ASSERT(stream.device() == device);
   return stream;
-}
-
-// What `second` is given from here on waits for what `first` has been given so far.
-void follow(const c10::Stream& second, const c10::Stream& first) {
-  c10::Event reached(first.device_type());
-  reached.record(first);
-  reached.block(second);
 }
 
 // `to` takes the values of `from` on the copies' stream. Both belong to the current stream, whose later work may use them

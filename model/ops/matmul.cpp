@@ -40,17 +40,18 @@ bool has_avx512() { return false; }
 ProductWay best_way(at::ScalarType) { return ProductWay::kAten; }
 #endif
 
-// Where a factor or the result is as narrow as this, widening takes longer than it saves.
+// Where a factor or the result is narrower than this, widening takes longer than it saves.
 constexpr int64_t kLeastWidened = 64;
 
-// How to multiply these; b may be frozen, and out the place of the result.
+// How to multiply these.
 ProductWay way_of(const at::Tensor& a, const at::Tensor& b) {
   if (!a.is_cpu() || b.scalar_type() != a.scalar_type() || a.numel() == 0 || b.numel() == 0) return ProductWay::kAten;
   const ProductWay way = product_way(a.scalar_type());
   if (way != ProductWay::kWidened) return way;
-  const bool is_worth_it = a.dim() == 2 && std::min({a.size(0), a.size(1), b.size(1)}) >= kLeastWidened;
-  if (is_worth_it || !at::hasMKLDNN() || !has_avx512()) return a.dim() == 2 ? way : ProductWay::kAten;
-  return ProductWay::kOneDnn;
+  const bool has_onednn = at::hasMKLDNN() && has_avx512();  // slower, but for narrow products and batches
+  if (a.dim() != 2) return has_onednn ? ProductWay::kOneDnn : ProductWay::kAten;
+  const bool is_narrow = std::min({a.size(0), a.size(1), b.size(1)}) < kLeastWidened;
+  return is_narrow && has_onednn ? ProductWay::kOneDnn : way;
 }
 
 // The product by a frozen weight, plus the bias where defined; undefined where b is none.

@@ -1,7 +1,6 @@
 #include "train/distributed/world.h"
 
 #define USE_C10D_GLOO 1
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <dlfcn.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
@@ -20,6 +19,7 @@
 
 #include "base/fault.h"
 #include "base/files.h"
+#include "model/ops/streams.h"
 #include "train/distributed/nccl_module.h"
 #include "train/distributed/store_host.h"
 #include "train/distributed/watch.h"
@@ -282,7 +282,7 @@ Wait World::all_gather(at::Tensor out, at::Tensor in, Among among) {
 void World::wait_for_device() {
   if (!group_ || group_->device.is_cpu()) return;
   group_->watch->set_waiting(Waiting::kForOthers);
-  c10::impl::VirtualGuardImpl(group_->device.type()).getStream(group_->device).synchronize();
+  current_stream(group_->device).synchronize();
   group_->watch->set_waiting(Waiting::kNo);
 }
 
