@@ -6,7 +6,6 @@
 
 #include "base/error.h"
 #include "base/rng.h"
-#include "model/ops/ops.h"
 
 namespace caldera {
 namespace {
@@ -72,11 +71,13 @@ at::Tensor Linear::forward(const at::Tensor& x_TI, std::optional<uint64_t> dropo
   return add_low_rank_(y_TO, x_TI, updates, scaling_, dropout_seed ? dropout_ : 0, needs_value);
 }
 
-at::Tensor Linear::forward_of(const std::function<at::Tensor(const at::Tensor&)>& make,
-                              const at::Tensor& source, const std::vector<at::Tensor>& parameters,
-                              std::optional<uint64_t> dropout_seed, bool needs_value) const {
-  if (int8_ || nf4_ || !adapters_.empty()) return forward(make(source), dropout_seed, needs_value);
-  return affine_of(make, source, parameters, weight_OI_, bias_O_, needs_value, in_float8_);
+WithResidual Linear::forward_of(const MakeInput& make, const at::Tensor& source, const at::Tensor& update,
+                                const std::vector<at::Tensor>& parameters, std::optional<uint64_t> dropout_seed,
+                                bool needs_value) const {
+  if (!int8_ && !nf4_ && adapters_.empty())
+    return affine_of(make, source, update, parameters, weight_OI_, bias_O_, needs_value, in_float8_);
+  const auto [value, residual] = make(source, update);
+  return {forward(value, dropout_seed, needs_value), residual};
 }
 
 void Linear::append_tensors(NamedTensors& list) {

@@ -5,7 +5,6 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
-#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -14,6 +13,7 @@
 #include "model/module.h"
 #include "model/ops/matmul.h"
 #include "model/ops/nf4.h"
+#include "model/ops/ops.h"
 
 namespace caldera {
 
@@ -48,11 +48,11 @@ class Linear {
   // of the seed, its name and x's shape alone, so running a block again drops the same.
   // `needs_value` as affine's.
   at::Tensor forward(const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed, bool needs_value = true) const;
-  // forward(make(source)), of whose input nothing but `source` is kept for backward where no adapter needs it
-  // (affine_of, model/ops/ops.h).
-  at::Tensor forward_of(const std::function<at::Tensor(const at::Tensor&)>& make, const at::Tensor& source,
-                        const std::vector<at::Tensor>& parameters,
-                        std::optional<uint64_t> dropout_seed, bool needs_value = true) const;
+  // forward(make(source, update).value) and make's residual; where no adapter needs that input it is made again in
+  // backward, not kept (affine_of, model/ops/ops.h).
+  WithResidual forward_of(const MakeInput& make, const at::Tensor& source, const at::Tensor& update,
+                          const std::vector<at::Tensor>& parameters, std::optional<uint64_t> dropout_seed,
+                          bool needs_value = true) const;
   // Appends weights, biases and adapters under HF's names.
   void append_tensors(NamedTensors& list);
   // Appends the leaves that forward() uses.

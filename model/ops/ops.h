@@ -18,6 +18,14 @@ class HostCopies;
 // LlamaRMSNorm.
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 
+// What half of a block begins with, and the residual that goes past it to its end.
+struct WithResidual {
+  at::Tensor value, residual;
+};
+// residual + update, rounded to their dtype, and as value the rms_norm of that, in one pass over memory; backward adds the
+// residual's gradient to the norm's in the same way. Without an update the residual goes on as it is.
+WithResidual add_rms_norm(const at::Tensor& residual, const at::Tensor& update, const at::Tensor& weight, double eps);
+
 // Rotary tables for the given positions. inv_freq [K / 2] float32; positions_T int64 -> cos, sin [T, K]
 // float32 (HF's "half" layout: the two halves of K repeat), times `scaling` (attention factor; 1 for plain
 // rope).
@@ -87,12 +95,16 @@ at::Tensor recompute(std::function<at::Tensor(const at::Tensor& x, bool needs_va
                      const std::vector<at::Tensor>& parameters,
                      std::function<std::shared_ptr<void>()> hold = {}, std::shared_ptr<HostCopies> host = {});
 
-// affine(make(source), weight, bias) (matmul.h) of whose input nothing but `source` is kept for backward: there it
-// is made again. For what is cheap beside the product: norms, gates. `parameters` are the leaves that make() uses.
-// Bit for bit the plain composition. `needs_value` and `in_float8` as affine's.
-at::Tensor affine_of(std::function<at::Tensor(const at::Tensor&)> make, const at::Tensor& source,
-                     const std::vector<at::Tensor>& parameters, const at::Tensor& weight,
-                     const at::Tensor& bias = {}, bool needs_value = true, bool in_float8 = false);
+// What a product's input is made of: a source and, where there is one, an update of it (add_rms_norm); what else is made goes
+// on beside the product.
+using MakeInput = std::function<WithResidual(const at::Tensor& source, const at::Tensor& update)>;
+// affine(make(source, update).value, weight, bias) (matmul.h) and make's residual. Of the input nothing but the residual, or
+// where there is none the source, is kept for backward: there make(that, undefined) makes it again. For what is cheap beside
+// the product: norms, gates. `parameters` are the leaves that make() uses. Bit for bit the plain composition. `needs_value`
+// and `in_float8` as affine's.
+WithResidual affine_of(const MakeInput& make, const at::Tensor& source, const at::Tensor& update,
+                       const std::vector<at::Tensor>& parameters, const at::Tensor& weight, const at::Tensor& bias = {},
+                       bool needs_value = true, bool in_float8 = false);
 
 // The square root of the sum of all squares, read once: -> scalar float32 on x's device. No gradients.
 at::Tensor vector_norm(const at::Tensor& x);

@@ -9,7 +9,6 @@
 namespace caldera {
 namespace {
 
-using Make = std::function<at::Tensor(const at::Tensor&)>;
 using Block = std::function<at::Tensor(const at::Tensor&, bool)>;
 using Hold = std::function<std::shared_ptr<void>()>;
 std::shared_ptr<void> held(const Hold& hold) { return hold ? hold() : nullptr; }
@@ -24,8 +23,9 @@ struct BlockHolder : torch::CustomClassHolder {
   bool trains_input = false;
 };
 struct MakeHolder : torch::CustomClassHolder {
-  explicit MakeHolder(Make run) : make(std::move(run)) {}
-  Make make;
+  MakeHolder(MakeInput run, bool trains, bool updated) : make(std::move(run)), trains_source(trains), has_update(updated) {}
+  MakeInput make;
+  bool trains_source, has_update;
 };
 
 struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
@@ -67,55 +67,76 @@ struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
 };
 
 struct AffineOfFunction : torch::autograd::Function<AffineOfFunction> {
-  static at::Tensor forward(AutogradContext* ctx, const Make& make, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, bool needs_value, bool in_float8,
-                            const at::Tensor& source, at::TensorList parameters) {
-    variable_list saved = {weight, source};
+  static variable_list forward(AutogradContext* ctx, const MakeInput& make, const at::Tensor& weight,
+                               const std::optional<at::Tensor>& bias, bool needs_value, bool in_float8,
+                               const at::Tensor& source, const std::optional<at::Tensor>& update,
+                               at::TensorList parameters) {
+    const bool has_update = update.has_value(), trains_source = source.requires_grad() || (has_update && update->requires_grad());
+    // Without an update the source goes on as it is.
+    const WithResidual made =
+        needs_value || has_update ? make(source, update.value_or(at::Tensor())) : WithResidual{{}, source};
+    variable_list saved = {weight, made.residual.defined() ? made.residual : source};
     saved.insert(saved.end(), parameters.begin(), parameters.end());
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["make"] = c10::IValue::make_capsule(c10::make_intrusive<MakeHolder>(make));
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["make"] = c10::IValue::make_capsule(c10::make_intrusive<MakeHolder>(make, trains_source, has_update));
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->saved_data["in_float8"] = in_float8;
-    if (!needs_value) return at::empty({source.size(0), weight.size(0)}, source.options().requires_grad(false));
-    return affine(make(source), weight, bias.value_or(at::Tensor()), /*needs_value=*/true, in_float8);
+    const at::Tensor y = needs_value ? affine(made.value, weight, bias.value_or(at::Tensor()), /*needs_value=*/true, in_float8)
+                                     : at::empty({source.size(0), weight.size(0)}, source.options().requires_grad(false));
+    return made.residual.defined() ? variable_list{y, made.residual} : variable_list{y};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
     const auto holder = c10::static_intrusive_pointer_cast<MakeHolder>(ctx->saved_data["make"].toCapsule());
+    CALDERA_ASSERT(grads[0].defined());
     const at::Tensor &weight = saved[0], dy = grads[0].contiguous();
     const bool in_float8 = ctx->saved_data["in_float8"].toBool();
     variable_list leaves(saved.begin() + 1, saved.end()), inputs;
-    leaves[0] = leaves[0].detach().requires_grad_(leaves[0].requires_grad());
+    leaves[0] = leaves[0].detach().requires_grad_(holder->trains_source);
     for (const at::Tensor& leaf : leaves)
       if (leaf.requires_grad()) inputs.push_back(leaf);
-    at::Tensor x;
+    WithResidual made;
     {
       const at::AutoGradMode record(true);
-      x = holder->make(leaves[0]);
+      made = holder->make(leaves[0], {});
     }
-    variable_list result = {at::Tensor(), matrix_product(dy.t(), x.detach(), in_float8),
+    variable_list result = {at::Tensor(), matrix_product(dy.t(), made.value.detach(), in_float8),
                             ctx->saved_data["has_bias"].toBool() ? dy.sum(0) : at::Tensor(),
                             at::Tensor(), at::Tensor()};
     variable_list gradients;
-    if (!inputs.empty())
-      gradients = torch::autograd::grad({x}, inputs, {matrix_product(dy, weight, in_float8)}, /*retain_graph=*/false,
+    if (!inputs.empty()) {
+      variable_list outputs = {made.value}, upstream = {matrix_product(dy, weight, in_float8)};
+      if (holder->trains_source && grads.size() > 1 && grads[1].defined()) {
+        outputs.push_back(made.residual);
+        upstream.push_back(grads[1]);
+      }
+      gradients = torch::autograd::grad(outputs, inputs, upstream, /*retain_graph=*/false,
                                         /*create_graph=*/false, /*allow_unused=*/true);
+    }
     size_t next = 0;
     for (const at::Tensor& leaf : leaves)
       result.push_back(leaf.requires_grad() ? gradients[next++] : at::Tensor());
+    const at::Tensor d_source = result[5];
+    result.insert(result.begin() + 6, holder->has_update ? d_source : at::Tensor());
     return result;
   }
 };
 
 }  // namespace
 
-at::Tensor affine_of(Make make, const at::Tensor& source, const std::vector<at::Tensor>& parameters,
-                     const at::Tensor& weight, const at::Tensor& bias, bool needs_value, bool in_float8) {
-  // Where the weight stays as it is, its input is not kept anyway.
-  if (!wants_grad(weight)) return affine(make(source), weight, bias, needs_value, in_float8);
-  return AffineOfFunction::apply(make, weight, bias.defined() ? std::optional(bias) : std::nullopt, needs_value,
-                                 in_float8, source, at::TensorList(parameters));
+WithResidual affine_of(const MakeInput& make, const at::Tensor& source, const at::Tensor& update,
+                       const std::vector<at::Tensor>& parameters, const at::Tensor& weight, const at::Tensor& bias,
+                       bool needs_value, bool in_float8) {
+  if (!wants_grad(weight)) {  // where the weight stays as it is, its input is not kept anyway
+    const auto [value, residual] = make(source, update);
+    return {affine(value, weight, bias, needs_value, in_float8), residual};
+  }
+  const auto given = [](const at::Tensor& x) { return x.defined() ? std::optional(x) : std::nullopt; };
+  const variable_list made = AffineOfFunction::apply(make, weight, given(bias), needs_value, in_float8, source, given(update),
+                                                     at::TensorList(parameters));
+  return {made[0], made.size() > 1 ? made[1] : at::Tensor()};
 }
 
 at::Tensor recompute(Block block, const at::Tensor& x, const std::vector<at::Tensor>& parameters, Hold hold,

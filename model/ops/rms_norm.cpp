@@ -1,3 +1,5 @@
+#include <optional>
+
 #include "base/error.h"
 #include "model/ops/autograd.h"
 #include "model/ops/cuda/launch.h"
@@ -13,22 +15,30 @@ using namespace simd;
 // changes no bit.
 constexpr int64_t kRowsPerTask = 64;
 
+// `update` and `sum`: null, or x + update is written to `sum` and takes x's place.
 template <class T>
-CALDERA_INLINE void forward_rows(const T* x, const T* weight, T* y, float* rstd, int64_t rows, int64_t width,
-                                 float eps) {
+CALDERA_INLINE void forward_rows(const T* x, const T* update, const T* weight, T* sum, T* y, float* rstd, int64_t rows,
+                                 int64_t width, float eps) {
   for (int64_t row = 0; row < rows; ++row, x += width, y += width) {
+    const T* in = x;
+    if (update) {
+      map(width, [](const Vec& v, const Vec& u) CALDERA_ALWAYS { return v + u; }, sum, x, update);
+      in = sum;
+      update += width;
+      sum += width;
+    }
     Vec squares = {};
-    for_each_vector(width, [&](const Vec& v) CALDERA_ALWAYS { squares += v * v; }, x);
-    const float r = 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps);
+    for_each_vector(width, [&](const Vec& v) CALDERA_ALWAYS { squares += v * v; }, in);
+    const float r = 1.0f / std::sqrt(simd::sum(squares) / static_cast<float>(width) + eps);
     rstd[row] = r;
-    map(width, [r](const Vec& v, const Vec& w) CALDERA_ALWAYS { return v * r * w; }, y, x, weight);
+    map(width, [r](const Vec& v, const Vec& w) CALDERA_ALWAYS { return v * r * w; }, y, in, weight);
   }
 }
 
 // With x^ = x * rstd and g = dy * weight: dx = rstd * (g - x^ * mean(g * x^)), dweight = sum over rows of dy
-// * x^.
+// * x^. `d_residual`, where it is not null, is added to dx.
 template <class T>
-CALDERA_INLINE void backward_rows(const T* x, const T* weight, const float* rstd, const T* dy, T* dx,
+CALDERA_INLINE void backward_rows(const T* x, const T* weight, const float* rstd, const T* dy, const T* d_residual, T* dx,
                                   float* dweight, int64_t rows, int64_t width) {
   for (int64_t row = 0; row < rows; ++row, x += width, dy += width, dx += width) {
     const float r = rstd[row];
@@ -48,108 +58,147 @@ CALDERA_INLINE void backward_rows(const T* x, const T* weight, const float* rstd
     const auto gradient = [=](const Vec& d, const Vec& v, const Vec& w) CALDERA_ALWAYS {
       return r * (d * w - v * shrink);
     };
-    map(width, gradient, dx, dy, x, weight);
+    if (d_residual) {
+      const auto added = [=](const Vec& d, const Vec& v, const Vec& w, const Vec& past) CALDERA_ALWAYS {
+        return past + gradient(d, v, w);
+      };
+      map(width, added, dx, dy, x, weight, d_residual);
+      d_residual += width;
+    } else {
+      map(width, gradient, dx, dy, x, weight);
+    }
   }
 }
 
-CALDERA_SIMD void rms_forward(const float* x, const float* weight, float* y, float* rstd, int64_t rows,
-                              int64_t width, float eps) {
-  forward_rows(x, weight, y, rstd, rows, width, eps);
+CALDERA_SIMD void rms_forward(const float* x, const float* update, const float* weight, float* sum, float* y, float* rstd,
+                              int64_t rows, int64_t width, float eps) {
+  forward_rows(x, update, weight, sum, y, rstd, rows, width, eps);
 }
-CALDERA_SIMD void rms_forward(const c10::BFloat16* x, const c10::BFloat16* weight, c10::BFloat16* y,
-                              float* rstd, int64_t rows, int64_t width, float eps) {
-  forward_rows(x, weight, y, rstd, rows, width, eps);
+CALDERA_SIMD void rms_forward(const c10::BFloat16* x, const c10::BFloat16* update, const c10::BFloat16* weight,
+                              c10::BFloat16* sum, c10::BFloat16* y, float* rstd, int64_t rows, int64_t width, float eps) {
+  forward_rows(x, update, weight, sum, y, rstd, rows, width, eps);
 }
 CALDERA_SIMD void rms_backward(const float* x, const float* weight, const float* rstd, const float* dy,
-                               float* dx, float* dweight, int64_t rows, int64_t width) {
-  backward_rows(x, weight, rstd, dy, dx, dweight, rows, width);
+                               const float* d_residual, float* dx, float* dweight, int64_t rows, int64_t width) {
+  backward_rows(x, weight, rstd, dy, d_residual, dx, dweight, rows, width);
 }
 CALDERA_SIMD void rms_backward(const c10::BFloat16* x, const c10::BFloat16* weight, const float* rstd,
-                               const c10::BFloat16* dy, c10::BFloat16* dx, float* dweight, int64_t rows,
-                               int64_t width) {
-  backward_rows(x, weight, rstd, dy, dx, dweight, rows, width);
+                               const c10::BFloat16* dy, const c10::BFloat16* d_residual, c10::BFloat16* dx, float* dweight,
+                               int64_t rows, int64_t width) {
+  backward_rows(x, weight, rstd, dy, d_residual, dx, dweight, rows, width);
+}
+
+struct Normed {
+  at::Tensor y, sum, rstd;  // rstd float32, one a row
+};
+
+// All dense, in one dtype; sum is x itself where `update` is not defined.
+Normed normed(const at::Tensor& x, const at::Tensor& update, const at::Tensor& weight, double eps) {
+  const int64_t width = x.size(-1), rows = width == 0 ? 0 : x.numel() / width;
+  // What stays longest comes first: memory is free in larger pieces afterwards.
+  const at::Tensor sum = update.defined() ? at::empty_like(x) : at::Tensor(), y = at::empty_like(x),
+                   rstd = at::empty({rows}, x.options().dtype(at::kFloat));
+  if (x.is_cuda()) {
+    cuda::with_type(x, [&]<class T>(T*, cuda::Stream stream) {
+      cuda::rms_norm_forward(cuda::in<T>(x), cuda::in<T>(update), cuda::in<T>(weight), cuda::out<T>(sum), cuda::out<T>(y),
+                             cuda::out<float>(rstd), rows, width, static_cast<float>(eps), stream);
+    });
+  } else {
+    with_cpu_type(x, [&]<class T>(T*) {
+      const T *x_data = x.const_data_ptr<T>(), *weight_data = weight.const_data_ptr<T>();
+      const T* update_data = update.defined() ? update.const_data_ptr<T>() : nullptr;
+      T *y_data = y.mutable_data_ptr<T>(), *sum_data = sum.defined() ? sum.mutable_data_ptr<T>() : nullptr;
+      float* rstd_data = rstd.mutable_data_ptr<float>();
+      at::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
+        const int64_t offset = begin * width;
+        rms_forward(x_data + offset, update_data ? update_data + offset : nullptr, weight_data,
+                    sum_data ? sum_data + offset : nullptr, y_data + offset, rstd_data + begin, end - begin, width,
+                    static_cast<float>(eps));
+      });
+    });
+  }
+  return {y, sum.defined() ? sum : x, rstd};
+}
+
+// -> dx. `partial` [parts, width], where it is defined, takes the weight gradients of so many parts of the rows.
+at::Tensor input_gradient(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd, const at::Tensor& dy,
+                          const at::Tensor& d_residual, const at::Tensor& partial) {
+  const int64_t width = x.size(-1), rows = rstd.size(0), tasks = (rows + kRowsPerTask - 1) / kRowsPerTask;
+  const at::Tensor dx = at::empty_like(x);
+  if (x.is_cuda()) {
+    cuda::with_type(x, [&]<class T>(T*, cuda::Stream stream) {
+      cuda::rms_norm_backward(cuda::in<T>(x), cuda::in<T>(weight), cuda::in<float>(rstd), cuda::in<T>(dy),
+                              cuda::in<T>(d_residual), cuda::out<T>(dx), cuda::out<float>(partial), rows, width, stream);
+    });
+    return dx;
+  }
+  if (partial.defined()) partial.zero_();
+  with_cpu_type(x, [&]<class T>(T*) {
+    const T *x_data = x.const_data_ptr<T>(), *dy_data = dy.const_data_ptr<T>();
+    const T* weight_data = weight.const_data_ptr<T>();
+    const T* past_data = d_residual.defined() ? d_residual.const_data_ptr<T>() : nullptr;
+    T* dx_data = dx.mutable_data_ptr<T>();
+    const float* rstd_data = rstd.const_data_ptr<float>();
+    float* partial_data = partial.defined() ? partial.mutable_data_ptr<float>() : nullptr;
+    at::parallel_for(0, tasks, row_grain(kRowsPerTask * width), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t row = task * kRowsPerTask, count = std::min(kRowsPerTask, rows - row), offset = row * width;
+        rms_backward(x_data + offset, weight_data, rstd_data + row, dy_data + offset,
+                     past_data ? past_data + offset : nullptr, dx_data + offset,
+                     partial_data ? partial_data + task * width : nullptr, count, width);
+      }
+    });
+  });
+  return dx;
 }
 
 struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x_in, const at::Tensor& weight,
-                            double eps) {
-    const at::Tensor x = x_in.contiguous();
-    const int64_t width = x.size(-1), rows = width == 0 ? 0 : x.numel() / width;
-    at::Tensor y = at::empty_like(x), rstd = at::empty({rows}, x.options().dtype(at::kFloat));
-    if (x.is_cuda()) {
-      cuda::with_type(x, [&]<class T>(T*, cuda::Stream stream) {
-        cuda::rms_norm_forward(cuda::in<T>(x), cuda::in<T>(weight), cuda::out<T>(y), cuda::out<float>(rstd), rows,
-                               width, static_cast<float>(eps), stream);
-      });
-    } else {
-      with_cpu_type(x, [&]<class T>(T*) {
-        const T* x_data = x.const_data_ptr<T>();
-        const T* weight_data = weight.const_data_ptr<T>();
-        T* y_data = y.mutable_data_ptr<T>();
-        float* rstd_data = rstd.mutable_data_ptr<float>();
-        at::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
-          rms_forward(x_data + begin * width, weight_data, y_data + begin * width, rstd_data + begin,
-                      end - begin, width, static_cast<float>(eps));
-        });
-      });
-    }
-    ctx->save_for_backward({x, weight, rstd});
-    return y;
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                               const std::optional<at::Tensor>& update, double eps) {
+    const Normed made = normed(x, update.value_or(at::Tensor()), weight, eps);
+    ctx->save_for_backward({made.sum, weight, made.rstd});
+    ctx->saved_data["has_update"] = update.has_value();
+    ctx->set_materialize_grads(false);
+    return {made.y, made.sum};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &x = saved[0], &weight = saved[1], &rstd = saved[2], dy = grads[0].contiguous();
-    at::Tensor dx = at::empty_like(x), partial;
-    if (ctx->needs_input_grad(1)) {
-      const int64_t rows_each = x.is_cuda() ? cuda::kRmsNormRows : kRowsPerTask;
-      partial = at::empty({(rstd.size(0) + rows_each - 1) / rows_each, x.size(-1)}, rstd.options());
+    const at::Tensor &x = saved[0], &weight = saved[1], &rstd = saved[2];
+    at::Tensor dx = grads[1], dweight;
+    if (grads[0].defined()) {
+      at::Tensor partial;
+      if (ctx->needs_input_grad(1)) {
+        const int64_t rows_each = x.is_cuda() ? cuda::kRmsNormRows : kRowsPerTask;
+        partial = at::empty({(rstd.size(0) + rows_each - 1) / rows_each, x.size(-1)}, rstd.options());
+      }
+      const at::Tensor d_residual = grads[1].defined() ? grads[1].contiguous() : at::Tensor();
+      dx = input_gradient(x, weight, rstd, grads[0].contiguous(), d_residual, partial);
+      if (partial.defined()) dweight = partial.sum(0).to(weight.scalar_type());
     }
-    if (x.is_cuda())
-      backward_on_cuda(x, weight, rstd, dy, dx, partial);
-    else
-      backward_on_cpu(x, weight, rstd, dy, dx, partial);
-    return {dx, partial.defined() ? partial.sum(0).to(weight.scalar_type()) : at::Tensor(), at::Tensor()};
-  }
-
-  // `partial` [parts, width], where it is defined, takes the weight gradients of so many parts of the rows.
-  static void backward_on_cuda(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd,
-                               const at::Tensor& dy, const at::Tensor& dx, const at::Tensor& partial) {
-    cuda::with_type(x, [&]<class T>(T*, cuda::Stream stream) {
-      cuda::rms_norm_backward(cuda::in<T>(x), cuda::in<T>(weight), cuda::in<float>(rstd), cuda::in<T>(dy),
-                              cuda::out<T>(dx), cuda::out<float>(partial), rstd.size(0), x.size(-1), stream);
-    });
-  }
-
-  static void backward_on_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd,
-                              const at::Tensor& dy, const at::Tensor& dx, const at::Tensor& partial) {
-    const int64_t width = x.size(-1), rows = rstd.size(0), tasks = (rows + kRowsPerTask - 1) / kRowsPerTask;
-    if (partial.defined()) partial.zero_();
-    with_cpu_type(x, [&]<class T>(T*) {
-      const T *x_data = x.const_data_ptr<T>(), *dy_data = dy.const_data_ptr<T>();
-      const T* weight_data = weight.const_data_ptr<T>();
-      T* dx_data = dx.mutable_data_ptr<T>();
-      const float* rstd_data = rstd.const_data_ptr<float>();
-      float* partial_data = partial.defined() ? partial.mutable_data_ptr<float>() : nullptr;
-      at::parallel_for(0, tasks, row_grain(kRowsPerTask * width), [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t row = task * kRowsPerTask, count = std::min(kRowsPerTask, rows - row),
-                        offset = row * width;
-          rms_backward(x_data + offset, weight_data, rstd_data + row, dy_data + offset, dx_data + offset,
-                       partial_data ? partial_data + task * width : nullptr, count, width);
-        }
-      });
-    });
+    return {dx, dweight, ctx->saved_data["has_update"].toBool() ? dx : at::Tensor(), at::Tensor()};
   }
 };
 
 }  // namespace
 
-at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+WithResidual add_rms_norm(const at::Tensor& residual, const at::Tensor& update, const at::Tensor& weight, double eps) {
   CALDERA_PROFILED("rms_norm");
-  if (has_kernel(x) && weight.scalar_type() == x.scalar_type())
-    return RmsNormFunction::apply(x, weight, eps);
-  return at::rms_norm(x, weight.sizes(), weight, eps);
+  if (!has_kernel(residual) || weight.scalar_type() != residual.scalar_type()) {
+    const at::Tensor sum = update.defined() ? residual + update : residual;
+    return {at::rms_norm(sum, weight.sizes(), weight, eps), sum};
+  }
+  const at::Tensor x = residual.contiguous(), u = update.defined() ? update.contiguous() : update;
+  if (!wants_grad(x) && !wants_grad(weight) && !(u.defined() && wants_grad(u))) {
+    const Normed made = normed(x.detach(), u.defined() ? u.detach() : u, weight.detach(), eps);
+    return {made.y, u.defined() ? made.sum : residual};
+  }
+  const variable_list made = RmsNormFunction::apply(x, weight, u.defined() ? std::optional(u) : std::nullopt, eps);
+  return {made[0], made[1]};
+}
+
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  return add_rms_norm(x, {}, weight, eps).value;
 }
 
 }  // namespace caldera

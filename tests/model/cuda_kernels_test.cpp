@@ -37,27 +37,44 @@ TYPED_TEST(CudaKernels, RmsNorm) {
   // a block.
   for (const auto& [rows, width] : {std::pair{1, 576}, {19, 37}, {8, 16}, {41, 2056}, {150, 5}, {3, 2049}}) {
     SCOPED_TRACE(testing::Message() << rows << " x " << width);
-    const at::Tensor x = this->rounded(random({rows, width})), weight = this->rounded(random({width})),
-                     dy = this->rounded(random({rows, width}));
-    const auto run = [&](bool wants_dweight) -> Tensors {
+    const auto some = [&] { return this->rounded(random({rows, width})); };
+    const at::Tensor x = some(), update = some(), dy = some(), d_residual = some(), weight = this->rounded(random({width}));
+    // With `adds` the sum x + update is normed, and goes on: its gradient is added.
+    const auto run = [&](bool adds, bool wants_dweight) -> Tensors {
       const int64_t parts = (rows + kernels::kRmsNormRows - 1) / kernels::kRmsNormRows;
-      Device<T> x_(x), weight_(weight), dy_(dy), y({rows, width}), dx({rows, width});
+      Device<T> x_(x), update_(update), weight_(weight), dy_(dy), d_residual_(d_residual), sum({rows, width}),
+          y({rows, width}), dx({rows, width});
       Device<float> rstd({rows}), dweight({parts, width});
-      kernels::rms_norm_forward(*x_, *weight_, *y, *rstd, rows, width, 1e-5f, nullptr);
-      kernels::rms_norm_backward(*x_, *weight_, *rstd, *dy_, *dx, wants_dweight ? *dweight : nullptr, rows,
-                                 width, nullptr);
-      if (!wants_dweight) return {y.tensor(), dx.tensor()};
-      return {y.tensor(), dx.tensor(), dweight.tensor().sum(0).to(kDtype<T>)};
+      kernels::rms_norm_forward<T>(*x_, adds ? *update_ : nullptr, *weight_, adds ? *sum : nullptr, *y, *rstd, rows, width,
+                                   1e-5f, nullptr);
+      kernels::rms_norm_backward<T>(adds ? *sum : *x_, *weight_, *rstd, *dy_, adds ? *d_residual_ : nullptr, *dx,
+                                    wants_dweight ? *dweight : nullptr, rows, width, nullptr);
+      Tensors results = {y.tensor(), dx.tensor()};
+      if (wants_dweight) results.push_back(dweight.tensor().sum(0).to(kDtype<T>));
+      if (adds) results.push_back(sum.tensor());
+      return results;
     };
     const auto plain = [](const Tensors& t) {
       return t[0] * (t[0].pow(2).mean(-1, true) + 1e-5).rsqrt() * t[1];
     };
     const auto on_cpu = [](const Tensors& t) { return rms_norm(t[0], t[1], 1e-5); };
-    const Tensors got = in_both_orders([&] { return run(true); });
+    const Tensors got = in_both_orders([&] { return run(false, true); });
     expect_close(got, with_gradients(plain, {x, weight}, dy, at::kDouble));
     expect_close(got, with_gradients(on_cpu, {x, weight}, dy, kDtype<T>));
-    const Tensors frozen = in_both_orders([&] { return run(false); });
+    const Tensors frozen = in_both_orders([&] { return run(false, false); });
     EXPECT_TRUE(at::equal(frozen[1], got[1]));
+
+    const Tensors added = in_both_orders([&] { return run(true, true); });
+    const at::Tensor sum = (x.to(kDtype<T>) + update.to(kDtype<T>)).to(at::kDouble);
+    EXPECT_TRUE(at::equal(added[3].to(at::kDouble), sum));
+    Tensors in_double = with_gradients(plain, {sum, weight}, dy, at::kDouble);
+    in_double[1] = in_double[1] + d_residual;
+    expect_close({added[0], added[1], added[2]}, in_double);
+    const at::Tensor leaf = sum.to(kDtype<T>).requires_grad_(), weight_leaf = weight.to(kDtype<T>).requires_grad_();
+    const auto [value, residual] = add_rms_norm(leaf, {}, weight_leaf, 1e-5);
+    const Tensors gradients = torch::autograd::grad({value, residual}, {leaf, weight_leaf},
+                                                    {dy.to(kDtype<T>), d_residual.to(kDtype<T>)});
+    expect_close({added[0], added[1], added[2]}, {value.detach(), gradients[0], gradients[1]});
   }
 }
 
@@ -212,7 +229,7 @@ TYPED_TEST(CudaKernels, NotANumberStaysVisible) {
   Device<T> x(nan), weight(at::ones({32})), y({2, 32}), half({2, 16}), gelu({2, 32});
   Device<float> rstd({2}), nll({2});
   Device<int64_t> targets(at::zeros({2}, at::kLong));
-  kernels::rms_norm_forward(*x, *weight, *y, *rstd, 2, 32, 1e-5f, nullptr);
+  kernels::rms_norm_forward<T>(*x, nullptr, *weight, nullptr, *y, *rstd, 2, 32, 1e-5f, nullptr);
   kernels::swiglu_forward(*x, *half, 2, 16, nullptr);
   kernels::quick_gelu_forward(*x, *gelu, 64, nullptr);
   kernels::cross_entropy(*x, *targets, *nll, 2, 32, false, 1.0f, nullptr);
@@ -248,7 +265,7 @@ TYPED_TEST(CudaKernels, NormalizedPatches) {
 
 TYPED_TEST(CudaKernels, NoRowsIsNoLaunch) {
   using T = TypeParam;
-  kernels::rms_norm_forward<T>(nullptr, nullptr, nullptr, nullptr, 0, 64, 1e-5f, nullptr);
+  kernels::rms_norm_forward<T>(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 64, 1e-5f, nullptr);
   kernels::swiglu_forward<T>(nullptr, nullptr, 0, 64, nullptr);
   kernels::cross_entropy<T>(nullptr, nullptr, nullptr, 0, 64, true, 1.0f, nullptr);
 }

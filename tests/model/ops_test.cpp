@@ -27,6 +27,63 @@ TEST(Ops, RmsNorm) {
   }
 }
 
+TEST(Ops, AddRmsNorm) {
+  for (const int64_t width : {64, 37}) {
+    // value and residual beside each other, so that both have gradients; bfloat16 rounds the sum before its norm.
+    const Operation plain = [](const Tensors& t) {
+      const at::Tensor sum = t[0] + t[1];
+      return at::cat({sum * (sum.pow(2).mean(-1, true) + 1e-5).rsqrt() * t[2], sum});
+    };
+    const Operation fast = [](const Tensors& t) {
+      const auto [value, residual] = add_rms_norm(t[0], t[1], t[2], 1e-5);
+      return at::cat({value, residual});
+    };
+    expect_same(fast, plain, {random({150, width}), random({150, width}), random({width})});
+    const Operation plain_alone = [&](const Tensors& t) { return plain({t[0], at::zeros_like(t[0]), t[1]}); };
+    const Operation alone = [&](const Tensors& t) { return fast({t[0], {}, t[1]}); };
+    expect_same(alone, plain_alone, {random({150, width}), random({width})});
+  }
+}
+
+// In one pass or in two: the same numbers, with a graph and without; so a half of a block may run again from the sum.
+TEST(Ops, AddRmsNormIsASumAndANorm) {
+  for (const at::DeviceType device : devices()) {
+    for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+      const auto leaf = [&](at::IntArrayRef shape) { return random(shape).to(device, dtype).set_requires_grad(true); };
+      const at::Tensor x = leaf({70, 48}), update = leaf({70, 48}), weight = leaf({48}), dy = leaf({70, 48}).detach();
+      const auto [value, residual] = add_rms_norm(x, update, weight, 1e-5);
+      const at::Tensor sum = (x + update).detach().requires_grad_();
+      const auto [again, same] = add_rms_norm(sum, {}, weight, 1e-5);
+      EXPECT_TRUE(at::equal(residual, sum));
+      EXPECT_TRUE(at::equal(same, sum));
+      EXPECT_TRUE(at::equal(value, again));
+      const Tensors got = torch::autograd::grad({value, residual}, {x, update, weight}, {dy, dy});
+      const Tensors expected = torch::autograd::grad({again, same}, {sum, weight}, {dy, dy});
+      EXPECT_TRUE(at::equal(got[0], expected[0]));
+      EXPECT_TRUE(at::equal(got[1], expected[0]));
+      EXPECT_TRUE(at::equal(got[2], expected[1]));
+      const at::NoGradGuard no_grad;
+      const auto [no_graph, beside] = add_rms_norm(x, update, weight, 1e-5);
+      EXPECT_TRUE(at::equal(no_graph, value));
+      EXPECT_TRUE(at::equal(beside, residual));
+    }
+  }
+}
+
+// Only one of the two results is used.
+TEST(Ops, AddRmsNormWithOneGradient) {
+  const at::Tensor x = random({10, 8}).to(at::kFloat).set_requires_grad(true), weight = at::ones({8}).requires_grad_(),
+                   dy = random({10, 8}).to(at::kFloat);
+  const auto [value, residual] = add_rms_norm(x, {}, weight, 1e-5);
+  const Tensors past = torch::autograd::grad({residual}, {x, weight}, {dy}, /*retain_graph=*/true,
+                                             /*create_graph=*/false, /*allow_unused=*/true);
+  EXPECT_TRUE(at::equal(past[0], dy));
+  EXPECT_FALSE(past[1].defined());
+  const at::Tensor alone = torch::autograd::grad({value}, {x}, {dy}, /*retain_graph=*/true)[0];
+  const at::Tensor both = torch::autograd::grad({value, residual}, {x}, {dy, dy})[0];
+  EXPECT_TRUE(at::allclose(both, alone + dy));
+}
+
 TEST(Ops, RmsNormLeavesAFrozenWeightAlone) {
   const at::Tensor x = random({10, 8}).to(at::kFloat).set_requires_grad(true), weight = at::ones({8});
   rms_norm(x, weight, 1e-5).sum().backward();

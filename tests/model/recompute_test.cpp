@@ -26,20 +26,39 @@ TEST(AffineOf, IsThePlainCompositionBitForBit) {
         const at::Tensor x = leaf({9, 16}, source_trains), norm = leaf({16}, true),
                          weight = leaf({5, 16}, true);
         const at::Tensor b = has_bias ? bias.to(dtype).clone().set_requires_grad(true) : at::Tensor();
-        const auto normed = [&](const at::Tensor& source) { return rms_norm(source, norm, 1e-5); };
-        std::vector<at::Tensor> inputs = {norm, weight};
-        if (has_bias) inputs.push_back(b);
-        if (source_trains) inputs.push_back(x);
-        const at::Tensor plain = affine(normed(x), weight, b),
-                         made_again = affine_of(normed, x, {norm}, weight, b);
-        EXPECT_TRUE(at::equal(plain, made_again));
-        const auto expected = torch::autograd::grad({plain}, inputs, {dy.to(dtype)});
-        const auto got = torch::autograd::grad({made_again}, inputs, {dy.to(dtype)});
-        for (size_t i = 0; i < inputs.size(); ++i) EXPECT_TRUE(at::equal(got[i], expected[i])) << i;
+        const auto normed = [&](const at::Tensor& source, const at::Tensor& update) {
+          return add_rms_norm(source, update, norm, 1e-5);
+        };
+        // Alone; with a residual that goes on; with an update that is added before.
+        for (const bool has_update : {false, true}) {
+          const at::Tensor update = has_update ? leaf({9, 16}, source_trains) : at::Tensor();
+          std::vector<at::Tensor> inputs = {norm, weight};
+          if (has_bias) inputs.push_back(b);
+          if (source_trains) inputs.push_back(x);
+          if (source_trains && has_update) inputs.push_back(update);
+          for (const bool goes_on : {false, true}) {
+            const auto [value, residual] = normed(x, update);
+            const at::Tensor plain = affine(value, weight, b);
+            const auto [made_again, beside] = affine_of(normed, x, update, {norm}, weight, b);
+            EXPECT_TRUE(at::equal(plain, made_again));
+            EXPECT_TRUE(at::equal(residual, beside));
+            std::vector<at::Tensor> upstream = {dy.to(dtype)}, of_plain = {plain}, of_made_again = {made_again};
+            if (goes_on) {
+              upstream.push_back(at::cos(residual.detach()));
+              of_plain.push_back(residual);
+              of_made_again.push_back(beside);
+            }
+            const auto expected = torch::autograd::grad(of_plain, inputs, upstream);
+            const auto got = torch::autograd::grad(of_made_again, inputs, upstream);
+            for (size_t i = 0; i < inputs.size(); ++i) EXPECT_TRUE(at::equal(got[i], expected[i])) << i;
+          }
+        }
       }
     }
   }
 }
+
+WithResidual gated(const at::Tensor& gate_up, const at::Tensor&) { return {swiglu(gate_up), {}}; }
 
 TEST(AffineOf, KeepsTheSourceAlone) {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -52,9 +71,10 @@ TEST(AffineOf, KeepsTheSourceAlone) {
   const int64_t before = cpu_memory().live_bytes;
   const at::Tensor plain = affine(swiglu(gate_up), weight);
   const int64_t of_plain = cpu_memory().live_bytes - before;
-  const at::Tensor made_again = affine_of(swiglu, gate_up, {}, weight);
+  const WithResidual made_again = affine_of(gated, gate_up, {}, {}, weight);
   const int64_t of_made_again = cpu_memory().live_bytes - before - of_plain;
   EXPECT_EQ(of_plain - of_made_again, kRows * kWidth * 4);
+  EXPECT_FALSE(made_again.residual.defined());
 }
 
 // In backward the graph alone is wanted: the gradients are the same where the last product is left out.
@@ -65,12 +85,16 @@ TEST(Recompute, LeavesOutALastProductInBackward) {
     const at::Tensor weight = at::randn({16, 16}).set_requires_grad(weight_trains), norm = at::ones({16});
     std::vector<at::Tensor> inputs = {x};
     if (weight_trains) inputs.push_back(weight);
-    const auto normed = [&](const at::Tensor& source) { return rms_norm(source, norm, 1e-5); };
+    const auto normed = [&](const at::Tensor& source, const at::Tensor& update) {
+      return add_rms_norm(source, update, norm, 1e-5);
+    };
     std::vector<bool> needed;
     const auto block = [&](const at::Tensor& source, bool needs_value) {
       needed.push_back(needs_value);
-      const at::Tensor first = source + affine(source.sin(), weight, {}, needs_value);
-      return first + affine_of(normed, source, {}, weight, {}, needs_value);
+      const at::Tensor first = source + affine(source.sin(), weight);
+      const auto [value, residual] = affine_of(normed, first, {}, {}, weight);
+      const auto [last, sum] = affine_of(normed, residual, value, {}, weight, {}, needs_value);
+      return last + sum;
     };
     const at::Tensor plain = block(x, true), made_again = recompute(block, x, {weight});
     EXPECT_TRUE(at::equal(plain, made_again));

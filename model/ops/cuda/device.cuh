@@ -101,6 +101,16 @@ __device__ void store(Bf16* x, const Floats<kN>& values) {
   pack_at<kN>(x) = pack;
 }
 
+// The values as they read once they are stored as T.
+template <class T, int kN>
+__device__ Floats<kN> rounded(Floats<kN> values) {
+  if constexpr (sizeof(T) == sizeof(Bf16)) {
+    CALDERA_UNROLL
+    for (int i = 0; i < kN; ++i) values[i] = __uint_as_float(round_pair(0, values[i]) & 0xFFFF0000u);
+  }
+  return values;
+}
+
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // model/ops/noise.h's, of one element.

@@ -24,15 +24,16 @@ struct Bf16 {
   uint16_t bits;
 };
 
-// y = x * rstd * weight, rstd [rows] = 1 / sqrt(mean(x^2) + eps).
+// y = x * rstd * weight, rstd [rows] = 1 / sqrt(mean(x^2) + eps). `update` and `sum`: null, or x + update is written to
+// `sum` and takes x's place.
 template <class T>
-void rms_norm_forward(const T* x, const T* weight, T* y, float* rstd, int64_t rows, int64_t width, float eps,
-                      Stream stream);
-// dweight_parts: null where it is not wanted, else [ceil(rows / kRmsNormRows), width], whose sum over the
-// first dimension is the weight's gradient.
+void rms_norm_forward(const T* x, const T* update, const T* weight, T* sum, T* y, float* rstd, int64_t rows, int64_t width,
+                      float eps, Stream stream);
+// d_residual: null, or added to dx. dweight_parts: null where it is not wanted, else [ceil(rows / kRmsNormRows), width],
+// whose sum over the first dimension is the weight's gradient.
 inline constexpr int64_t kRmsNormRows = 8;
 template <class T>
-void rms_norm_backward(const T* x, const T* weight, const float* rstd, const T* dy, T* dx,
+void rms_norm_backward(const T* x, const T* weight, const float* rstd, const T* dy, const T* d_residual, T* dx,
                        float* dweight_parts, int64_t rows, int64_t width, Stream stream);
 
 // x and y [rows, heads, width], rows `x_stride` and `y_stride` elements apart; cos, sin [rows, width], of which the
