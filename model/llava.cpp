@@ -36,7 +36,7 @@ at::Tensor LlavaModel::embed(const PackedBatch& batch) {
                   "to this model",
                   top < vocab ? low : top, vocab);
   }
-  const at::Tensor x = language->embed(ids.clamp_min(0));  // placeholders look up row 0 and are replaced
+  at::Tensor x = language->embed(ids.clamp_min(0));  // placeholders look up row 0 and are replaced
   const int64_t num_rows = batch.image_rows_IP.defined() ? batch.image_rows_IP.numel() : 0;
   if (batch.num_images() == 0) {
     CALDERA_CHECK(num_rows == 0, DataError, "the batch keeps {} rows for image features but holds no image",
@@ -48,7 +48,7 @@ at::Tensor LlavaModel::embed(const PackedBatch& batch) {
       projected.size(0) == num_rows, DataError,
       "the batch keeps {} rows for the features of {} images, but the vision tower makes {} ({} an image)",
       num_rows, batch.num_images(), projected.size(0), projected.size(0) / batch.num_images());
-  return x.index_copy(0, batch.image_rows_IP, projected.to(x.scalar_type()));
+  return x.index_copy_(0, batch.image_rows_IP, projected.to(x.scalar_type()));
 }
 
 at::Tensor LlavaModel::loss_sum(const PackedBatch& batch, double scale) {

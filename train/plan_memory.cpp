@@ -101,6 +101,7 @@ PlannedModel plan_model(const Recipe& recipe, const StageConfig& stage) {
   }
   p.file_bytes = weight_file_bytes(recipe.model.language_model);
   p.tower_width = model.vision->hidden_size();
+  p.projector_kept = std::max<int64_t>(0, std::ssize(model.projector->tensors()) / 2 - 1) * p.D;
   const Json vision = model.vision->config();
   if (vision.contains("intermediate_size") && vision.contains("num_hidden_layers"))
     p.tower_kept = vision["num_hidden_layers"].get<int64_t>() *
@@ -197,7 +198,7 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   };
   int64_t before_blocks =
       input;  // the embedded row, what the projector keeps and, where it trains, the tower
-  if (p.projector_trains) before_blocks += P * (p.tower_width + 2 * p.D) * e;
+  if (p.projector_trains) before_blocks += P * (p.tower_width + p.projector_kept) * e;
   if (p.tower_trains) before_blocks += P * p.tower_kept * e;
   const int64_t longest = std::min(numbers.longest, T), rows = std::min(kAttentionRows, longest);
   // On a GPU: sums of q's gradients in float32, gradients of k and v for each query head, and the libraries' own.

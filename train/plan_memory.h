@@ -21,6 +21,7 @@ struct PlannedModel {
   int64_t lora_r = 0;                                 // rank of adapters
   int64_t file_bytes = 0;                             // of the decoder's weights
   int64_t tower_width = 0, tower_kept = 0;  // elements that a trained tower keeps for backward, a patch
+  int64_t projector_kept = 0;               // the same of the projector, beside its input
   bool head_trains = false, language_trains = false, tower_trains = false, projector_trains = false,
        embedding_trains = false, is_tied = false, lora = false, norms_heads = false;
 };

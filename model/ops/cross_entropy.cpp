@@ -119,7 +119,7 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
       const at::Tensor rows = hidden.narrow(0, begin, count);
       at::Tensor logits = matrix_product(rows, weight.t());
       total += cross_entropy(logits, targets.narrow(0, begin, count), gradient, static_cast<float>(scale)).sum();
-      // Past the copies of frozen weights: a second one of the largest matrix would be the step's peak.
+      // Not from a second packed copy of a frozen weight: of the largest matrix it would be the step's peak.
       if (wants_dhidden) matrix_product_into(logits, weight, dhidden.narrow(0, begin, count));
       if (!wants_dweight) return;
       if (count == hidden.size(0)) {

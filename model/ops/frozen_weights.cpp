@@ -104,18 +104,18 @@ int64_t frozen_bytes_each(at::ScalarType dtype, bool forward_only) {
   throw Error("a way of multiplying that is not known");
 }
 
-at::Tensor product_with_frozen(const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias) {
-  if (a.dim() != 2) return {};
+at::Tensor widened_if_frozen(const at::Tensor& b) {
+  if (b.dim() != 2 || product_way(b.scalar_type()) != ProductWay::kWidened) return b;
+  const at::Tensor copy = find(b);
+  return copy.defined() ? copy : b;
+}
+
+at::Tensor product_with_packed(const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias) {
+  if (b.dim() != 2 || product_way(b.scalar_type()) != ProductWay::kOneDnn) return {};
   const at::Tensor weight = find(b);
   if (!weight.defined()) return {};
   CALDERA_PROFILED("matrix_product");
   const at::NoGradGuard no_grad;
-  if (product_way(a.scalar_type()) == ProductWay::kWidened) {
-    const at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options().requires_grad(false));
-    if (bias.defined()) at::Tensor(out).copy_(bias);
-    widened_product_into(a, weight, out, /*accumulate=*/bias.defined());
-    return out;
-  }
   return packed_linear(a.contiguous(), weight, bias.defined() ? std::optional(bias) : std::nullopt);
 }
 

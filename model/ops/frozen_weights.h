@@ -32,7 +32,9 @@ class FrozenWeights {
 // products read weights as they are.
 int64_t frozen_bytes_each(at::ScalarType dtype, bool forward_only);
 
-// a [M, K] times b [K, N], plus bias [N] where defined, where b is such a weight or its transposed view; else undefined.
-at::Tensor product_with_frozen(const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias = {});
+// b [K, N] in float32, where it is such a weight or its transposed view and this CPU multiplies in float32; else b itself.
+at::Tensor widened_if_frozen(const at::Tensor& b);
+// a [M, K] times b, plus bias [N] where defined, where b is such a weight and lies in oneDNN's order; else undefined.
+at::Tensor product_with_packed(const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias = {});
 
 }  // namespace caldera

@@ -54,10 +54,9 @@ ProductWay way_of(const at::Tensor& a, const at::Tensor& b) {
   return is_narrow && has_onednn ? ProductWay::kOneDnn : way;
 }
 
-// The product by a frozen weight, plus the bias where defined; undefined where b is none.
-at::Tensor product_by_frozen(const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias = {}) {
-  const ProductWay way = way_of(a, b);
-  return way != ProductWay::kAten && way == product_way(a.scalar_type()) ? product_with_frozen(a, b, bias) : at::Tensor();
+// The product by a weight that lies ready in oneDNN's order, plus the bias where defined; undefined where it does not.
+at::Tensor product_by_packed(const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias = {}) {
+  return way_of(a, b) == ProductWay::kOneDnn ? product_with_packed(a, b, bias) : at::Tensor();
 }
 
 at::Tensor affine_forward(const at::Tensor& x_in, const at::Tensor& weight, const at::Tensor& bias,
@@ -72,7 +71,7 @@ at::Tensor affine_forward(const at::Tensor& x_in, const at::Tensor& weight, cons
   }
   if (!bias.defined()) return at::_unsafe_view(matrix_product(x, weight.t()), shape);
   // The bias goes into the sum before it is rounded.
-  if (const at::Tensor y = product_by_frozen(x, weight.t(), bias); y.defined())
+  if (const at::Tensor y = product_by_packed(x, weight.t(), bias); y.defined())
     return at::_unsafe_view(y, shape);
   const at::Tensor y = at::empty(shape, x.options().requires_grad(false));
   y.copy_(bias);  // of its own: for one row, expanded bias would be the bias itself
@@ -121,7 +120,7 @@ void matrix_product_into(const at::Tensor& a, const at::Tensor& b, const at::Ten
   const at::NoGradGuard no_grad;
   const ProductWay way = out.scalar_type() == a.scalar_type() ? way_of(a, b) : ProductWay::kAten;
   if (way == ProductWay::kOneDnn) return at::native::mkldnn_matmul(a, b, out, accumulate ? 1.0f : 0.0f, 1.0f);
-  if (way == ProductWay::kWidened) return widened_product_into(a, b, out, accumulate);
+  if (way == ProductWay::kWidened) return widened_product_into(a, widened_if_frozen(b), out, accumulate);
   at::Tensor result = out;
   if (a.dim() == 2)
     accumulate ? result.addmm_(a, b) : at::mm_out(result, a, b);
@@ -131,7 +130,7 @@ void matrix_product_into(const at::Tensor& a, const at::Tensor& b, const at::Ten
 
 at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b, bool in_float8) {
   if (in_float8) return float8_product(a, b);
-  if (const at::Tensor y = product_by_frozen(a, b); y.defined()) return y;
+  if (const at::Tensor y = product_by_packed(a, b); y.defined()) return y;
   std::vector<int64_t> shape = a.sizes().vec();
   shape.back() = b.size(-1);
   at::Tensor out = at::empty(shape, a.options().requires_grad(false));

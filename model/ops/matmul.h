@@ -16,7 +16,7 @@ ProductWay product_way(at::ScalarType dtype);
 // a [M, K] times b [K, N], or both with a batch dimension in front; float32 or bfloat16, b and a may be
 // transposed views. No gradients. `in_float8`: float8_product (float8.h).
 at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b, bool in_float8 = false);
-// The same into `out`, dense, past any copy of frozen weights (frozen_weights.h); with `accumulate` added to it.
+// The same into `out`, dense, without packed copies of frozen weights (frozen_weights.h); with `accumulate` added to it.
 void matrix_product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
                          bool accumulate = false);
 

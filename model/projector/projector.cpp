@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "base/strings.h"
 #include "model/ops/matmul.h"
+#include "model/ops/ops.h"
 
 namespace caldera {
 namespace {
@@ -21,9 +22,12 @@ class MlpProjector : public Projector {
   }
 
   at::Tensor forward(const at::Tensor& features) override {
+    const auto activate = [](const at::Tensor& hidden, const at::Tensor&) { return WithResidual{at::gelu(hidden), {}}; };
     at::Tensor x = features;
-    for (size_t i = 0; i < weights_.size(); ++i)
-      x = affine(i == 0 ? x : at::gelu(x), weights_[i], biases_[i]);
+    for (size_t i = 0; i < weights_.size(); ++i) {
+      // Of a layer's result and its activation the one is kept, and gives the other again.
+      x = i == 0 ? affine(x, weights_[i], biases_[i]) : affine_of(activate, x, {}, {}, weights_[i], biases_[i]).value;
+    }
     return x;
   }
 

@@ -2,9 +2,11 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include <cmath>
 
+#include "base/cpu_allocator.h"
 #include "base/error.h"
 
 namespace caldera {
@@ -31,6 +33,36 @@ TEST(Projector, Mlp2xIsLinearGeluLinear) {
   const at::Tensor exact_gelu = 0.5 * hidden * (1 + (hidden / std::sqrt(2.0)).erf());
   EXPECT_TRUE(
       at::allclose(projector->forward(x), exact_gelu.mm(t[2].value().t()) + t[3].value(), 1e-5, 1e-6));
+}
+
+// Against the plain composition in double; and between forward and backward an activation is not there beside what it
+// was made of.
+TEST(Projector, GradientsAndWhatIsKeptForThem) {
+  use_caching_cpu_allocator();
+  constexpr int64_t kRows = 1024, kWidth = 256;  // 1 MiB each in float32
+  const auto projector = make_projector("mlp3x_gelu", 96, kWidth);
+  init_projector(*projector, 3);
+  const at::Tensor x = at::randn({kRows, 96}), dy = at::randn({kRows, kWidth});
+  std::vector<at::Tensor> leaves, doubles;
+  for (const NamedTensor& tensor : projector->tensors()) {
+    leaves.push_back(tensor.owner->set_requires_grad(true));
+    doubles.push_back(tensor.owner->detach().to(at::kDouble).set_requires_grad(true));
+  }
+  at::Tensor plain = x.to(at::kDouble);
+  for (size_t i = 0; i < doubles.size(); i += 2)
+    plain = at::linear(i == 0 ? plain : at::gelu(plain), doubles[i], doubles[i + 1]);
+  const int64_t before = cpu_memory().live_bytes;
+  const at::Tensor y = projector->forward(x);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+  EXPECT_EQ(cpu_memory().live_bytes - before, 3 * kRows * kWidth * 4);  // two layers' results, and the last one's
+#endif
+  const auto got = torch::autograd::grad({y}, leaves, {dy});
+  const auto expected = torch::autograd::grad({plain}, doubles, {dy.to(at::kDouble)});
+  EXPECT_LT((y.detach().to(at::kDouble) - plain.detach()).abs().max().item<double>(), 1e-5);
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    const double scale = expected[i].abs().max().item<double>();
+    EXPECT_LT((got[i].to(at::kDouble) - expected[i]).abs().max().item<double>(), 1e-5 * scale) << i;
+  }
 }
 
 TEST(Projector, OtherTypes) {
