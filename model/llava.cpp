@@ -48,7 +48,8 @@ at::Tensor LlavaModel::embed(const PackedBatch& batch) {
       projected.size(0) == num_rows, DataError,
       "the batch keeps {} rows for the features of {} images, but the vision tower makes {} ({} an image)",
       num_rows, batch.num_images(), projected.size(0), projected.size(0) / batch.num_images());
-  return x.index_copy_(0, batch.image_rows_IP, projected.to(x.scalar_type()));
+  // Not index_copy_, whose backward keeps the projected rows for their shape.
+  return x.index_put_({batch.image_rows_IP}, projected.to(x.scalar_type()));
 }
 
 at::Tensor LlavaModel::loss_sum(const PackedBatch& batch, double scale) {

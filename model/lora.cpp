@@ -71,13 +71,17 @@ at::Tensor Linear::forward(const at::Tensor& x_TI, std::optional<uint64_t> dropo
   return add_low_rank_(y_TO, x_TI, updates, scaling_, dropout_seed ? dropout_ : 0, needs_value);
 }
 
-WithResidual Linear::forward_of(const MakeInput& make, const at::Tensor& source, const at::Tensor& update,
-                                const std::vector<at::Tensor>& parameters, std::optional<uint64_t> dropout_seed,
-                                bool needs_value) const {
-  if (!int8_ && !nf4_ && adapters_.empty())
-    return affine_of(make, source, update, parameters, weight_OI_, bias_O_, needs_value, in_float8_);
-  const auto [value, residual] = make(source, update);
-  return {forward(value, dropout_seed, needs_value), residual};
+at::Tensor Linear::forward_of(const std::function<at::Tensor(const at::Tensor&)>& make, const at::Tensor& source,
+                              std::optional<uint64_t> dropout_seed, bool needs_value) const {
+  if (is_plain()) return affine_of(make, source, {}, weight_OI_, bias_O_, needs_value, in_float8_);
+  return forward(make(source), dropout_seed, needs_value);
+}
+
+WithResidual Linear::forward_of_norm(const at::Tensor& residual, const at::Tensor& update, const at::Tensor& norm,
+                                     double eps, std::optional<uint64_t> dropout_seed) const {
+  if (is_plain()) return affine_of_norm(residual, update, norm, eps, weight_OI_, bias_O_, in_float8_);
+  const auto [normed, sum] = add_rms_norm(residual, update, norm, eps);
+  return {forward(normed, dropout_seed), sum};
 }
 
 void Linear::append_tensors(NamedTensors& list) {

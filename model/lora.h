@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -48,11 +49,13 @@ class Linear {
   // of the seed, its name and x's shape alone, so running a block again drops the same.
   // `needs_value` as affine's.
   at::Tensor forward(const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed, bool needs_value = true) const;
-  // forward(make(source, update).value) and make's residual; where no adapter needs that input it is made again in
-  // backward, not kept (affine_of, model/ops/ops.h).
-  WithResidual forward_of(const MakeInput& make, const at::Tensor& source, const at::Tensor& update,
-                          const std::vector<at::Tensor>& parameters, std::optional<uint64_t> dropout_seed,
-                          bool needs_value = true) const;
+  // forward(make(source)), of whose input nothing but `source` is kept for backward where no adapter needs it
+  // (affine_of, model/ops/ops.h).
+  at::Tensor forward_of(const std::function<at::Tensor(const at::Tensor&)>& make, const at::Tensor& source,
+                        std::optional<uint64_t> dropout_seed, bool needs_value = true) const;
+  // The same of add_rms_norm(residual, update, norm, eps).value, beside its residual.
+  WithResidual forward_of_norm(const at::Tensor& residual, const at::Tensor& update, const at::Tensor& norm, double eps,
+                               std::optional<uint64_t> dropout_seed) const;
   // Appends weights, biases and adapters under HF's names.
   void append_tensors(NamedTensors& list);
   // Appends the leaves that forward() uses.
@@ -86,6 +89,9 @@ class Linear {
   std::optional<Int8Weight> int8_;
   std::optional<Nf4Weight> nf4_;
   bool in_float8_ = false;
+
+  // Whether forward() is a plain affine(), which need not keep its input.
+  bool is_plain() const { return !int8_ && !nf4_ && adapters_.empty(); }
 };
 
 // Whether a tensor of this name belongs to an adapter.

@@ -175,26 +175,20 @@ class Decoder : public LanguageModel {
     return list;
   }
 
-  MakeInput add_and_norm(const at::Tensor& weight) const {
-    return [eps = config_.rms_norm_eps, weight](const at::Tensor& residual, const at::Tensor& update) {
-      return add_rms_norm(residual, update, weight, eps);
-    };
-  }
-
   // x [T, D] -> [T, D], or [N, D] where only the rows `rows_N` are wanted: keys and values come from all
   // rows, what follows the attention runs on those alone. Without `needs_value` as in recompute().
   at::Tensor run_block(size_t layer, const at::Tensor& x_TD, const Row& row, const at::Tensor& rows_N,
                        bool needs_value) const {
     const Block& block = blocks_[layer];
     auto [qkv, residual] =
-        block.qkv.forward_of(add_and_norm(block.input_norm), x_TD, {}, {block.input_norm}, row.dropout_seed);
+        block.qkv.forward_of_norm(x_TD, {}, block.input_norm, config_.rms_norm_eps, row.dropout_seed);
     at::Tensor attended = attention(layer, qkv, row);
     if (rows_N.defined()) {
       attended = attended.index_select(0, rows_N);
       residual = residual.index_select(0, rows_N);
     }
     at::Tensor update = block.o.forward(attended, row.dropout_seed);
-    if (recomputed(layer) != Recomputed::kMlp) return run_mlp(block, residual, update, row.dropout_seed, needs_value);
+    if (recomputed(layer) != Recomputed::kMlp) return run_mlp(block, residual, std::move(update), row.dropout_seed, needs_value);
     const auto run = [this, &block, seed = row.dropout_seed](const at::Tensor& input, bool needs) {
       return run_mlp(block, input, {}, seed, needs);
     };
@@ -202,12 +196,12 @@ class Decoder : public LanguageModel {
   }
 
   // The block's second half, of residual + update.
-  at::Tensor run_mlp(const Block& block, const at::Tensor& residual_TD, const at::Tensor& update_TD,
+  at::Tensor run_mlp(const Block& block, const at::Tensor& residual_TD, at::Tensor update_TD,
                      std::optional<uint64_t> dropout_seed, bool needs_value) const {
-    const auto gate = [](const at::Tensor& gate_up, const at::Tensor&) { return WithResidual{swiglu(gate_up), {}}; };
     const auto [gate_up, sum] =
-        block.gate_up.forward_of(add_and_norm(block.post_norm), residual_TD, update_TD, {block.post_norm}, dropout_seed);
-    return block.down.forward_of(gate, gate_up, {}, {}, dropout_seed, needs_value).value.add_(sum);
+        block.gate_up.forward_of_norm(residual_TD, update_TD, block.post_norm, config_.rms_norm_eps, dropout_seed);
+    update_TD.reset();  // its memory is free for the rest
+    return block.down.forward_of(swiglu, gate_up, dropout_seed, needs_value).add_(sum);
   }
 
   // qkv [T, (H + 2G) K] -> [T, H K].

@@ -95,16 +95,15 @@ at::Tensor recompute(std::function<at::Tensor(const at::Tensor& x, bool needs_va
                      const std::vector<at::Tensor>& parameters,
                      std::function<std::shared_ptr<void>()> hold = {}, std::shared_ptr<HostCopies> host = {});
 
-// What a product's input is made of: a source and, where there is one, an update of it (add_rms_norm); what else is made goes
-// on beside the product.
-using MakeInput = std::function<WithResidual(const at::Tensor& source, const at::Tensor& update)>;
-// affine(make(source, update).value, weight, bias) (matmul.h) and make's residual. Of the input nothing but the residual, or
-// where there is none the source, is kept for backward: there make(that, undefined) makes it again. For what is cheap beside
-// the product: norms, gates. `parameters` are the leaves that make() uses. Bit for bit the plain composition. `needs_value`
-// and `in_float8` as affine's.
-WithResidual affine_of(const MakeInput& make, const at::Tensor& source, const at::Tensor& update,
-                       const std::vector<at::Tensor>& parameters, const at::Tensor& weight, const at::Tensor& bias = {},
-                       bool needs_value = true, bool in_float8 = false);
+// affine(make(source), weight, bias) (matmul.h) of whose input nothing but `source` is kept for backward: there it
+// is made again. For what is cheap beside the product: gates and activations. `parameters` are the leaves that make() uses.
+// Bit for bit the plain composition. `needs_value` and `in_float8` as affine's.
+at::Tensor affine_of(const std::function<at::Tensor(const at::Tensor& source)>& make, const at::Tensor& source,
+                     const std::vector<at::Tensor>& parameters, const at::Tensor& weight, const at::Tensor& bias = {},
+                     bool needs_value = true, bool in_float8 = false);
+// The same of add_rms_norm(residual, update, norm, eps).value, beside its residual, which alone is kept.
+WithResidual affine_of_norm(const at::Tensor& residual, const at::Tensor& update, const at::Tensor& norm, double eps,
+                            const at::Tensor& weight, const at::Tensor& bias = {}, bool in_float8 = false);
 
 // The square root of the sum of all squares, read once: -> scalar float32 on x's device. No gradients.
 at::Tensor vector_norm(const at::Tensor& x);

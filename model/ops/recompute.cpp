@@ -9,6 +9,9 @@
 namespace caldera {
 namespace {
 
+using Make = std::function<at::Tensor(const at::Tensor&)>;
+// Of a source and, where it is defined, an update of it; the residual may be undefined.
+using MakeWithResidual = std::function<WithResidual(const at::Tensor&, const at::Tensor&)>;
 using Block = std::function<at::Tensor(const at::Tensor&, bool)>;
 using Hold = std::function<std::shared_ptr<void>()>;
 std::shared_ptr<void> held(const Hold& hold) { return hold ? hold() : nullptr; }
@@ -23,8 +26,9 @@ struct BlockHolder : torch::CustomClassHolder {
   bool trains_input = false;
 };
 struct MakeHolder : torch::CustomClassHolder {
-  MakeHolder(MakeInput run, bool trains, bool updated) : make(std::move(run)), trains_source(trains), has_update(updated) {}
-  MakeInput make;
+  MakeHolder(MakeWithResidual run, bool trains, bool updated)
+      : make(std::move(run)), trains_source(trains), has_update(updated) {}
+  MakeWithResidual make;
   bool trains_source, has_update;
 };
 
@@ -66,20 +70,20 @@ struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
   }
 };
 
+std::optional<at::Tensor> given(const at::Tensor& x) { return x.defined() ? std::optional(x) : std::nullopt; }
+
 struct AffineOfFunction : torch::autograd::Function<AffineOfFunction> {
-  static variable_list forward(AutogradContext* ctx, const MakeInput& make, const at::Tensor& weight,
+  static variable_list forward(AutogradContext* ctx, const MakeWithResidual& make, const at::Tensor& weight,
                                const std::optional<at::Tensor>& bias, bool needs_value, bool in_float8,
                                const at::Tensor& source, const std::optional<at::Tensor>& update,
                                at::TensorList parameters) {
-    const bool has_update = update.has_value(), trains_source = source.requires_grad() || (has_update && update->requires_grad());
-    // Without an update the source goes on as it is.
-    const WithResidual made =
-        needs_value || has_update ? make(source, update.value_or(at::Tensor())) : WithResidual{{}, source};
+    const bool trains_source = source.requires_grad() || (update && update->requires_grad());
+    const WithResidual made = needs_value ? make(source, update.value_or(at::Tensor())) : WithResidual{};
     variable_list saved = {weight, made.residual.defined() ? made.residual : source};
     saved.insert(saved.end(), parameters.begin(), parameters.end());
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
-    ctx->saved_data["make"] = c10::IValue::make_capsule(c10::make_intrusive<MakeHolder>(make, trains_source, has_update));
+    ctx->saved_data["make"] = c10::IValue::make_capsule(c10::make_intrusive<MakeHolder>(make, trains_source, update.has_value()));
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->saved_data["in_float8"] = in_float8;
     const at::Tensor y = needs_value ? affine(made.value, weight, bias.value_or(at::Tensor()), /*needs_value=*/true, in_float8)
@@ -126,17 +130,25 @@ struct AffineOfFunction : torch::autograd::Function<AffineOfFunction> {
 
 }  // namespace
 
-WithResidual affine_of(const MakeInput& make, const at::Tensor& source, const at::Tensor& update,
-                       const std::vector<at::Tensor>& parameters, const at::Tensor& weight, const at::Tensor& bias,
-                       bool needs_value, bool in_float8) {
-  if (!wants_grad(weight)) {  // where the weight stays as it is, its input is not kept anyway
-    const auto [value, residual] = make(source, update);
-    return {affine(value, weight, bias, needs_value, in_float8), residual};
+at::Tensor affine_of(const Make& make, const at::Tensor& source, const std::vector<at::Tensor>& parameters,
+                     const at::Tensor& weight, const at::Tensor& bias, bool needs_value, bool in_float8) {
+  // Where the weight stays as it is, its input is not kept anyway.
+  if (!wants_grad(weight)) return affine(make(source), weight, bias, needs_value, in_float8);
+  const MakeWithResidual alone = [make](const at::Tensor& x, const at::Tensor&) { return WithResidual{make(x), {}}; };
+  return AffineOfFunction::apply(alone, weight, given(bias), needs_value, in_float8, source, std::optional<at::Tensor>(),
+                                 at::TensorList(parameters))[0];
+}
+
+WithResidual affine_of_norm(const at::Tensor& residual, const at::Tensor& update, const at::Tensor& norm, double eps,
+                            const at::Tensor& weight, const at::Tensor& bias, bool in_float8) {
+  const MakeWithResidual make = [norm, eps](const at::Tensor& x, const at::Tensor& u) { return add_rms_norm(x, u, norm, eps); };
+  if (!wants_grad(weight)) {
+    const auto [normed, sum] = make(residual, update);
+    return {affine(normed, weight, bias, /*needs_value=*/true, in_float8), sum};
   }
-  const auto given = [](const at::Tensor& x) { return x.defined() ? std::optional(x) : std::nullopt; };
-  const variable_list made = AffineOfFunction::apply(make, weight, given(bias), needs_value, in_float8, source, given(update),
-                                                     at::TensorList(parameters));
-  return {made[0], made.size() > 1 ? made[1] : at::Tensor()};
+  const variable_list made = AffineOfFunction::apply(make, weight, given(bias), /*needs_value=*/true, in_float8, residual,
+                                                     given(update), at::TensorList(norm));
+  return {made[0], made[1]};
 }
 
 at::Tensor recompute(Block block, const at::Tensor& x, const std::vector<at::Tensor>& parameters, Hold hold,

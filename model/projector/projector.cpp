@@ -22,11 +22,11 @@ class MlpProjector : public Projector {
   }
 
   at::Tensor forward(const at::Tensor& features) override {
-    const auto activate = [](const at::Tensor& hidden, const at::Tensor&) { return WithResidual{at::gelu(hidden), {}}; };
+    const auto activate = [](const at::Tensor& hidden) { return at::gelu(hidden); };
     at::Tensor x = features;
     for (size_t i = 0; i < weights_.size(); ++i) {
       // Of a layer's result and its activation the one is kept, and gives the other again.
-      x = i == 0 ? affine(x, weights_[i], biases_[i]) : affine_of(activate, x, {}, {}, weights_[i], biases_[i]).value;
+      x = i == 0 ? affine(x, weights_[i], biases_[i]) : affine_of(activate, x, {}, weights_[i], biases_[i]);
     }
     return x;
   }

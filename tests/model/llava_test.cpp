@@ -3,6 +3,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <optional>
+
+#include "model/taps.h"
 #include "tests/model/tiny_llava.h"
 
 namespace caldera {
@@ -20,6 +23,24 @@ TEST(Llava, ImageFeaturesTakeTheirRows) {
   EXPECT_TRUE(at::equal(x.index_select(0, batch.image_rows_IP), features));
   const at::Tensor text = at::tensor({0, 5, 6}, at::kLong);
   EXPECT_TRUE(at::equal(x.index_select(0, text), model->language->embed(at::tensor({1, 5, 7}, at::kLong))));
+}
+
+// The features are copied into the row: backward needs nothing of them.
+TEST(Llava, ProjectedFeaturesAreNotKept) {
+  const auto model = make_tiny_llava();
+  set_trainable(model->tensors(), true);
+  std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> projected;
+  at::Tensor x;
+  {
+    const TapRecorder recorder([&](const std::string& name, const at::Tensor& value) {
+      if (name == "multi_modal_projector") projected = value.storage().getWeakStorageImpl();
+    });
+    x = model->embed(make_batch({{1, kImage, kImage, kImage, kImage, 5}}));
+  }
+  ASSERT_TRUE(projected);
+  EXPECT_TRUE(projected->expired());
+  x.sum().backward();
+  for (const NamedTensor& tensor : model->component_tensors("projector")) EXPECT_TRUE(tensor.grad().defined());
 }
 
 TEST(Llava, LossIsThatOfTheLogits) {

@@ -26,9 +26,6 @@ TEST(AffineOf, IsThePlainCompositionBitForBit) {
         const at::Tensor x = leaf({9, 16}, source_trains), norm = leaf({16}, true),
                          weight = leaf({5, 16}, true);
         const at::Tensor b = has_bias ? bias.to(dtype).clone().set_requires_grad(true) : at::Tensor();
-        const auto normed = [&](const at::Tensor& source, const at::Tensor& update) {
-          return add_rms_norm(source, update, norm, 1e-5);
-        };
         // Alone; with a residual that goes on; with an update that is added before.
         for (const bool has_update : {false, true}) {
           const at::Tensor update = has_update ? leaf({9, 16}, source_trains) : at::Tensor();
@@ -37,9 +34,9 @@ TEST(AffineOf, IsThePlainCompositionBitForBit) {
           if (source_trains) inputs.push_back(x);
           if (source_trains && has_update) inputs.push_back(update);
           for (const bool goes_on : {false, true}) {
-            const auto [value, residual] = normed(x, update);
+            const auto [value, residual] = add_rms_norm(x, update, norm, 1e-5);
             const at::Tensor plain = affine(value, weight, b);
-            const auto [made_again, beside] = affine_of(normed, x, update, {norm}, weight, b);
+            const auto [made_again, beside] = affine_of_norm(x, update, norm, 1e-5, weight, b);
             EXPECT_TRUE(at::equal(plain, made_again));
             EXPECT_TRUE(at::equal(residual, beside));
             std::vector<at::Tensor> upstream = {dy.to(dtype)}, of_plain = {plain}, of_made_again = {made_again};
@@ -58,8 +55,6 @@ TEST(AffineOf, IsThePlainCompositionBitForBit) {
   }
 }
 
-WithResidual gated(const at::Tensor& gate_up, const at::Tensor&) { return {swiglu(gate_up), {}}; }
-
 TEST(AffineOf, KeepsTheSourceAlone) {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   GTEST_SKIP() << "the arena, which counts, is off under sanitizers";
@@ -71,10 +66,9 @@ TEST(AffineOf, KeepsTheSourceAlone) {
   const int64_t before = cpu_memory().live_bytes;
   const at::Tensor plain = affine(swiglu(gate_up), weight);
   const int64_t of_plain = cpu_memory().live_bytes - before;
-  const WithResidual made_again = affine_of(gated, gate_up, {}, {}, weight);
+  const at::Tensor made_again = affine_of(swiglu, gate_up, {}, weight);
   const int64_t of_made_again = cpu_memory().live_bytes - before - of_plain;
   EXPECT_EQ(of_plain - of_made_again, kRows * kWidth * 4);
-  EXPECT_FALSE(made_again.residual.defined());
 }
 
 // In backward the graph alone is wanted: the gradients are the same where the last product is left out.
@@ -85,16 +79,13 @@ TEST(Recompute, LeavesOutALastProductInBackward) {
     const at::Tensor weight = at::randn({16, 16}).set_requires_grad(weight_trains), norm = at::ones({16});
     std::vector<at::Tensor> inputs = {x};
     if (weight_trains) inputs.push_back(weight);
-    const auto normed = [&](const at::Tensor& source, const at::Tensor& update) {
-      return add_rms_norm(source, update, norm, 1e-5);
-    };
+    const auto activate = [](const at::Tensor& source) { return source.tanh(); };
     std::vector<bool> needed;
     const auto block = [&](const at::Tensor& source, bool needs_value) {
       needed.push_back(needs_value);
-      const at::Tensor first = source + affine(source.sin(), weight);
-      const auto [value, residual] = affine_of(normed, first, {}, {}, weight);
-      const auto [last, sum] = affine_of(normed, residual, value, {}, weight, {}, needs_value);
-      return last + sum;
+      const at::Tensor first = affine(source.sin(), weight);
+      const auto [value, sum] = affine_of_norm(source, first, norm, 1e-5, weight);
+      return sum + affine_of(activate, value, {}, weight, {}, needs_value) + affine(value, weight, {}, needs_value);
     };
     const at::Tensor plain = block(x, true), made_again = recompute(block, x, {weight});
     EXPECT_TRUE(at::equal(plain, made_again));

@@ -6,8 +6,8 @@ namespace {
 static_assert(kRmsNormRows == kThreads / kWarp);  // each warp of a block takes a row
 
 template <class T, int kN>
-__global__ void forward_kernel(const T* x, const T* update, const T* weight, T* sum, T* y, float* rstd, int64_t rows,
-                               int64_t width, float eps) {
+__global__ void forward_kernel(const T* __restrict__ x, const T* __restrict__ update, const T* weight, T* sum, T* y,
+                               float* rstd, int64_t rows, int64_t width, float eps) {
   const int64_t row = blockIdx.x * kRmsNormRows + threadIdx.x / kWarp;
   if (row >= rows) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
