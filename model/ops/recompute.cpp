@@ -128,6 +128,11 @@ struct AffineOfFunction : torch::autograd::Function<AffineOfFunction> {
   }
 };
 
+variable_list apply(const MakeWithResidual& make, const at::Tensor& source, const at::Tensor& update, at::TensorList parameters,
+                    const at::Tensor& weight, const at::Tensor& bias, bool needs_value, bool in_float8) {
+  return AffineOfFunction::apply(make, weight, given(bias), needs_value, in_float8, source, given(update), parameters);
+}
+
 }  // namespace
 
 at::Tensor affine_of(const Make& make, const at::Tensor& source, const std::vector<at::Tensor>& parameters,
@@ -135,8 +140,7 @@ at::Tensor affine_of(const Make& make, const at::Tensor& source, const std::vect
   // Where the weight stays as it is, its input is not kept anyway.
   if (!wants_grad(weight)) return affine(make(source), weight, bias, needs_value, in_float8);
   const MakeWithResidual alone = [make](const at::Tensor& x, const at::Tensor&) { return WithResidual{make(x), {}}; };
-  return AffineOfFunction::apply(alone, weight, given(bias), needs_value, in_float8, source, std::optional<at::Tensor>(),
-                                 at::TensorList(parameters))[0];
+  return apply(alone, source, /*update=*/{}, parameters, weight, bias, needs_value, in_float8)[0];
 }
 
 WithResidual affine_of_norm(const at::Tensor& residual, const at::Tensor& update, const at::Tensor& norm, double eps,
@@ -146,8 +150,8 @@ WithResidual affine_of_norm(const at::Tensor& residual, const at::Tensor& update
     const auto [normed, sum] = make(residual, update);
     return {affine(normed, weight, bias, /*needs_value=*/true, in_float8), sum};
   }
-  const variable_list made = AffineOfFunction::apply(make, weight, given(bias), /*needs_value=*/true, in_float8, residual,
-                                                     given(update), at::TensorList(norm));
+  const variable_list made =
+      apply(make, residual, update, at::TensorList(norm), weight, bias, /*needs_value=*/true, in_float8);
   return {made[0], made[1]};
 }
 
