@@ -1,6 +1,7 @@
 #include "base/batch.h"
 
-#include <ATen/ATen.h>
+#include "base/aten.h"
+
 
 namespace caldera {
 

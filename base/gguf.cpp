@@ -23,8 +23,6 @@ constexpr TypeSize kTypeSizes[] = {
     {22, 256, 82}, {23, 256, 136}, {24, 1, 1},     {25, 1, 2},     {26, 1, 4},     {27, 1, 8},
     {28, 1, 8},    {29, 256, 56},  {30, 1, 2},     {34, 256, 54},  {35, 256, 66},  {39, 32, 17}};
 
-// The value types of the metadata.
-enum : uint32_t { kU8, kI8, kU16, kI16, kU32, kI32, kF32, kBool, kString, kArray, kU64, kI64, kF64 };
 constexpr uint64_t kValueBytes[] = {1, 1, 2, 2, 4, 4, 4, 1, 8, 12, 8, 8, 8};  // at least
 
 constexpr uint64_t kMaxAlignment = 1 << 20;
@@ -74,23 +72,23 @@ class Cursor {
   uint64_t position_ = 0;
 };
 
-bool is_float(uint32_t type) { return type == kF32 || type == kF64; }
+bool is_float(uint32_t type) { return type == kGgufF32 || type == kGgufF64; }
 
 int64_t read_integer(Cursor& cursor, uint32_t type, const std::string& key) {
   switch (type) {
-    case kU8:
+    case kGgufU8:
       return cursor.number<uint8_t>(key);
-    case kI8:
+    case kGgufI8:
       return cursor.number<int8_t>(key);
-    case kU16:
+    case kGgufU16:
       return cursor.number<uint16_t>(key);
-    case kI16:
+    case kGgufI16:
       return cursor.number<int16_t>(key);
-    case kU32:
+    case kGgufU32:
       return cursor.number<uint32_t>(key);
-    case kI32:
+    case kGgufI32:
       return cursor.number<int32_t>(key);
-    case kI64:
+    case kGgufI64:
       return cursor.number<int64_t>(key);
     default:
       break;
@@ -101,7 +99,7 @@ int64_t read_integer(Cursor& cursor, uint32_t type, const std::string& key) {
 }
 
 double read_float(Cursor& cursor, uint32_t type, const std::string& key) {
-  return type == kF32 ? static_cast<double>(cursor.number<float>(key)) : cursor.number<double>(key);
+  return type == kGgufF32 ? static_cast<double>(cursor.number<float>(key)) : cursor.number<double>(key);
 }
 
 bool read_bool(Cursor& cursor, const std::string& key) {
@@ -112,26 +110,26 @@ bool read_bool(Cursor& cursor, const std::string& key) {
 
 GgufValue read_array(Cursor& cursor, const std::string& key) {
   const auto type = cursor.number<uint32_t>(key);
-  if (type > kF64) cursor.fail(fmt::format("{}: unknown value type {} in an array", key, type));
-  if (type == kArray) cursor.fail(fmt::format("{}: an array of arrays", key));
+  if (type > kGgufF64) cursor.fail(fmt::format("{}: unknown value type {} in an array", key, type));
+  if (type == kGgufArray) cursor.fail(fmt::format("{}: an array of arrays", key));
   const uint64_t size = cursor.count(cursor.number<uint64_t>(key), kValueBytes[type], key);
   const auto fill = [size](auto values, const auto& next) {
     values.reserve(size);
     for (uint64_t i = 0; i < size; ++i) values.push_back(next());
     return GgufValue(std::move(values));
   };
-  if (type == kString) return fill(std::vector<std::string>(), [&] { return cursor.string(key); });
-  if (type == kBool) return fill(std::vector<bool>(), [&] { return read_bool(cursor, key); });
+  if (type == kGgufString) return fill(std::vector<std::string>(), [&] { return cursor.string(key); });
+  if (type == kGgufBool) return fill(std::vector<bool>(), [&] { return read_bool(cursor, key); });
   if (is_float(type)) return fill(std::vector<double>(), [&] { return read_float(cursor, type, key); });
   return fill(std::vector<int64_t>(), [&] { return read_integer(cursor, type, key); });
 }
 
 GgufValue read_value(Cursor& cursor, const std::string& key) {
   const auto type = cursor.number<uint32_t>(key);
-  if (type > kF64) cursor.fail(fmt::format("{}: unknown value type {}", key, type));
-  if (type == kArray) return read_array(cursor, key);
-  if (type == kString) return cursor.string(key);
-  if (type == kBool) return read_bool(cursor, key);
+  if (type > kGgufF64) cursor.fail(fmt::format("{}: unknown value type {}", key, type));
+  if (type == kGgufArray) return read_array(cursor, key);
+  if (type == kGgufString) return cursor.string(key);
+  if (type == kGgufBool) return read_bool(cursor, key);
   if (is_float(type)) return read_float(cursor, type, key);
   return read_integer(cursor, type, key);
 }

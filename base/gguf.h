@@ -14,6 +14,12 @@
 
 namespace caldera {
 
+// The types of metadata values, by the numbers that files have for them.
+enum GgufValueType : uint32_t {
+  kGgufU8, kGgufI8, kGgufU16, kGgufI16, kGgufU32, kGgufI32, kGgufF32, kGgufBool, kGgufString, kGgufArray, kGgufU64, kGgufI64,
+  kGgufF64
+};
+
 // A metadata value: numbers widen to int64_t or double; arrays are homogeneous.
 using GgufValue = std::variant<int64_t, double, bool, std::string, std::vector<int64_t>, std::vector<double>,
                                std::vector<bool>, std::vector<std::string>>;

@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "base/files.h"
+#include "base/gguf.h"
 
 namespace caldera {
 namespace {
@@ -12,21 +13,18 @@ namespace {
 constexpr uint64_t kAlignment = 32;  // GGUF's default; llama.cpp maps tensors in place
 constexpr size_t kMaxNameBytes = 63, kMaxDimensions = 4;
 
-// The type ids of metadata values.
-enum : uint32_t { kUint32 = 4, kInt32 = 5, kFloat32 = 6, kBool = 7, kString = 8, kArray = 9 };
-
 template <class T>
 constexpr uint32_t type_id() {
   if constexpr (std::is_same_v<T, uint32_t>)
-    return kUint32;
+    return kGgufU32;
   else if constexpr (std::is_same_v<T, int32_t>)
-    return kInt32;
+    return kGgufI32;
   else if constexpr (std::is_same_v<T, float>)
-    return kFloat32;
+    return kGgufF32;
   else if constexpr (std::is_same_v<T, bool>)
-    return kBool;
+    return kGgufBool;
   else
-    return kString;
+    return kGgufString;
 }
 
 // The header's bytes: small beside the tensors, so they are gathered before anything is written.
@@ -46,7 +44,7 @@ class Bytes {
   }
   template <class T>
   void add_typed(const std::vector<T>& values) {
-    add<uint32_t>(kArray);
+    add<uint32_t>(kGgufArray);
     add<uint32_t>(type_id<T>());
     add<uint64_t>(values.size());
     for (const T& value : values) add(value);

@@ -20,7 +20,7 @@ GgmlType type_of(const std::string& dtype) {
   }
 }
 
-void check(const ExportOptionsGiven& given) {
+void check_gguf(const ExportOptionsGiven& given) {
   check_part(given, {"vision_tower", "language_model"});
   type_of(given.dtype);
 }
@@ -37,7 +37,7 @@ GgufFields tokenizer_fields(const ExportJob& job) {
   return fields;
 }
 
-void write(const ExportJob& job, const std::filesystem::path& folder) {
+void write_gguf(const ExportJob& job, const std::filesystem::path& folder) {
   LlavaModel& model = *job.loaded.model;
   const bool with_decoder = job.given.part != "vision_tower", with_tower = job.given.part != "language_model";
   if (with_tower) check_gguf_mmproj(model);
@@ -64,6 +64,6 @@ void write(const ExportJob& job, const std::filesystem::path& folder) {
 
 }  // namespace
 
-const ExportFormat kExportGguf = {"gguf", "what llama.cpp loads, decoder and mmproj", check, write};
+const ExportFormat kExportGguf = {"gguf", "what llama.cpp loads, decoder and mmproj", check_gguf, write_gguf};
 
 }  // namespace caldera

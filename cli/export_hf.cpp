@@ -5,12 +5,12 @@
 namespace caldera {
 namespace {
 
-void check(const ExportOptionsGiven& given) {
+void check_hf(const ExportOptionsGiven& given) {
   check_part(given, {"vision_tower", "language_model"});
   float_dtype(given.dtype);
 }
 
-void write(const ExportJob& job, const std::filesystem::path& folder) {
+void write_hf(const ExportJob& job, const std::filesystem::path& folder) {
   const at::ScalarType dtype = float_dtype(job.given.dtype);
   LlavaModel& model = *job.loaded.model;
   if (job.given.part == "vision_tower")
@@ -33,6 +33,6 @@ void write(const ExportJob& job, const std::filesystem::path& folder) {
 
 }  // namespace
 
-const ExportFormat kExportHf = {"hf", "what transformers loads", check, write};
+const ExportFormat kExportHf = {"hf", "what transformers loads", check_hf, write_hf};
 
 }  // namespace caldera

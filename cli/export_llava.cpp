@@ -6,12 +6,12 @@
 namespace caldera {
 namespace {
 
-void check(const ExportOptionsGiven& given) {
+void check_llava(const ExportOptionsGiven& given) {
   check_part(given, {"projector"});
   float_dtype(given.dtype);
 }
 
-void write(const ExportJob& job, const std::filesystem::path& folder) {
+void write_llava(const ExportJob& job, const std::filesystem::path& folder) {
   LlavaModel& model = *job.loaded.model;
   check_original_llava(model);
   LlavaExportOptions options = {.dtype = float_dtype(job.given.dtype),
@@ -38,6 +38,6 @@ void write(const ExportJob& job, const std::filesystem::path& folder) {
 
 }  // namespace
 
-const ExportFormat kExportLlava = {"llava", "what the original LLaVA's code loads", check, write};
+const ExportFormat kExportLlava = {"llava", "what the original LLaVA's code loads", check_llava, write_llava};
 
 }  // namespace caldera

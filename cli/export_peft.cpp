@@ -9,7 +9,7 @@
 namespace caldera {
 namespace {
 
-void check(const ExportOptionsGiven& given) {
+void check_peft(const ExportOptionsGiven& given) {
   check_part(given, {"language_model"});
   float_dtype(given.dtype);
 }
@@ -33,7 +33,7 @@ std::string base_of(const ExportOptionsGiven& given, const Adapter& adapter, con
 }  // namespace
 
 void export_adapter(const ExportOptionsGiven& given) {
-  check(given);
+  check_peft(given);
   check_export_folder(given.out);
   const fs::path source = resolve_model_folder(given.model);
   Adapter adapter = read_adapter(source);
@@ -55,7 +55,7 @@ void export_adapter(const ExportOptionsGiven& given) {
 
 const ExportFormat kExportPeft = {.name = "peft",
                                   .help = "the adapter of a LoRA stage as PEFT loads it; with --merge as hf",
-                                  .check = check,
+                                  .check = check_peft,
                                   .write = write_merged};
 
 }  // namespace caldera

@@ -31,8 +31,8 @@ using Clock = std::chrono::steady_clock;
 // meanwhile.
 constexpr auto kGrace = std::chrono::seconds(6);
 
-volatile std::sig_atomic_t g_signal = 0;
-void on_signal(int signal) { g_signal = signal; }
+volatile std::sig_atomic_t g_signal_to_pass_on = 0;
+void pass_on_signal(int signal) { g_signal_to_pass_on = signal; }
 
 struct LaunchCommand {
   int num_ranks = 0;
@@ -218,10 +218,10 @@ void Attempt::run() {
   while (ended_.size() < ranks_.size()) {
     read_pipes(100);
     reap();
-    if (const int signal = g_signal; signal != 0 && passed_on < 2) {
+    if (const int signal = g_signal_to_pass_on; signal != 0 && passed_on < 2) {
       send(signal);
       ++passed_on;
-      g_signal = 0;
+      g_signal_to_pass_on = 0;
     }
     if (failed_at_ && Clock::now() - *failed_at_ > kGrace) send(SIGKILL);
   }
@@ -326,7 +326,7 @@ void launch(const LaunchCommand& command) {
     store = std::make_unique<StoreHost>(port);
     port = store->port();
   }
-  for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) std::signal(signal, on_signal);
+  for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) std::signal(signal, pass_on_signal);
   for (int number = 0;; ++number) {
     Attempt attempt(command, logs, number, address, port);
     attempt.run();

@@ -18,8 +18,8 @@
 #include <thread>
 #include <vector>
 
+#include "base/cpu.h"
 #include "base/error.h"
-#include "base/files.h"
 #include "base/strings.h"
 #include "cli/command.h"
 
@@ -59,9 +59,9 @@ int num_others_running() {
 
 // OpenMP's threads spin while they wait for each other. That is the fastest where cores are free, and where
 // they are not takes them from those waited for, many times over. How to wait is read from the environment
-// before main() begins: where other programs keep the cores busy, and nothing else was asked for, the program
-// starts once more.
-void restart_where_cores_are_busy(char** argv) {
+// before main() begins: where other programs keep the cores busy, and nothing else was asked for, this sets it
+// and returns true, for the program to start once more.
+bool waits_passively_where_cores_are_busy() {
   double load = 0;
   const bool is_told = std::getenv("OMP_WAIT_POLICY") != nullptr || std::getenv("GOMP_SPINCOUNT") != nullptr;
   const auto num_cores = static_cast<double>(::sysconf(_SC_NPROCESSORS_ONLN));
@@ -69,11 +69,15 @@ void restart_where_cores_are_busy(char** argv) {
   const auto is_too_much = [&](double others) { return others + num_threads >= num_cores + 0.5; };
   if (is_told || num_threads == 1 || ::getloadavg(&load, 1) != 1 || !is_too_much(load) ||
       !is_too_much(num_others_running()))
-    return;
+    return false;
   ::setenv("OMP_WAIT_POLICY", "passive", 1);
-  std::error_code error;
-  const fs::path program = fs::read_symlink("/proc/self/exe", error);
-  if (!error) ::execv(program.c_str(), argv);  // where that fails: as it was
+  return true;
+}
+// What is read from the environment as a library loads is set, and the program starts once more where
+// something was.
+void restart_where_environment_is_new(char** argv) {
+  const bool is_held = hold_libraries(), is_passive = waits_passively_where_cores_are_busy();
+  if (is_held || is_passive) restart_program(argv);  // where that fails: as it was
 }
 
 // LibTorch's CUDA libraries register themselves as they load. Where there is no GPU they would only take memory, and time
@@ -105,7 +109,7 @@ void check_command(int argc, char** argv) {
 int run(int argc, char** argv) {
   load_gpu_libraries();
   CLI::App app("Caldera trains and runs LLaVA-style vision-language models.", "caldera");
-  app.set_version_flag("--version", kVersion);
+  app.set_version_flag("--version", [] { return fmt::format("{}\nprocessor: {}", kVersion, cpu_text()); });
   app.require_subcommand(1);
   for (const Command& command : kCommands) command.setup(*app.add_subcommand(command.name, command.help));
   try {
@@ -128,8 +132,8 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   using namespace caldera;
-  restart_where_cores_are_busy(argv);
   try {
+    restart_where_environment_is_new(argv);
     return run(argc, argv);
   } catch (const Error& error) {
     return fail(error.what(), error.exit_code());

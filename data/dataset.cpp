@@ -1,9 +1,9 @@
 #include "data/dataset.h"
 
-#include <ATen/ATen.h>
 
 #include <algorithm>
 
+#include "base/aten.h"
 #include "base/error.h"
 #include "data/image.h"
 

@@ -10,7 +10,7 @@
 namespace caldera {
 namespace {
 
-struct Frame {
+struct GifFrame {
   int64_t screen_height = 0, screen_width = 0;  // pixels
   int64_t top = 0, left = 0, height = 0, width = 0;
   bool interlaced = false;
@@ -25,8 +25,8 @@ class Parser {
   Parser(std::string_view bytes, const std::string& where) : bytes_(bytes), where_(where) {}
 
   // `with_data`: the frame's data are copied out, not only walked over.
-  Frame parse(bool with_data) {
-    Frame frame;
+  GifFrame parse(bool with_data) {
+    GifFrame frame;
     position_ = 6;  // the signature
     frame.screen_width = number(2);
     frame.screen_height = number(2);
@@ -87,7 +87,7 @@ class Parser {
 };
 
 // The frame's pixels as indices of its colours, in the order of the data. Stops where the data do.
-std::vector<uint8_t> decompress(const Frame& frame, size_t num_pixels) {
+std::vector<uint8_t> decompress(const GifFrame& frame, size_t num_pixels) {
   constexpr int kMaxBits = 12;
   struct Entry {
     int16_t prefix = 0;  // the code before its last pixel
@@ -142,7 +142,7 @@ std::vector<uint8_t> decompress(const Frame& frame, size_t num_pixels) {
 }
 
 // The rows in the order in which an interlaced frame stores them.
-std::vector<int64_t> row_order(const Frame& frame) {
+std::vector<int64_t> row_order(const GifFrame& frame) {
   std::vector<int64_t> order;
   const std::pair<int64_t, int64_t> interlaced[] = {{0, 8}, {4, 8}, {2, 4}, {1, 2}}, plain[] = {{0, 1}};
   const auto add = [&](std::pair<int64_t, int64_t> pass) {
@@ -158,12 +158,12 @@ std::vector<int64_t> row_order(const Frame& frame) {
 }  // namespace
 
 GifSize probe_gif(std::string_view bytes, const std::string& where) {
-  const Frame frame = Parser(bytes, where).parse(false);
+  const GifFrame frame = Parser(bytes, where).parse(false);
   return {frame.screen_height, frame.screen_width};
 }
 
 Image decode_gif(std::string_view bytes, const std::string& where) {
-  const Frame frame = Parser(bytes, where).parse(true);
+  const GifFrame frame = Parser(bytes, where).parse(true);
   const auto num_pixels = static_cast<size_t>(frame.height * frame.width);
   const bool sound = frame.code_size >= 1 && frame.code_size <= 8;
   const std::vector<uint8_t> indices = sound ? decompress(frame, num_pixels) : std::vector<uint8_t>();

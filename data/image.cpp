@@ -1,6 +1,5 @@
 #include "data/image.h"
 
-#include <ATen/ATen.h>
 
 #include <algorithm>
 #include <opencv2/core.hpp>
@@ -8,6 +7,7 @@
 #include <opencv2/imgcodecs.hpp>
 #include <opencv2/imgproc.hpp>
 
+#include "base/aten.h"
 #include "base/error.h"
 #include "base/files.h"
 #include "data/gif.h"

@@ -9,9 +9,9 @@ namespace caldera {
 namespace {
 
 // Bounds-checked reads from a picture's bytes; every read past the end means a truncated file.
-class Reader {
+class HeaderReader {
  public:
-  Reader(std::string_view bytes, const std::string& where) : bytes_(bytes), where_(where) {}
+  HeaderReader(std::string_view bytes, const std::string& where) : bytes_(bytes), where_(where) {}
   std::string_view bytes() const { return bytes_; }
   int64_t size() const { return static_cast<int64_t>(bytes_.size()); }
   uint64_t big(int64_t offset, int num_bytes) const {
@@ -50,7 +50,7 @@ class Reader {
 };
 
 // Entropy-coded data holds 0xFF only before 0x00 (stuffing) and RSTn; any other marker ends the scan.
-int64_t end_of_scan(const Reader& file, int64_t offset) {
+int64_t end_of_scan(const HeaderReader& file, int64_t offset) {
   for (;;) {
     offset = file.find(offset, 0xFF);
     const uint64_t next = file.big(offset, 2) & 0xFF;
@@ -59,7 +59,7 @@ int64_t end_of_scan(const Reader& file, int64_t offset) {
   }
 }
 
-ImageHeader probe_jpeg(const Reader& file, const std::string& where) {
+ImageHeader probe_jpeg(const HeaderReader& file, const std::string& where) {
   ImageHeader header;
   int64_t offset = 2;
   for (;;) {
@@ -88,7 +88,7 @@ ImageHeader probe_jpeg(const Reader& file, const std::string& where) {
   return header;
 }
 
-ImageHeader probe_png(const Reader& file, const std::string& where) {
+ImageHeader probe_png(const HeaderReader& file, const std::string& where) {
   ImageHeader header{ImageFormat::kPng};
   CALDERA_CHECK(file.size() < 16 || file.matches(12, "IHDR"), DataError,
                 "{}: a PNG that does not begin with IHDR", where);
@@ -105,7 +105,7 @@ ImageHeader probe_png(const Reader& file, const std::string& where) {
   }
 }
 
-ImageHeader probe_webp(const Reader& file, const std::string& where) {
+ImageHeader probe_webp(const HeaderReader& file, const std::string& where) {
   ImageHeader header{ImageFormat::kWebp};
   if (8 + static_cast<int64_t>(file.little(4, 4)) > file.size()) file.truncated();
   if (file.matches(12, "VP8X")) {
@@ -125,7 +125,7 @@ ImageHeader probe_webp(const Reader& file, const std::string& where) {
   return header;
 }
 
-ImageHeader probe_bmp(const Reader& file, const std::string&) {
+ImageHeader probe_bmp(const HeaderReader& file, const std::string&) {
   ImageHeader header{ImageFormat::kBmp};
   const bool is_old = file.little(14, 4) == 12;  // BITMAPCOREHEADER: 16-bit sizes
   header.width = static_cast<int64_t>(is_old ? file.little(18, 2) : file.little(18, 4));
@@ -140,7 +140,7 @@ ImageHeader probe_bmp(const Reader& file, const std::string&) {
   return header;
 }
 
-ImageHeader probe_tiff(const Reader& file, const std::string& where) {
+ImageHeader probe_tiff(const HeaderReader& file, const std::string& where) {
   ImageHeader header{ImageFormat::kTiff};
   const bool is_big = file.matches(0, "MM");
   const auto read = [&](int64_t offset, int num_bytes) {
@@ -180,7 +180,7 @@ ImageHeader probe_tiff(const Reader& file, const std::string& where) {
   return header;
 }
 
-ImageHeader probe_by_signature(const Reader& file, const std::string& where) {
+ImageHeader probe_by_signature(const HeaderReader& file, const std::string& where) {
   if (file.matches(0, "\xFF\xD8\xFF")) return probe_jpeg(file, where);
   if (file.matches(0, "\x89PNG\r\n\x1A\n")) return probe_png(file, where);
   if (file.matches(0, "RIFF") && file.matches(8, "WEBP")) return probe_webp(file, where);
@@ -198,7 +198,7 @@ ImageHeader probe_by_signature(const Reader& file, const std::string& where) {
 }  // namespace
 
 ImageHeader probe_image(std::string_view bytes, const std::string& where) {
-  const ImageHeader header = probe_by_signature(Reader(bytes, where), where);
+  const ImageHeader header = probe_by_signature(HeaderReader(bytes, where), where);
   CALDERA_CHECK(header.width > 0 && header.height > 0, DataError, "{}: a picture of {} x {} pixels", where,
                 header.width, header.height);
   CALDERA_CHECK(header.width <= kMaxImagePixels / header.height, DataError,

@@ -3,36 +3,27 @@
 // Equal bit for bit.
 #include "data/resize.h"
 
-#include <ATen/ATen.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
 #include <vector>
 
+#include "base/aten.h"
 #include "base/error.h"
-
-// Vectors are returned by always-inlined functions only, so there is no ABI to change.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-// Sanitizers instrument the resolvers that choose a clone, which run before the sanitizer itself is set up.
-#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
-#define CALDERA_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CALDERA_CLONES
-#endif
-#define CALDERA_INLINE [[gnu::always_inline]] inline
+#include "base/simd_level.h"
 
 namespace caldera {
 namespace {
 
 constexpr int kPrecisionBits = 32 - 8 - 2;
 constexpr int32_t kHalf = 1 << (kPrecisionBits - 1);
-constexpr int64_t kChannels = 3, kLanes = 16;
+constexpr int64_t kChannels = 3;
+constexpr int64_t kRows = 16;  // that are turned into columns at once
 
 using Bytes = uint8_t __attribute__((vector_size(16)));
-using Ints = int32_t __attribute__((vector_size(64)));
+template <class V>
+using IntsOf = typename simd::TypesOf<V>::Ints;
 using Buffer = std::unique_ptr<uint8_t[]>;
 
 Buffer make_buffer(int64_t num_bytes) {
@@ -101,48 +92,58 @@ Taps make_taps(int64_t in_size, int64_t out_size, int64_t begin, int64_t count, 
 }
 
 // One by one, which the compiler makes one instruction of.
-CALDERA_INLINE Ints widen(const uint8_t* values) {
-  Ints wide = {};
-  for (int64_t i = 0; i < kLanes; ++i) wide[i] = values[i];
+template <class V>
+CALDERA_INLINE IntsOf<V> widen(const uint8_t* values) {
+  IntsOf<V> wide = {};
+  for (int64_t i = 0; i < simd::kLanesOf<V>; ++i) wide[i] = values[i];
   return wide;
 }
 
-CALDERA_INLINE void store_clipped(uint8_t* values, const Ints& sums) {
+template <class V>
+CALDERA_INLINE void store_clipped(uint8_t* values, const IntsOf<V>& sums) {
+  using Ints = IntsOf<V>;
   const Ints rounded = sums >> kPrecisionBits;
   const Ints positive = rounded > 0 ? rounded : Ints{};
   const Ints clipped = positive > 255 ? Ints{} + 255 : positive;
-  const Bytes bytes = __builtin_convertvector(clipped, Bytes);
+  const auto bytes = __builtin_convertvector(clipped, typename simd::TypesOf<V>::Bytes);
   std::memcpy(values, &bytes, sizeof bytes);
 }
 
-// [X * 3][lanes] -> [3][X'][lanes]: the lanes are rows of the picture.
-CALDERA_CLONES void sum_columns(const uint8_t* __restrict block, const Taps& taps,
+// [X * 3][kRows] -> [3][X'][kRows].
+template <class V>
+CALDERA_INLINE void sum_columns(const uint8_t* __restrict block, const Taps& taps,
                                 const std::array<uint8_t, 3>& colour, uint8_t* __restrict result) {
+  using Ints = IntsOf<V>;
   const int64_t out_width = taps.size();
   for (int64_t x = 0; x < out_width; ++x) {
     const auto tap = static_cast<size_t>(x);
-    const uint8_t* in = block + (taps.first[tap] - taps.begin()) * kChannels * kLanes;
+    const uint8_t* first = block + (taps.first[tap] - taps.begin()) * kChannels * kRows;
     const int32_t* weights = &taps.weights[tap * static_cast<size_t>(taps.stride)];
     const int64_t num_taps = taps.num_taps[tap];
-    Ints red = Ints{} + (kHalf + taps.outside[tap] * colour[0]);
-    Ints green = Ints{} + (kHalf + taps.outside[tap] * colour[1]);
-    Ints blue = Ints{} + (kHalf + taps.outside[tap] * colour[2]);
-    for (int64_t k = 0; k < num_taps; ++k, in += kChannels * kLanes) {
-      red += widen(in) * weights[k];
-      green += widen(in + kLanes) * weights[k];
-      blue += widen(in + 2 * kLanes) * weights[k];
+    for (int64_t row = 0; row < kRows; row += simd::kLanesOf<V>) {
+      const uint8_t* in = first + row;
+      Ints red = Ints{} + (kHalf + taps.outside[tap] * colour[0]);
+      Ints green = Ints{} + (kHalf + taps.outside[tap] * colour[1]);
+      Ints blue = Ints{} + (kHalf + taps.outside[tap] * colour[2]);
+      for (int64_t k = 0; k < num_taps; ++k, in += kChannels * kRows) {
+        red += widen<V>(in) * weights[k];
+        green += widen<V>(in + kRows) * weights[k];
+        blue += widen<V>(in + 2 * kRows) * weights[k];
+      }
+      store_clipped<V>(result + x * kRows + row, red);
+      store_clipped<V>(result + (out_width + x) * kRows + row, green);
+      store_clipped<V>(result + (2 * out_width + x) * kRows + row, blue);
     }
-    store_clipped(result + x * kLanes, red);
-    store_clipped(result + (out_width + x) * kLanes, green);
-    store_clipped(result + (2 * out_width + x) * kLanes, blue);
   }
 }
 
 // `count` values of one output row, each a sum over rows of `in`, from `start` on.
-CALDERA_CLONES void sum_rows(const uint8_t* __restrict in, int64_t row_stride,
+template <class V>
+CALDERA_INLINE void sum_rows(const uint8_t* __restrict in, int64_t row_stride,
                              const int32_t* __restrict weights, int64_t num_taps, int32_t start,
                              int64_t count, uint8_t* __restrict out) {
-  constexpr int64_t kBlock = 4 * kLanes;
+  using Ints = IntsOf<V>;
+  constexpr int64_t kLanes = simd::kLanesOf<V>, kBlock = 4 * kLanes;
   if (count < kBlock) {
     for (int64_t i = 0; i < count; ++i) {
       int32_t sum = start;
@@ -156,23 +157,23 @@ CALDERA_CLONES void sum_rows(const uint8_t* __restrict in, int64_t row_stride,
     Ints a = Ints{} + start, b = a, c = a, d = a;
     for (int64_t k = 0; k < num_taps; ++k) {
       const uint8_t* values = in + k * row_stride + i;
-      a += widen(values) * weights[k];
-      b += widen(values + kLanes) * weights[k];
-      c += widen(values + 2 * kLanes) * weights[k];
-      d += widen(values + 3 * kLanes) * weights[k];
+      a += widen<V>(values) * weights[k];
+      b += widen<V>(values + kLanes) * weights[k];
+      c += widen<V>(values + 2 * kLanes) * weights[k];
+      d += widen<V>(values + 3 * kLanes) * weights[k];
     }
-    store_clipped(out + i, a);
-    store_clipped(out + i + kLanes, b);
-    store_clipped(out + i + 2 * kLanes, c);
-    store_clipped(out + i + 3 * kLanes, d);
+    store_clipped<V>(out + i, a);
+    store_clipped<V>(out + i + kLanes, b);
+    store_clipped<V>(out + i + 2 * kLanes, c);
+    store_clipped<V>(out + i + 3 * kLanes, d);
   }
 }
 
 // 16 rows of 16 bytes become columns: interleaving the two halves of the rows, four times over.
-CALDERA_INLINE void transpose_16(Bytes (&rows)[kLanes]) {
+CALDERA_INLINE void transpose_16(Bytes (&rows)[kRows]) {
   constexpr Bytes low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
   constexpr Bytes high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  Bytes turned[kLanes];
+  Bytes turned[kRows];
   for (int64_t round = 0; round < 4; ++round) {
     for (int64_t i = 0; i < 8; ++i) {
       turned[2 * i] = __builtin_shuffle(rows[i], rows[i + 8], low);
@@ -183,55 +184,55 @@ CALDERA_INLINE void transpose_16(Bytes (&rows)[kLanes]) {
 }
 
 // lanes[i][r] = rows[r][i], for `count` values of each row.
-CALDERA_CLONES void rows_to_lanes(const uint8_t* const* rows, int64_t count, uint8_t* lanes) {
-  if (count < kLanes) {
+CALDERA_INLINE void rows_to_lanes(const uint8_t* const* rows, int64_t count, uint8_t* lanes) {
+  if (count < kRows) {
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t r = 0; r < kLanes; ++r) lanes[i * kLanes + r] = rows[r][i];
+      for (int64_t r = 0; r < kRows; ++r) lanes[i * kRows + r] = rows[r][i];
     return;
   }
-  for (int64_t begin = 0; begin < count; begin += kLanes) {
-    const int64_t i = std::min(begin, count - kLanes);
-    Bytes tile[kLanes];
-    for (int64_t r = 0; r < kLanes; ++r) std::memcpy(&tile[r], rows[r] + i, kLanes);
+  for (int64_t begin = 0; begin < count; begin += kRows) {
+    const int64_t i = std::min(begin, count - kRows);
+    Bytes tile[kRows];
+    for (int64_t r = 0; r < kRows; ++r) std::memcpy(&tile[r], rows[r] + i, kRows);
     transpose_16(tile);
-    std::memcpy(lanes + i * kLanes, tile, sizeof tile);
+    std::memcpy(lanes + i * kRows, tile, sizeof tile);
   }
 }
 
 // rows[r][i] = lanes[i][r].
-CALDERA_CLONES void lanes_to_rows(const uint8_t* lanes, int64_t count, uint8_t* const* rows) {
-  if (count < kLanes) {
+CALDERA_INLINE void lanes_to_rows(const uint8_t* lanes, int64_t count, uint8_t* const* rows) {
+  if (count < kRows) {
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t r = 0; r < kLanes; ++r) rows[r][i] = lanes[i * kLanes + r];
+      for (int64_t r = 0; r < kRows; ++r) rows[r][i] = lanes[i * kRows + r];
     return;
   }
-  for (int64_t begin = 0; begin < count; begin += kLanes) {
-    const int64_t i = std::min(begin, count - kLanes);
-    Bytes tile[kLanes];
-    std::memcpy(tile, lanes + i * kLanes, sizeof tile);
+  for (int64_t begin = 0; begin < count; begin += kRows) {
+    const int64_t i = std::min(begin, count - kRows);
+    Bytes tile[kRows];
+    std::memcpy(tile, lanes + i * kRows, sizeof tile);
     transpose_16(tile);
-    for (int64_t r = 0; r < kLanes; ++r) std::memcpy(rows[r] + i, &tile[r], kLanes);
+    for (int64_t r = 0; r < kRows; ++r) std::memcpy(rows[r] + i, &tile[r], kRows);
   }
 }
 
 // num_rows rows of RGB from `in` on, in_stride apart, become rows of three planes: channel_stride from one
-// channel to the next, row_stride from one row to the next. A last block of fewer rows than lanes repeats its
-// last row, and writes it as often.
+// channel to the next, row_stride from one row to the next. A last block of fewer than kRows rows repeats
+// its last row, and writes it as often.
 void resize_columns(const uint8_t* in, int64_t in_stride, int64_t num_rows, const Taps& taps,
                     const std::array<uint8_t, 3>& colour, uint8_t* out, int64_t channel_stride,
                     int64_t row_stride) {
   const int64_t begin = taps.begin() * kChannels, count = taps.end() * kChannels - begin;
-  const Buffer block = make_buffer(count * kLanes), result = make_buffer(taps.size() * kChannels * kLanes);
-  for (int64_t row = 0; row < num_rows; row += kLanes) {
-    const uint8_t* from[kLanes];
-    for (int64_t r = 0; r < kLanes; ++r) from[r] = in + std::min(row + r, num_rows - 1) * in_stride + begin;
-    rows_to_lanes(from, count, block.get());
-    sum_columns(block.get(), taps, colour, result.get());
+  const Buffer block = make_buffer(count * kRows), result = make_buffer(taps.size() * kChannels * kRows);
+  for (int64_t row = 0; row < num_rows; row += kRows) {
+    const uint8_t* from[kRows];
+    for (int64_t r = 0; r < kRows; ++r) from[r] = in + std::min(row + r, num_rows - 1) * in_stride + begin;
+    simd::run<rows_to_lanes>(from, count, block.get());
+    simd::run<CALDERA_EACH_WIDTH(sum_columns)>(block.get(), taps, colour, result.get());
     for (int64_t c = 0; c < kChannels; ++c) {
-      uint8_t* to[kLanes];
-      for (int64_t r = 0; r < kLanes; ++r)
+      uint8_t* to[kRows];
+      for (int64_t r = 0; r < kRows; ++r)
         to[r] = out + c * channel_stride + std::min(row + r, num_rows - 1) * row_stride;
-      lanes_to_rows(result.get() + c * taps.size() * kLanes, taps.size(), to);
+      simd::run<lanes_to_rows>(result.get() + c * taps.size() * kRows, taps.size(), to);
     }
   }
 }
@@ -241,9 +242,10 @@ void resize_rows(const uint8_t* in, int64_t in_stride, const Taps& taps, uint8_t
                  uint8_t* out, int64_t out_stride) {
   for (int64_t y = 0; y < taps.size(); ++y) {
     const auto tap = static_cast<size_t>(y);
-    sum_rows(in + (taps.first[tap] - taps.begin()) * in_stride, in_stride,
-             &taps.weights[tap * static_cast<size_t>(taps.stride)], taps.num_taps[tap],
-             kHalf + taps.outside[tap] * colour, count, out + y * out_stride);
+    simd::run<CALDERA_EACH_WIDTH(sum_rows)>(in + (taps.first[tap] - taps.begin()) * in_stride, in_stride,
+                                            &taps.weights[tap * static_cast<size_t>(taps.stride)],
+                                            taps.num_taps[tap], kHalf + taps.outside[tap] * colour, count,
+                                            out + y * out_stride);
   }
 }
 

@@ -1,12 +1,12 @@
 // Answers in words: prompts made from conversations, generated in packed batches.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <cstdint>
 #include <filesystem>
 #include <string>
 #include <vector>
 
+#include "base/aten.h"
 #include "eval/batches.h"
 #include "model/generate.h"
 #include "model/llava.h"

@@ -1,10 +1,10 @@
 // The whole model: tower, projector, decoder.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <memory>
 #include <string>
 
+#include "base/aten.h"
 #include "base/batch.h"
 #include "base/json.h"
 #include "model/language/language_model.h"

@@ -73,7 +73,7 @@ at::Tensor Linear::forward(const at::Tensor& x_TI, std::optional<uint64_t> dropo
 
 at::Tensor Linear::forward_of(const std::function<at::Tensor(const at::Tensor&)>& make, const at::Tensor& source,
                               std::optional<uint64_t> dropout_seed, bool needs_value) const {
-  if (is_plain()) return affine_of(make, source, {}, weight_OI_, bias_O_, needs_value, in_float8_);
+  if (is_plain()) return affine_of(make, source, weight_OI_, bias_O_, needs_value, in_float8_);
   return forward(make(source), dropout_seed, needs_value);
 }
 

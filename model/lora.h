@@ -2,7 +2,6 @@
 // are those of PEFT: y = W x + b + B A dropout(x) * scaling, tensors MODULE.lora_A.weight [r, in] and
 // MODULE.lora_B.weight [out, r].
 #pragma once
-#include <ATen/ATen.h>
 
 #include <cstdint>
 #include <functional>
@@ -10,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "base/aten.h"
 #include "base/json.h"
 #include "model/module.h"
 #include "model/ops/matmul.h"

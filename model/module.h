@@ -2,11 +2,12 @@
 // tensors once, and loading, saving, initialisation, freezing, the optimizer and checkpoints all work from
 // that list.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <cstdint>
 #include <string>
 #include <vector>
+
+#include "base/aten.h"
 
 namespace caldera {
 

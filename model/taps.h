@@ -12,11 +12,12 @@
 //   language_model.norm        [T, D]
 //   logits                     [T, V]
 #pragma once
-#include <ATen/ATen.h>
 
 #include <cstdint>
 #include <functional>
 #include <string>
+
+#include "base/aten.h"
 
 namespace caldera {
 

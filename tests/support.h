@@ -10,6 +10,9 @@
 
 namespace caldera {
 
+inline const fs::path kGolden = fs::path(CALDERA_SOURCE_DIR) / "tests/golden";
+inline const fs::path kGoldenPictures = kGolden / "image";
+
 // A folder of its own, removed at the end.
 class TemporaryFolder {
  public:

@@ -1,6 +1,5 @@
 // AdamW over the tensors that train.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <cstdint>
 #include <functional>
@@ -10,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/aten.h"
 #include "model/module.h"
 #include "model/ops/adamw_compact.h"
 

@@ -6,7 +6,7 @@
 namespace caldera {
 namespace {
 
-std::vector<Segment> render(const std::vector<Turn>& turns, bool for_generation) {
+std::vector<Segment> render_chatml(const std::vector<Turn>& turns, bool for_generation) {
   SegmentBuilder out;
   for (const Turn& turn : turns) {
     const bool learned = !turn.from_human;
@@ -21,7 +21,7 @@ std::vector<Segment> render(const std::vector<Turn>& turns, bool for_generation)
 
 const ConversationTemplate kChatml = {
     "chatml",
-    render,
+    render_chatml,
     {"<|im_end|>"},
     CALDERA_JINJA_BODY
     "{%- for message in messages -%}"

@@ -8,7 +8,7 @@ namespace caldera {
 namespace {
 
 // A record without a picture is its text alone, which LLaVA has no use for and language pretraining has.
-std::vector<Segment> render(const std::vector<Turn>& turns, bool for_generation) {
+std::vector<Segment> render_plain(const std::vector<Turn>& turns, bool for_generation) {
   const size_t expected = for_generation ? 1 : 2;
   CALDERA_CHECK(turns.size() == expected && turns[0].from_human, DataError,
                 "template plain takes one human turn and one answer, got {} turns; use a template for "
@@ -28,7 +28,7 @@ std::vector<Segment> render(const std::vector<Turn>& turns, bool for_generation)
 
 const ConversationTemplate kPlain = {
     "plain",
-    render,
+    render_plain,
     {"\n"},
     "{%- for message in messages -%}"
     "{%- if message['content'] is string -%}"

@@ -8,9 +8,9 @@
 namespace caldera {
 namespace {
 
-class Loader {
+class GgufTokenizerReader {
  public:
-  explicit Loader(const GgufFile& file) : file_(file), where_(file.path().string()) {
+  explicit GgufTokenizerReader(const GgufFile& file) : file_(file), where_(file.path().string()) {
     tokens_ = file_.get<std::vector<std::string>>("tokenizer.ggml.tokens");
     CALDERA_CHECK(!tokens_.empty(), CheckpointError, "{}: tokenizer.ggml.tokens is empty", where_);
     types_ = file_.get_or<std::vector<int64_t>>("tokenizer.ggml.token_type", {});
@@ -104,8 +104,8 @@ class Loader {
 
 std::unique_ptr<Tokenizer> make_gguf_tokenizer(const GgufFile& file) {
   const std::string kind = file.get<std::string>("tokenizer.ggml.model");
-  if (kind == "gpt2") return Loader(file).byte_level_bpe();
-  if (kind == "llama") return Loader(file).sentencepiece();
+  if (kind == "gpt2") return GgufTokenizerReader(file).byte_level_bpe();
+  if (kind == "llama") return GgufTokenizerReader(file).sentencepiece();
   throw CheckpointError(fmt::format("{}: tokenizer.ggml.model \"{}\" is not supported; known: gpt2, llama",
                                     file.path().string(), kind));
 }

@@ -9,8 +9,6 @@
 namespace caldera {
 namespace {
 
-constexpr int64_t kMaxId = int64_t{1} << 24;  // far above any vocabulary; a larger id is a broken file
-
 // A token as HF writes it: its text, or an object with "content". null and absent: "".
 std::string token_text(const Json& fields, const char* name, const std::string& where) {
   const auto found = fields.find(name);
@@ -23,8 +21,8 @@ std::string token_text(const Json& fields, const char* name, const std::string& 
 }
 
 int64_t checked_id(int64_t id, const std::string& where) {
-  CALDERA_CHECK(id >= 0 && id < kMaxId, CheckpointError, "{}: token id {} is out of range [0, {})", where, id,
-                kMaxId);
+  CALDERA_CHECK(id >= 0 && id < kMaxTokenId, CheckpointError, "{}: token id {} is out of range [0, {})", where, id,
+                kMaxTokenId);
   return id;
 }
 

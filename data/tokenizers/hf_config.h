@@ -10,6 +10,8 @@
 
 namespace caldera {
 
+inline constexpr int64_t kMaxTokenId = int64_t{1} << 24;  // far above any vocabulary; a larger id is a broken file
+
 // A token outside the model's own pieces, or one of them that is never made from text. The flags are HF's
 // (AddedToken).
 struct AddedToken {

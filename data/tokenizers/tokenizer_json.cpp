@@ -14,11 +14,9 @@ namespace {
 
 using simdjson::dom::element;
 
-constexpr int64_t kMaxId = int64_t{1} << 24;
-
-class Reader {
+class TokenizerJsonReader {
  public:
-  Reader(const fs::path& file, TokenizerConfig& config) : where_(file.string()), config_(config) {}
+  TokenizerJsonReader(const fs::path& file, TokenizerConfig& config) : where_(file.string()), config_(config) {}
 
   BpeModel read() {
     simdjson::dom::parser parser;
@@ -57,8 +55,8 @@ class Reader {
   }
   int64_t id_of(element value) const {
     const int64_t id = value;
-    CALDERA_CHECK(id >= 0 && id < kMaxId, CheckpointError, "{}: token id {} is out of range [0, {})", where_,
-                  id, kMaxId);
+    CALDERA_CHECK(id >= 0 && id < kMaxTokenId, CheckpointError, "{}: token id {} is out of range [0, {})", where_,
+                  id, kMaxTokenId);
     return id;
   }
 
@@ -177,7 +175,7 @@ class Reader {
 }  // namespace
 
 BpeModel read_tokenizer_json(const fs::path& file, TokenizerConfig& config) {
-  return Reader(file, config).read();
+  return TokenizerJsonReader(file, config).read();
 }
 
 }  // namespace caldera

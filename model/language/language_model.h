@@ -1,7 +1,6 @@
 // A decoder on packed rows. Each decoder is one file that exports a LanguageModelSpec, and one line in
 // registry.cpp.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <algorithm>
 #include <functional>
@@ -11,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "base/aten.h"
 #include "base/json.h"
 #include "model/lora.h"
 #include "model/module.h"

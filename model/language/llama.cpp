@@ -5,7 +5,7 @@
 namespace caldera {
 namespace {
 
-std::unique_ptr<LanguageModel> make(const Json& json) {
+std::unique_ptr<LanguageModel> make_llama(const Json& json) {
   const ConfigReader reader(json, "llama");
   DecoderConfig config;
   reader.read_common(config, "LlamaForCausalLM");
@@ -22,7 +22,7 @@ std::unique_ptr<LanguageModel> make(const Json& json) {
 const LanguageModelSpec kLlamaSpec = {.id = "llama",
                                       .model_types = {"llama"},
                                       .gguf_architectures = {"llama"},
-                                      .make = make,
+                                      .make = make_llama,
                                       .init = init_decoder,
                                       .class_defaults = class_sizes(32000, 11008)};
 

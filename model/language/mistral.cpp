@@ -5,7 +5,7 @@
 namespace caldera {
 namespace {
 
-std::unique_ptr<LanguageModel> make(const Json& json) {
+std::unique_ptr<LanguageModel> make_mistral(const Json& json) {
   const ConfigReader reader(json, "mistral");
   DecoderConfig config;
   config.num_key_value_heads = 8;  // transformers' defaults
@@ -23,7 +23,7 @@ std::unique_ptr<LanguageModel> make(const Json& json) {
 const LanguageModelSpec kMistralSpec = {.id = "mistral",
                                         .model_types = {"mistral"},
                                         .gguf_architectures = {},
-                                        .make = make,
+                                        .make = make_mistral,
                                         .init = init_decoder,
                                         .class_defaults = class_sizes(32000, 14336)};
 

@@ -5,7 +5,7 @@
 namespace caldera {
 namespace {
 
-std::unique_ptr<LanguageModel> make(const Json& json) {
+std::unique_ptr<LanguageModel> make_qwen2(const Json& json) {
   const ConfigReader reader(json, "qwen2");
   DecoderConfig config;
   config.num_key_value_heads = 32;  // transformers' defaults
@@ -21,7 +21,7 @@ std::unique_ptr<LanguageModel> make(const Json& json) {
 const LanguageModelSpec kQwen2Spec = {.id = "qwen2",
                                       .model_types = {"qwen2"},
                                       .gguf_architectures = {"qwen2"},
-                                      .make = make,
+                                      .make = make_qwen2,
                                       .init = init_decoder,
                                       .class_defaults = class_sizes(151936, 22016)};
 

@@ -6,7 +6,7 @@
 namespace caldera {
 namespace {
 
-std::unique_ptr<LanguageModel> make(const Json& json) {
+std::unique_ptr<LanguageModel> make_qwen3(const Json& json) {
   const ConfigReader reader(json, "qwen3");
   DecoderConfig config;
   config.num_key_value_heads = 32;  // transformers' defaults
@@ -25,7 +25,7 @@ std::unique_ptr<LanguageModel> make(const Json& json) {
 const LanguageModelSpec kQwen3Spec = {.id = "qwen3",
                                       .model_types = {"qwen3"},
                                       .gguf_architectures = {"qwen3"},
-                                      .make = make,
+                                      .make = make_qwen3,
                                       .init = init_decoder,
                                       .class_defaults = class_sizes(151936, 22016)};
 

@@ -1,7 +1,7 @@
 // Rotary position embedding's frequencies, from a decoder's config.json.
 #pragma once
-#include <ATen/ATen.h>
 
+#include "base/aten.h"
 #include "base/json.h"
 
 namespace caldera {

@@ -1,10 +1,11 @@
 // Attention within each sample of the packed row in which a query sees its last `window` tokens alone, its
 // own included (Mistral 7B, arXiv 2310.06825; transformers' sliding_attention).
 #pragma once
-#include <ATen/ATen.h>
 
 #include <cstdint>
 #include <vector>
+
+#include "base/aten.h"
 
 namespace caldera {
 

@@ -11,12 +11,11 @@ namespace {
 
 using namespace simd;
 
-constexpr int64_t kGrain = 1 << 16;  // elements below which a second thread is not worth it
-
-CALDERA_SIMD void add(float* sum, const c10::BFloat16* part, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t n = std::min(kLanes, count - i);
-    store(sum + i, load(sum + i, n) + load(part + i, n), n);
+template <class V>
+CALDERA_INLINE void add(float* sum, const c10::BFloat16* part, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanesOf<V>) {
+    const int64_t n = std::min(kLanesOf<V>, count - i);
+    store(sum + i, load<V>(sum + i, n) + load<V>(part + i, n), n);
   }
 }
 
@@ -32,8 +31,8 @@ void accumulate_(const at::Tensor& sum, const at::Tensor& part) {
   const at::Tensor dense = part.contiguous();
   float* sum_data = sum.mutable_data_ptr<float>();
   const c10::BFloat16* part_data = dense.const_data_ptr<c10::BFloat16>();
-  at::parallel_for(0, sum.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    add(sum_data + begin, part_data + begin, end - begin);
+  at::parallel_for(0, sum.numel(), kGrainElements, [&](int64_t begin, int64_t end) {
+    simd::run<CALDERA_EACH_WIDTH(add)>(sum_data + begin, part_data + begin, end - begin);
   });
 }
 

@@ -1,6 +1,6 @@
 // Sums of tensors in float32.
 #pragma once
-#include <ATen/ATen.h>
+#include "base/aten.h"
 
 namespace caldera {
 

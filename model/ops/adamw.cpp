@@ -12,8 +12,6 @@ namespace {
 
 using namespace simd;
 
-constexpr int64_t kGrain = 1 << 16;  // elements below which a second thread is not worth it
-
 // The whole tensors; of the gradient one form, or none where it counts as zeros.
 struct Arrays {
   float *exp_avg, *exp_avg_sq;
@@ -21,51 +19,40 @@ struct Arrays {
   const c10::BFloat16* gradient_bf16 = nullptr;
 };
 
-template <class Weights, class G>
+template <class V, class Weights, class G>
 CALDERA_INLINE void update_each(const Weights& weights, const Arrays& a, const G* gradient, int64_t begin, int64_t end,
                                 const AdamWFactors& f) {
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const int64_t n = std::min(kLanes, end - i);
-    const Vec g = gradient ? load(gradient + i, n) * f.grad_scale : Vec{};
-    Vec m = load(a.exp_avg + i, n), v = load(a.exp_avg_sq + i, n);
-    weights.store(i, adamw_lanes(weights.load(i, n), m, v, g, f), n);
+  for (int64_t i = begin; i < end; i += kLanesOf<V>) {
+    const int64_t n = std::min(kLanesOf<V>, end - i);
+    const V g = gradient ? load<V>(gradient + i, n) * f.grad_scale : V{};
+    V m = load<V>(a.exp_avg + i, n), v = load<V>(a.exp_avg_sq + i, n);
+    store(weights, i, adamw_lanes(load<V>(weights, i, n), m, v, g, f), n);
     store(a.exp_avg + i, m, n);
     store(a.exp_avg_sq + i, v, n);
   }
 }
 
-template <class Weights>
-CALDERA_INLINE void update_range(const Weights& weights, const Arrays& a, int64_t begin, int64_t end,
-                                 const AdamWFactors& f) {
+template <class V, class Weights>
+CALDERA_INLINE void update(const Weights& weights, const Arrays& a, int64_t begin, int64_t end,
+                           const AdamWFactors& f) {
   if (a.gradient_bf16)
-    update_each(weights, a, a.gradient_bf16, begin, end, f);
+    update_each<V>(weights, a, a.gradient_bf16, begin, end, f);
   else
-    update_each(weights, a, a.gradient, begin, end, f);
+    update_each<V>(weights, a, a.gradient, begin, end, f);
 }
-template <class From, class To>
-CALDERA_INLINE void convert_range(const From& from, const To& to, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const int64_t n = std::min(kLanes, end - i);
-    to.store(i, from.load(i, n), n);
+template <class V, class From, class To>
+CALDERA_INLINE void convert(const From& from, const To& to, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kLanesOf<V>) {
+    const int64_t n = std::min(kLanesOf<V>, end - i);
+    store(to, i, load<V>(from, i, n), n);
   }
 }
 
-CALDERA_SIMD void update(const WholeWeights& weights, const Arrays& a, int64_t begin, int64_t end,
-                         const AdamWFactors& f) {
-  update_range(weights, a, begin, end, f);
-}
-CALDERA_SIMD void update(const SplitWeights& weights, const Arrays& a, int64_t begin, int64_t end,
-                         const AdamWFactors& f) {
-  update_range(weights, a, begin, end, f);
-}
-CALDERA_SIMD void convert(const SplitWeights& from, const WholeWeights& to, int64_t begin, int64_t end) {
-  convert_range(from, to, begin, end);
-}
-CALDERA_SIMD void convert(const WholeWeights& from, const SplitWeights& to, int64_t begin, int64_t end) {
-  convert_range(from, to, begin, end);
-}
-void convert_all(const auto& from, const auto& to, int64_t count) {
-  at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) { convert(from, to, begin, end); });
+template <class From, class To>
+void convert_all(const From& from, const To& to, int64_t count) {
+  at::parallel_for(0, count, kGrainElements, [&](int64_t begin, int64_t end) {
+    simd::run<CALDERA_EACH_WIDTH(convert, From, To)>(from, to, begin, end);
+  });
 }
 SplitWeights halves_of(const at::Tensor& weight, const at::Tensor& remainder) {
   return {weight.mutable_data_ptr<c10::BFloat16>(), remainder.mutable_data_ptr<int16_t>()};
@@ -131,14 +118,15 @@ void adamw_update(const Master& master, const at::Tensor& exp_avg, const at::Ten
     arrays.gradient = gradient.const_data_ptr<float>();
   else if (gradient.defined())
     arrays.gradient_bf16 = gradient.const_data_ptr<c10::BFloat16>();
-  const auto run = [&](const auto& weights) {
-    at::parallel_for(0, count, kGrain,
-                     [&](int64_t begin, int64_t end) { update(weights, arrays, begin, end, factors); });
+  const auto update_all = [&]<class Weights>(const Weights& weights) {
+    at::parallel_for(0, count, kGrainElements, [&](int64_t begin, int64_t end) {
+      simd::run<CALDERA_EACH_WIDTH(update, Weights)>(weights, arrays, begin, end, factors);
+    });
   };
   if (is_whole)
-    run(WholeWeights{weight.mutable_data_ptr<float>()});
+    update_all(WholeWeights{weight.mutable_data_ptr<float>()});
   else
-    run(halves_of(weight, master.remainder));
+    update_all(halves_of(weight, master.remainder));
 }
 
 }  // namespace caldera

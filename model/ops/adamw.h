@@ -1,8 +1,9 @@
 // One AdamW update in one pass over memory.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <cstdint>
+
+#include "base/aten.h"
 
 namespace caldera {
 

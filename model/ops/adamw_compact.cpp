@@ -20,18 +20,20 @@ using namespace simd;
 constexpr int64_t kBlock = kQuantizedBlock;
 constexpr int64_t kGrainBlocks = 64;  // blocks below which a second thread is not worth it
 
-CALDERA_INLINE void store_stochastic(c10::BFloat16* x, const Vec& value, int64_t n, uint32_t index,
+template <Vector V>
+CALDERA_INLINE void store_stochastic(c10::BFloat16* x, const V& value, int64_t n, uint32_t index,
                                      const NoiseWords& words) {
-  const Bits hash = noise_lanes(index, words);
+  using Bits = BitsOf<V>;
+  const Bits hash = noise_lanes<V>(index, words);
   const Bits bits = reinterpret_cast<Bits>(value);
   // Infinities and NaN stay what they are.
   const Bits is_finite = reinterpret_cast<Bits>((bits & 0x7F800000u) != 0x7F800000u);
   const Bits rounded = (bits + ((hash >> 16) & is_finite)) & 0xFFFF0000u;
-  store(x, reinterpret_cast<Vec>(rounded), n);  // exact: nothing is left to round
+  store(x, reinterpret_cast<V>(rounded), n);  // exact: nothing is left to round
 }
 
 // The whole tensors; what is null is not there.
-struct Arrays {
+struct CompactArrays {
   float* whole_weight = nullptr;
   c10::BFloat16* weight = nullptr;
   int16_t* remainder = nullptr;
@@ -47,23 +49,25 @@ CALDERA_INLINE void decode(const uint8_t* codes, float scale, const std::array<f
   for (int64_t i = 0; i < n; ++i) values[i] = map[codes[i]] * scale;
 }
 // `values` are brought to [-1, 1] in place; returns by what they were divided.
+template <class V>
 CALDERA_INLINE float encode(float* values, const CodeSearch& search, uint8_t* codes, int64_t n) {
-  Vec most = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec x = load(values + i, std::min(kLanes, n - i));
-    most = simd::max(most, simd::max(x, -x));
+  V most = {};
+  for (int64_t i = 0; i < n; i += kLanesOf<V>) {
+    const V x = load<V>(values + i, std::min(kLanesOf<V>, n - i));
+    most = simd::max(most, simd::max(x, V(-x)));
   }
   const float scale = maximum(most), factor = 1.0f / std::max(scale, std::numeric_limits<float>::min());
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t lanes = std::min(kLanes, n - i);
-    store(values + i, load(values + i, lanes) * factor, lanes);
+  for (int64_t i = 0; i < n; i += kLanesOf<V>) {
+    const int64_t lanes = std::min(kLanesOf<V>, n - i);
+    store(values + i, V(load<V>(values + i, lanes) * factor), lanes);
   }
   for (int64_t i = 0; i < n; ++i) codes[i] = search(values[i]);
   return scale;
 }
 
-CALDERA_SIMD void update_blocks(const Arrays& a, int64_t first_block, int64_t last_block, int64_t count,
-                                const AdamWFactors& f, uint32_t first_index, const NoiseWords& words) {
+template <class V>
+CALDERA_INLINE void update_blocks(const CompactArrays& a, int64_t first_block, int64_t last_block, int64_t count,
+                                  const AdamWFactors& f, uint32_t first_index, const NoiseWords& words) {
   const std::array<float, 256>&m_map = dynamic_map(true), &v_map = dynamic_map(false);
   const CodeSearch &m_search = CodeSearch::of(true), &v_search = CodeSearch::of(false);
   float m_buffer[kBlock], v_buffer[kBlock];
@@ -72,27 +76,29 @@ CALDERA_SIMD void update_blocks(const Arrays& a, int64_t first_block, int64_t la
     float *m = a.m ? a.m + begin : m_buffer, *v = a.v ? a.v + begin : v_buffer;
     if (a.m_codes) decode(a.m_codes + begin, a.m_scale[block], m_map, m, size);
     if (a.v_codes) decode(a.v_codes + begin, a.v_scale[block], v_map, v, size);
-    for (int64_t i = 0; i < size; i += kLanes) {
-      const int64_t n = std::min(kLanes, size - i), at = begin + i;
-      const Vec g = a.gradient        ? load(a.gradient + at, n) * f.grad_scale
-                    : a.gradient_bf16 ? load(a.gradient_bf16 + at, n) * f.grad_scale
-                                      : Vec{};
-      Vec m_lanes = load(m + i, n), v_lanes = load(v + i, n);
+    for (int64_t i = 0; i < size; i += kLanesOf<V>) {
+      const int64_t n = std::min(kLanesOf<V>, size - i), at = begin + i;
+      const V g = a.gradient        ? load<V>(a.gradient + at, n) * f.grad_scale
+                  : a.gradient_bf16 ? load<V>(a.gradient_bf16 + at, n) * f.grad_scale
+                                    : V{};
+      V m_lanes = load<V>(m + i, n), v_lanes = load<V>(v + i, n);
       const WholeWeights whole{a.whole_weight};
       const SplitWeights split{a.weight, a.remainder};
-      const Vec before = a.whole_weight ? whole.load(at, n) : a.remainder ? split.load(at, n) : load(a.weight + at, n);
-      const Vec w = adamw_lanes(before, m_lanes, v_lanes, g, f);
+      const V before = a.whole_weight ? load<V>(whole, at, n)
+                       : a.remainder  ? load<V>(split, at, n)
+                                      : load<V>(a.weight + at, n);
+      const V w = adamw_lanes(before, m_lanes, v_lanes, g, f);
       store(m + i, m_lanes, n);
       store(v + i, v_lanes, n);
       if (a.whole_weight)
-        whole.store(at, w, n);
+        store(whole, at, w, n);
       else if (a.remainder)
-        split.store(at, w, n);
+        store(split, at, w, n);
       else
         store_stochastic(a.weight + at, w, n, first_index + static_cast<uint32_t>(at), words);
     }
-    if (a.m_codes) a.m_scale[block] = encode(m, m_search, a.m_codes + begin, size);
-    if (a.v_codes) a.v_scale[block] = encode(v, v_search, a.v_codes + begin, size);
+    if (a.m_codes) a.m_scale[block] = encode<V>(m, m_search, a.m_codes + begin, size);
+    if (a.v_codes) a.v_scale[block] = encode<V>(v, v_search, a.v_codes + begin, size);
   }
 }
 
@@ -168,7 +174,7 @@ void adamw_update_compact(const Master& master, const Moment& exp_avg, const Mom
   CALDERA_ASSERT(!gradient.defined() || gradient.numel() == count);
   const AdamWFactors factors(step);
   if (weight.is_cuda()) return update_on_cuda(master, exp_avg, exp_avg_sq, gradient, factors, noise);
-  Arrays arrays;
+  CompactArrays arrays;
   if (weight.scalar_type() == at::kFloat)
     arrays.whole_weight = weight.mutable_data_ptr<float>();
   else
@@ -182,7 +188,8 @@ void adamw_update_compact(const Master& master, const Moment& exp_avg, const Mom
   set_pointers(exp_avg_sq, arrays.v, arrays.v_codes, arrays.v_scale);
   const NoiseWords words = noise_words(noise.key);
   at::parallel_for(0, (count + kBlock - 1) / kBlock, kGrainBlocks, [&](int64_t begin, int64_t end) {
-    update_blocks(arrays, begin, end, count, factors, static_cast<uint32_t>(noise.first), words);
+    simd::run<CALDERA_EACH_WIDTH(update_blocks)>(arrays, begin, end, count, factors,
+                                                 static_cast<uint32_t>(noise.first), words);
   });
 }
 

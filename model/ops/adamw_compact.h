@@ -1,9 +1,9 @@
 // AdamW in less memory: moments in 8 bits, weights without a float32 master. One pass over memory.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <cstdint>
 
+#include "base/aten.h"
 #include "model/ops/adamw.h"
 
 namespace caldera {

@@ -1,7 +1,6 @@
-// The formula of AdamW for the CPU kernels, 16 elements at a time.
+// The formula of AdamW for the CPU kernels, a vector at a time.
 #pragma once
 #include <cmath>
-#include <cstring>
 
 #include "model/ops/adamw.h"
 #include "model/ops/simd.h"
@@ -25,48 +24,46 @@ struct AdamWFactors {
 };
 
 // Updates both moments by the gradient (already scaled) and returns the new weight.
-CALDERA_INLINE simd::Vec adamw_lanes(const simd::Vec& w, simd::Vec& m, simd::Vec& v, const simd::Vec& g,
-                                     const AdamWFactors& f) {
+template <simd::Vector V>
+CALDERA_INLINE V adamw_lanes(const V& w, V& m, V& v, const V& g, const AdamWFactors& f) {
   m += f.one_minus_beta1 * (g - m);
   v = v * f.beta2 + f.one_minus_beta2 * g * g;
-  const simd::Vec denominator = simd::sqrt(v) * f.inverse_correction2 + f.epsilon;
+  const V denominator = simd::sqrt(v) * f.inverse_correction2 + f.epsilon;
   return w * f.decay - f.step_size * m / denominator;
 }
 
-// Masters (adamw.h) where the kernels read and write them.
+// Masters (adamw.h) where the kernels read and write them: `n` elements from the i-th on.
 struct WholeWeights {
   float* weight;
-  CALDERA_INLINE simd::Vec load(int64_t i, int64_t n) const { return simd::load(weight + i, n); }
-  CALDERA_INLINE void store(int64_t i, const simd::Vec& values, int64_t n) const { simd::store(weight + i, values, n); }
 };
 struct SplitWeights {
   c10::BFloat16* weight;
   int16_t* remainder;
-  CALDERA_INLINE simd::Vec load(int64_t i, int64_t n) const {
-    simd::Shorts low = {};
-    if (n == simd::kLanes)
-      std::memcpy(&low, remainder + i, sizeof low);
-    else
-      for (int64_t lane = 0; lane < n; ++lane) low[lane] = remainder[i + lane];
-    const simd::Bits high = reinterpret_cast<simd::Bits>(simd::load(weight + i, n));
-    return reinterpret_cast<simd::Vec>(high + reinterpret_cast<simd::Bits>(__builtin_convertvector(low, simd::Ints)));
-  }
-  CALDERA_INLINE void store(int64_t i, const simd::Vec& values, int64_t n) const {
-    const simd::Bits bits = reinterpret_cast<simd::Bits>(values);
-    const simd::Bits is_nan = reinterpret_cast<simd::Bits>(values != values);
-    const simd::Bits rounded = (((bits + 0x8000u) >> 16) & ~is_nan) | (0x7FC0u & is_nan);
-    const simd::HalfBits high = __builtin_convertvector(rounded, simd::HalfBits);
-    const simd::HalfBits low = __builtin_convertvector(bits & 0xFFFFu, simd::HalfBits);
-    if (n == simd::kLanes) {
-      std::memcpy(weight + i, &high, sizeof high);
-      std::memcpy(remainder + i, &low, sizeof low);
-    } else {
-      for (int64_t lane = 0; lane < n; ++lane) {
-        weight[i + lane].x = high[lane];
-        remainder[i + lane] = static_cast<int16_t>(low[lane]);
-      }
-    }
-  }
 };
+template <simd::Vector V>
+CALDERA_INLINE V load(const WholeWeights& from, int64_t i, int64_t n) {
+  return simd::load<V>(from.weight + i, n);
+}
+template <simd::Vector V>
+CALDERA_INLINE void store(const WholeWeights& to, int64_t i, const V& values, int64_t n) {
+  simd::store(to.weight + i, values, n);
+}
+template <simd::Vector V>
+CALDERA_INLINE V load(const SplitWeights& from, int64_t i, int64_t n) {
+  using Bits = simd::BitsOf<V>;
+  const auto high = reinterpret_cast<Bits>(simd::load<V>(from.weight + i, n));
+  const auto low = simd::read_some<typename simd::TypesOf<V>::Shorts>(from.remainder + i, n);
+  const auto wide = __builtin_convertvector(low, typename simd::TypesOf<V>::Ints);
+  return reinterpret_cast<V>(high + reinterpret_cast<Bits>(wide));
+}
+template <simd::Vector V>
+CALDERA_INLINE void store(const SplitWeights& to, int64_t i, const V& values, int64_t n) {
+  using Bits = simd::BitsOf<V>;
+  using HalfBits = typename simd::TypesOf<V>::HalfBits;
+  const auto bits = reinterpret_cast<Bits>(values);
+  const Bits rounded = values != values ? Bits{} + 0x7FC0u : (bits + 0x8000u) >> 16;
+  simd::write_some(to.weight + i, __builtin_convertvector(rounded, HalfBits), n);
+  simd::write_some(to.remainder + i, __builtin_convertvector(bits & 0xFFFFu, HalfBits), n);
+}
 
 }  // namespace caldera

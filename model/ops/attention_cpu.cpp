@@ -6,9 +6,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <limits>
 
 #include "base/error.h"
+#include "model/ops/attention_gemm.h"
+#include "model/ops/attention_parts.h"
 #include "model/ops/autograd.h"
 #include "model/ops/matmul.h"
 #include "model/ops/panels.h"
@@ -20,150 +21,46 @@ namespace {
 
 using namespace simd;
 using namespace panels;
+using namespace attention_parts;
 
 constexpr int64_t kQueries = 64;  // rows of a block
-
-// --- Softmax
-
-// In place: each of `rows` rows of x [block_rows, cols] becomes softmax(scale * row) over its first
-// first_limit + (row, if causal) elements and zero beyond; the rows that are left of the block are zero. y is the rounded
-// copy.
-template <class C>
-CALDERA_INLINE void softmax_each(float* x, C* y, int64_t rows, int64_t block_rows, int64_t cols,
-                                 float scale, bool causal, int64_t first_limit) {
-  constexpr float kLow = -std::numeric_limits<float>::infinity();
-  const Bits lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (int64_t r = 0; r < rows; ++r, x += cols, y += cols) {
-    const int64_t limit = first_limit + (causal ? r : 0), whole = limit / kLanes * kLanes;
-    // The last vector's elements beyond the limit do not count.
-    if (whole < limit) store(x + whole, lane < static_cast<uint32_t>(limit - whole) ? load(x + whole) : splat(kLow));
-    Vec best = splat(kLow);
-    for (int64_t i = 0; i < limit; i += kLanes) best = simd::max(best, load(x + i));
-    const float top = maximum(best);
-    Vec total = {};
-    for (int64_t i = 0; i < limit; i += kLanes) {
-      const Vec e = exp((load(x + i) - top) * scale);
-      total += e;
-      store(x + i, e);
-    }
-    const float factor = 1.0f / sum(total);
-    int64_t i = 0;
-    for (; i < limit; i += kLanes) {
-      const Vec p = load(x + i) * factor;
-      store(x + i, p);
-      store(y + i, p);
-    }
-    for (; i < cols; i += kLanes) {
-      store(x + i, Vec{});
-      store(y + i, Vec{});
-    }
-  }
-  for (int64_t r = rows; r < block_rows; ++r, x += cols, y += cols) {
-    for (int64_t i = 0; i < cols; i += kLanes) {
-      store(x + i, Vec{});
-      store(y + i, Vec{});
-    }
-  }
-}
-CALDERA_SIMD void softmax_rows(float* x, float* y, int64_t rows, int64_t block_rows, int64_t cols,
-                               float scale, bool causal, int64_t first_limit) {
-  softmax_each(x, y, rows, block_rows, cols, scale, causal, first_limit);
-}
-CALDERA_SIMD void softmax_rows(float* x, c10::BFloat16* y, int64_t rows, int64_t block_rows, int64_t cols,
-                               float scale, bool causal, int64_t first_limit) {
-  softmax_each(x, y, rows, block_rows, cols, scale, causal, first_limit);
-}
-
-// From probabilities p and dp = dL/dp: y = dL/d(q . k) = scale * p * (dp - sum(p * dp)).
-template <class C>
-CALDERA_INLINE void softmax_backward_each(const float* p, const float* dp, C* y, int64_t rows, int64_t cols,
-                                          float scale) {
-  for (int64_t r = 0; r < rows; ++r, p += cols, dp += cols, y += cols) {
-    Vec products = {};
-    for (int64_t i = 0; i < cols; i += kLanes) products += load(p + i) * load(dp + i);
-    const float mean = sum(products);
-    for (int64_t i = 0; i < cols; i += kLanes) store(y + i, scale * load(p + i) * (load(dp + i) - mean));
-  }
-}
-CALDERA_SIMD void softmax_backward_rows(const float* p, const float* dp, float* y, int64_t rows,
-                                        int64_t cols, float scale) {
-  softmax_backward_each(p, dp, y, rows, cols, scale);
-}
-CALDERA_SIMD void softmax_backward_rows(const float* p, const float* dp, c10::BFloat16* y, int64_t rows,
-                                        int64_t cols, float scale) {
-  softmax_backward_each(p, dp, y, rows, cols, scale);
-}
 
 // --- One query
 
 // q [H, K] against keys and values [L, G, K], dense. p [filled(L)] is scratch.
-template <class T>
-CALDERA_INLINE void attend_one_each(const T* q, const T* k, const T* v, T* out, float* p, int64_t num_keys, int64_t H,
-                                    int64_t G, int64_t K) {
+template <class V, class T>
+CALDERA_INLINE void attend_one(const T* q, const T* k, const T* v, T* out, float* p, int64_t num_keys, int64_t H,
+                               int64_t G, int64_t K) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(K));
   for (int64_t h = 0; h < H; ++h, q += K, out += K) {
     const int64_t head = h / (H / G) * K;
     for (int64_t j = 0; j < num_keys; ++j) {
       const T* key = k + j * G * K + head;
-      Vec products = {};
-      for (int64_t i = 0; i < K; i += kLanes) {
-        const int64_t n = std::min(kLanes, K - i);
-        products += load(q + i, n) * load(key + i, n);
+      V products = {};
+      for (int64_t i = 0; i < K; i += kLanesOf<V>) {
+        const int64_t n = std::min(kLanesOf<V>, K - i);
+        products += load<V>(q + i, n) * load<V>(key + i, n);
       }
       p[j] = sum(products);
     }
-    softmax_each(p, p, 1, 1, num_keys, scale, /*causal=*/false, num_keys);
-    for (int64_t i = 0; i < K; i += kLanes) {
-      const int64_t n = std::min(kLanes, K - i);
-      Vec total = {};
-      for (int64_t j = 0; j < num_keys; ++j) total += p[j] * load(v + j * G * K + head + i, n);
+    softmax_rows<V>(p, p, 1, 1, num_keys, num_keys, scale, /*causal=*/false, num_keys);
+    for (int64_t i = 0; i < K; i += kLanesOf<V>) {
+      const int64_t n = std::min(kLanesOf<V>, K - i);
+      V total = {};
+      for (int64_t j = 0; j < num_keys; ++j) total += p[j] * load<V>(v + j * G * K + head + i, n);
       store(out + i, total, n);
     }
   }
 }
-CALDERA_SIMD void attend_one(const float* q, const float* k, const float* v, float* out, float* p, int64_t num_keys,
-                             int64_t H, int64_t G, int64_t K) {
-  attend_one_each(q, k, v, out, p, num_keys, H, G, K);
-}
-CALDERA_SIMD void attend_one(const c10::BFloat16* q, const c10::BFloat16* k, const c10::BFloat16* v,
-                             c10::BFloat16* out, float* p, int64_t num_keys, int64_t H, int64_t G, int64_t K) {
-  attend_one_each(q, k, v, out, p, num_keys, H, G, K);
-}
 
 // --- One key head of one sample
-
-// Memory of a thread, kept between tasks.
-class Scratch {
- public:
-  template <class C>
-  C* take(int64_t count) {
-    constexpr int64_t kLine = 64;
-    const int64_t bytes = (count * static_cast<int64_t>(sizeof(C)) + kLine - 1) / kLine * kLine;
-    buffers_.resize(std::max(buffers_.size(), next_ + 1));
-    std::vector<Line>& buffer = buffers_[next_++];
-    if (std::ssize(buffer) * kLine < bytes) buffer.resize(static_cast<size_t>(bytes / kLine));
-    return reinterpret_cast<C*>(buffer.data());
-  }
-  void reset() { next_ = 0; }
-
- private:
-  struct alignas(64) Line {
-    char bytes[64];
-  };
-  std::vector<std::vector<Line>> buffers_;
-  size_t next_ = 0;
-};
-
-// Row 0 of one head.
-template <class T>
-T* head_of(const AttentionRows& x, int64_t head) {
-  return static_cast<T*>(x.data) + head * x.head_stride;
-}
 
 // T is what tensors hold, C what products multiply.
 template <class T, class C>
 class KeyHead {
  public:
+  static constexpr bool kUsesOneDnn = true;
+
   KeyHead(const AttentionSample& sample, int64_t head, bool causal, Scratch& scratch)
       : sample_(sample),
         head_(head),
@@ -217,7 +114,7 @@ class KeyHead {
       probabilities(b);
       copy_head(gradients.d_out, b.head, b.begin, b.count, d_out);
       multiply(b.rows, b.columns, width_, d_out, width_, v_transposed, width_, dp, b.columns);
-      softmax_backward_rows(scores_, dp, ds, b.rows, b.columns, scale_);
+      simd::run<CALDERA_EACH_WIDTH(softmax_backward_rows, C)>(scores_, dp, ds, b.rows, b.columns, b.columns, scale_);
       multiply(b.rows, width_, b.columns, ds, b.columns, k_panels, keys_, narrow_, width_);
       store_block(gradients.dq, b);
       add_product(b, q_, ds, dk);
@@ -276,7 +173,7 @@ class KeyHead {
   void probabilities(const Block& b) {
     copy_head(sample_.q, b.head, b.begin, b.count, q_);
     multiply(b.rows, b.columns, width_, q_, width_, k_transposed_, width_, scores_, b.columns);
-    softmax_rows(scores_, p_, b.count, b.rows, b.columns, scale_, causal_, b.first_limit);
+    simd::run<CALDERA_EACH_WIDTH(softmax_rows, C)>(scores_, p_, b.count, b.rows, b.columns, b.columns, scale_, causal_, b.first_limit);
   }
   void store_block(const AttentionRows& target, const Block& b) const {
     store_rows(narrow_, width_, b.count, K_, head_of<T>(target, b.head) + b.begin * target.row_stride, target.row_stride);
@@ -336,21 +233,24 @@ void for_each_key_head(const std::vector<AttentionSample>& samples, bool causal,
     return samples[a.first].k.count > samples[b.first].k.count;
   });
   std::atomic<size_t> next = 0;
-  const auto work = [&]<class T, class C>(T*, C*) {
+  const auto work = [&]<class Head>() {
     thread_local Scratch scratch;
     for (size_t t = next++; t < tasks.size(); t = next++) {
-      KeyHead<T, C> head(samples[tasks[t].first], tasks[t].second, causal, scratch);
+      Head head(samples[tasks[t].first], tasks[t].second, causal, scratch);
       f(tasks[t].first, head);
     }
-    at::native::cpublas::brgemm_release();
+    if constexpr (Head::kUsesOneDnn) at::native::cpublas::brgemm_release();
   };
   const auto work_in_type = [&] {
-    c10::BFloat16* half = nullptr;
-    float* single = nullptr;
-    if (samples[0].q.dtype == at::kFloat)
-      work(single, single);
+    const at::ScalarType dtype = samples[0].q.dtype;
+    if (product_way(dtype) == ProductWay::kOwn)
+      dtype == at::kFloat ? work.template operator()<GemmKeyHead<float>>()
+                          : work.template operator()<GemmKeyHead<c10::BFloat16>>();
+    else if (dtype == at::kFloat)
+      work.template operator()<KeyHead<float, float>>();
     else
-      multiplies_bfloat16() ? work(half, half) : work(half, single);
+      multiplies_bfloat16() ? work.template operator()<KeyHead<c10::BFloat16, c10::BFloat16>>()
+                            : work.template operator()<KeyHead<c10::BFloat16, float>>();
   };
   if (tasks.empty()) return;
   if (num_elements < row_grain(1)) return work_in_type();
@@ -392,8 +292,8 @@ void attend_one_query(const std::vector<AttentionSample>& samples, const std::ve
     scratch.reset();
     float* p = scratch.take<float>(filled(k.count));
     with_cpu_type(q.dtype, [&]<class T>(T*) {
-      attend_one(head_of<T>(q, 0), head_of<T>(k, 0), head_of<T>(v, 0), head_of<T>(out[s], 0), p, k.count, q.heads, k.heads,
-                 q.width);
+      simd::run<CALDERA_EACH_WIDTH(attend_one, T)>(head_of<T>(q, 0), head_of<T>(k, 0), head_of<T>(v, 0), head_of<T>(out[s], 0), p, k.count,
+                               q.heads, k.heads, q.width);
     });
   };
   std::atomic<size_t> next = 0;

@@ -14,42 +14,36 @@ namespace {
 
 using namespace simd;
 
-// nll = log(sum(exp(row))) - row[target]; with `gradient`, the row becomes scale * d nll / d row = scale * (softmax(row) -
-// onehot(target)).
-template <class T>
-CALDERA_INLINE void cross_entropy_each(T* logits, const int64_t* targets, float* nll, int64_t rows,
+// nll = log(sum(exp(row))) - row[target]; with `gradient`, the row becomes scale * d nll / d row = scale *
+// (softmax(row) - onehot(target)).
+template <class V, class T>
+CALDERA_INLINE void cross_entropy_rows(T* logits, const int64_t* targets, float* nll, int64_t rows,
                                        int64_t vocab, bool gradient, float scale) {
   for (int64_t r = 0; r < rows; ++r) {
     T* row = logits + r * vocab;
-    const int64_t tail = vocab / kLanes * kLanes;
-    Vec best = splat(-std::numeric_limits<float>::infinity());
-    for_each_vector(tail, [&](const Vec& v) CALDERA_ALWAYS { best = simd::max(best, v); }, row);
+    const int64_t tail = vocab / kLanesOf<V> * kLanesOf<V>;
+    V best = splat<V>(-std::numeric_limits<float>::infinity());
+    for_each_vector<V>(
+        tail, [&](const V& v) CALDERA_ALWAYS { best = simd::max(best, v); }, row);
     float top = maximum(best);
     for (int64_t i = tail; i < vocab; ++i) top = std::max(top, static_cast<float>(row[i]));
-    Vec total = {};
-    for_each_vector(tail, [&](const Vec& v) CALDERA_ALWAYS { total += exp(v - top); }, row);
+    V total = {};
+    for_each_vector<V>(
+        tail, [&](const V& v) CALDERA_ALWAYS { total += exp(v - top); }, row);
     float rest = 0;
     for (int64_t i = tail; i < vocab; ++i) rest += std::exp(static_cast<float>(row[i]) - top);
     const float log_total = std::log(sum(total) + rest) + top;
     nll[r] = log_total - static_cast<float>(row[targets[r]]);
     if (!gradient) continue;
     const float at_target = -std::expm1(-nll[r]);  // 1 - p, exact where p is almost 1
-    map(vocab, [=](const Vec& v) CALDERA_ALWAYS { return exp(v - log_total) * scale; }, row, row);
+    map<V>(
+        vocab, [=](const V& v) CALDERA_ALWAYS { return exp(v - log_total) * scale; }, row, row);
     row[targets[r]] = static_cast<T>(-at_target * scale);
   }
 }
 
-CALDERA_SIMD void cross_entropy_rows(float* logits, const int64_t* targets, float* nll, int64_t rows,
-                                     int64_t vocab, bool gradient, float scale) {
-  cross_entropy_each(logits, targets, nll, rows, vocab, gradient, scale);
-}
-CALDERA_SIMD void cross_entropy_rows(c10::BFloat16* logits, const int64_t* targets, float* nll, int64_t rows,
-                                     int64_t vocab, bool gradient, float scale) {
-  cross_entropy_each(logits, targets, nll, rows, vocab, gradient, scale);
-}
-
-// logits [n, V] -> nll [n] float32; with `gradient`, logits become its gradient, times `scale` (a new tensor where no
-// kernel takes them).
+// logits [n, V] -> nll [n] float32; with `gradient`, logits become its gradient, times `scale` (a new tensor
+// where no kernel takes them).
 at::Tensor cross_entropy(at::Tensor& logits, const at::Tensor& targets, bool gradient, float scale = 1) {
   if (has_cpu_kernel(logits)) {
     at::Tensor nll = at::empty({logits.size(0)}, at::kFloat);
@@ -59,8 +53,8 @@ at::Tensor cross_entropy(at::Tensor& logits, const at::Tensor& targets, bool gra
       float* nll_data = nll.mutable_data_ptr<float>();
       const int64_t vocab = logits.size(1);
       at::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
-        cross_entropy_rows(data + begin * vocab, target_data + begin, nll_data + begin, end - begin, vocab,
-                           gradient, scale);
+        simd::run<CALDERA_EACH_WIDTH(cross_entropy_rows, T)>(
+            data + begin * vocab, target_data + begin, nll_data + begin, end - begin, vocab, gradient, scale);
       });
     });
     return nll;
@@ -98,7 +92,8 @@ void check(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor&
   CALDERA_ASSERT(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1));
   CALDERA_ASSERT(targets.scalar_type() == at::kLong && targets.dim() == 1 &&
                  targets.size(0) == hidden.size(0));
-  // On a GPU looking would wait for it; there such a target makes the loss NaN, and a step with that is refused.
+  // On a GPU looking would wait for it; there such a target makes the loss NaN, and a step with that is
+  // refused.
   if (!targets.device().is_cpu() || targets.numel() == 0) return;
   const int64_t low = targets.min().item<int64_t>(), high = targets.max().item<int64_t>(),
                 vocab = weight.size(0);
@@ -110,7 +105,8 @@ void check(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor&
 
 struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropyFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& hidden_in, const at::Tensor& weight,
-                            const at::Tensor& targets_in, double scale, bool wants_dhidden, bool wants_dweight) {
+                            const at::Tensor& targets_in, double scale, bool wants_dhidden,
+                            bool wants_dweight) {
     const at::Tensor hidden = hidden_in.contiguous(), targets = targets_in.contiguous();
     const bool gradient = wants_dhidden || wants_dweight;
     at::Tensor total = at::zeros({}, hidden.options().dtype(at::kFloat)), dhidden, dweight;
@@ -118,7 +114,8 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     for_each_chunk(hidden, weight, [&](int64_t begin, int64_t count) {
       const at::Tensor rows = hidden.narrow(0, begin, count);
       at::Tensor logits = matrix_product(rows, weight.t());
-      total += cross_entropy(logits, targets.narrow(0, begin, count), gradient, static_cast<float>(scale)).sum();
+      total +=
+          cross_entropy(logits, targets.narrow(0, begin, count), gradient, static_cast<float>(scale)).sum();
       // Not from a second packed copy of a frozen weight: of the largest matrix it would be the step's peak.
       if (wants_dhidden) matrix_product_into(logits, weight, dhidden.narrow(0, begin, count));
       if (!wants_dweight) return;
@@ -141,7 +138,8 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    // Where the loss itself is derived from this is 1: [V, D] is large. Looking would make the host wait for a GPU.
+    // Where the loss itself is derived from this is 1: [V, D] is large. Looking would make the host wait for
+    // a GPU.
     const bool is_one = grads[0].is_cpu() && grads[0].item<double>() == 1;
     const auto scaled = [&](const char* name) {
       at::Tensor gradient = std::exchange(ctx->saved_data[name], at::IValue()).toTensor();

@@ -12,22 +12,14 @@ namespace {
 
 using namespace simd;
 
-template <class T>
-CALDERA_INLINE void drop_each(const T* x, T* y, int64_t begin, int64_t end, uint32_t threshold, float scale,
-                              const NoiseWords& words) {
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const int64_t n = std::min(kLanes, end - i);
-    const Bits stays = reinterpret_cast<Bits>(noise_lanes(static_cast<uint32_t>(i), words) >= threshold);
-    store(y + i, reinterpret_cast<Vec>(reinterpret_cast<Bits>(load(x + i, n) * scale) & stays), n);
+template <class V, class T>
+CALDERA_INLINE void drop(const T* x, T* y, int64_t begin, int64_t end, uint32_t threshold, float scale,
+                         const NoiseWords& words) {
+  for (int64_t i = begin; i < end; i += kLanesOf<V>) {
+    const int64_t n = std::min(kLanesOf<V>, end - i);
+    const V kept = load<V>(x + i, n) * scale;
+    store(y + i, noise_lanes<V>(static_cast<uint32_t>(i), words) >= threshold ? kept : V{}, n);
   }
-}
-CALDERA_SIMD void drop(const float* x, float* y, int64_t begin, int64_t end, uint32_t threshold, float scale,
-                       const NoiseWords& words) {
-  drop_each(x, y, begin, end, threshold, scale, words);
-}
-CALDERA_SIMD void drop(const c10::BFloat16* x, c10::BFloat16* y, int64_t begin, int64_t end, uint32_t threshold,
-                       float scale, const NoiseWords& words) {
-  drop_each(x, y, begin, end, threshold, scale, words);
 }
 
 // x and y dense.
@@ -45,7 +37,7 @@ void drop_into(const at::Tensor& x, const at::Tensor& y, double p, uint64_t seed
     const T* x_data = x.const_data_ptr<T>();
     T* y_data = y.mutable_data_ptr<T>();
     at::parallel_for(0, x.numel(), row_grain(1), [&](int64_t begin, int64_t end) {
-      drop(x_data, y_data, begin, end, threshold, scale, words);
+      simd::run<CALDERA_EACH_WIDTH(drop, T)>(x_data, y_data, begin, end, threshold, scale, words);
     });
   });
 }

@@ -2,11 +2,11 @@
 // via Block-wise Quantization", arXiv 2110.02861), the numbers of bitsandbytes' create_dynamic_map and
 // quantize_blockwise.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <array>
 #include <cstdint>
 
+#include "base/aten.h"
 #include "model/ops/code_tables.h"
 
 namespace caldera {

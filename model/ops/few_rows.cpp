@@ -5,8 +5,10 @@
 #include <utility>
 #include <vector>
 
+#include "base/cpu.h"
 #include "base/error.h"
 #include "model/ops/autograd.h"
+#include "model/ops/few_rows_avx2.h"
 #include "model/ops/few_rows_avx512.h"
 #include "model/ops/matmul.h"
 #include "model/ops/simd.h"
@@ -19,30 +21,30 @@ using namespace simd;
 
 // sums [N, O] = x [N, I] weights [O, I]^T, of which the outputs [begin, end). Four of them share the loads of
 // x; each has sums of its own, so that products do not wait for each other.
-template <class W>
-CALDERA_INLINE void sums_each(const float* x, const W* weight, float* sums, int64_t num_rows,
-                              int64_t num_inputs, int64_t num_outputs, int64_t begin, int64_t end) {
-  const int64_t whole = num_inputs / kLanes * kLanes, rest = num_inputs - whole;
+template <class V, class W>
+CALDERA_INLINE void sums_of(const float* x, const W* weight, float* sums, int64_t num_rows,
+                            int64_t num_inputs, int64_t num_outputs, int64_t begin, int64_t end) {
+  const int64_t whole = num_inputs / kLanesOf<V> * kLanesOf<V>, rest = num_inputs - whole;
   for (int64_t o = begin; o < end; o += 4) {
     const int64_t count = std::min<int64_t>(4, end - o);
     const W* w[4];
     for (int64_t j = 0; j < 4; ++j) w[j] = weight + (o + std::min(j, count - 1)) * num_inputs;
     for (int64_t r = 0; r < num_rows; ++r) {
       const float* row = x + r * num_inputs;
-      Vec s0 = {}, s1 = {}, s2 = {}, s3 = {};
-      for (int64_t i = 0; i < whole; i += kLanes) {
-        const Vec v = load(row + i);
-        s0 += v * load(w[0] + i);
-        s1 += v * load(w[1] + i);
-        s2 += v * load(w[2] + i);
-        s3 += v * load(w[3] + i);
+      V s0 = {}, s1 = {}, s2 = {}, s3 = {};
+      for (int64_t i = 0; i < whole; i += kLanesOf<V>) {
+        const V v = load<V>(row + i);
+        s0 += v * load<V>(w[0] + i);
+        s1 += v * load<V>(w[1] + i);
+        s2 += v * load<V>(w[2] + i);
+        s3 += v * load<V>(w[3] + i);
       }
       if (rest > 0) {
-        const Vec v = load(row + whole, rest);
-        s0 += v * load(w[0] + whole, rest);
-        s1 += v * load(w[1] + whole, rest);
-        s2 += v * load(w[2] + whole, rest);
-        s3 += v * load(w[3] + whole, rest);
+        const V v = load<V>(row + whole, rest);
+        s0 += v * load<V>(w[0] + whole, rest);
+        s1 += v * load<V>(w[1] + whole, rest);
+        s2 += v * load<V>(w[2] + whole, rest);
+        s3 += v * load<V>(w[3] + whole, rest);
       }
       const float all[4] = {sum(s0), sum(s1), sum(s2), sum(s3)};
       std::copy_n(all, count, sums + r * num_outputs + o);
@@ -51,53 +53,27 @@ CALDERA_INLINE void sums_each(const float* x, const W* weight, float* sums, int6
 }
 
 // y = sums * row_scale * scale + bias for `count` outputs of one row; scale and bias may be null.
-template <class T>
-CALDERA_INLINE void finish_each(const float* sums, float row_scale, const float* scale, const T* bias, T* y,
-                                int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t n = std::min(kLanes, count - i);
-    Vec v = load(sums + i, n);
-    if (scale) v *= row_scale * load(scale + i, n);
-    if (bias) v += load(bias + i, n);
+template <class V, class T>
+CALDERA_INLINE void finish(const float* sums, float row_scale, const float* scale, const T* bias, T* y,
+                           int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanesOf<V>) {
+    const int64_t n = std::min(kLanesOf<V>, count - i);
+    V v = load<V>(sums + i, n);
+    if (scale) v *= row_scale * load<V>(scale + i, n);
+    if (bias) v += load<V>(bias + i, n);
     store(y + i, v, n);
   }
 }
 
-#define CALDERA_SUMS(W)                                                                            \
-  CALDERA_SIMD void sums_of(const float* x, const W* weight, float* sums, int64_t num_rows,        \
-                            int64_t num_inputs, int64_t num_outputs, int64_t begin, int64_t end) { \
-    sums_each(x, weight, sums, num_rows, num_inputs, num_outputs, begin, end);                     \
-  }
-CALDERA_SUMS(float)
-CALDERA_SUMS(c10::BFloat16)
-CALDERA_SUMS(int8_t)
-#undef CALDERA_SUMS
-#define CALDERA_FINISH(T)                                                                               \
-  CALDERA_SIMD void finish(const float* sums, float row_scale, const float* scale, const T* bias, T* y, \
-                           int64_t count) {                                                             \
-    finish_each(sums, row_scale, scale, bias, y, count);                                                \
-  }
-CALDERA_FINISH(float)
-CALDERA_FINISH(c10::BFloat16)
-#undef CALDERA_FINISH
-
-template <class T>
-CALDERA_INLINE void restore_each(const int8_t* values, const float* scale, T* out, int64_t num_rows,
-                                 int64_t width) {
+template <class V, class T>
+CALDERA_INLINE void restore(const int8_t* values, const float* scale, T* out, int64_t num_rows,
+                            int64_t width) {
   for (int64_t r = 0; r < num_rows; ++r, values += width, out += width) {
-    for (int64_t i = 0; i < width; i += kLanes) {
-      const int64_t n = std::min(kLanes, width - i);
-      store(out + i, load(values + i, n) * scale[r], n);
+    for (int64_t i = 0; i < width; i += kLanesOf<V>) {
+      const int64_t n = std::min(kLanesOf<V>, width - i);
+      store(out + i, load<V>(values + i, n) * scale[r], n);
     }
   }
-}
-CALDERA_SIMD void restore(const int8_t* values, const float* scale, float* out, int64_t num_rows,
-                          int64_t width) {
-  restore_each(values, scale, out, num_rows, width);
-}
-CALDERA_SIMD void restore(const int8_t* values, const float* scale, c10::BFloat16* out, int64_t num_rows,
-                          int64_t width) {
-  restore_each(values, scale, out, num_rows, width);
 }
 
 // The weight in float32 or bfloat16 again.
@@ -109,16 +85,18 @@ at::Tensor restored(const Int8Weight& weight, at::ScalarType dtype) {
   with_cpu_type(out, [&]<class T>(T*) {
     T* data = out.mutable_data_ptr<T>();
     at::parallel_for(0, O, row_grain(I), [&](int64_t begin, int64_t end) {
-      restore(values + begin * I, scale + begin, data + begin * I, end - begin, I);
+      simd::run<CALDERA_EACH_WIDTH(restore, T)>(values + begin * I, scale + begin, data + begin * I,
+                                                end - begin, I);
     });
   });
   return out;
 }
 
-CALDERA_SIMD void widen(const c10::BFloat16* x, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t n = std::min(kLanes, count - i);
-    store(out + i, load(x + i, n), n);
+template <class V>
+CALDERA_INLINE void widen(const c10::BFloat16* x, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanesOf<V>) {
+    const int64_t n = std::min(kLanesOf<V>, count - i);
+    store(out + i, load<V>(x + i, n), n);
   }
 }
 
@@ -128,7 +106,7 @@ class Floats {
   Floats(const float* x, int64_t) : data_(x) {}
   Floats(const c10::BFloat16* x, int64_t count)
       : widened_(static_cast<size_t>(count)), data_(widened_.data()) {
-    widen(x, widened_.data(), count);
+    simd::run<CALDERA_EACH_WIDTH(widen)>(x, widened_.data(), count);
   }
   const float* data() const { return data_; }
 
@@ -145,7 +123,8 @@ at::Tensor outputs(const at::Tensor& x_NI, int64_t O, const float* row_scale, co
                    const at::Tensor& bias_O, const Fill& fill) {
   const int64_t N = x_NI.size(0), I = x_NI.size(1);
   CALDERA_ASSERT(!bias_O.defined() || (bias_O.scalar_type() == x_NI.scalar_type() && bias_O.is_contiguous()));
-  const at::Tensor y_NO = at::empty({N, O}, x_NI.options()), sums_NO = at::empty({N, O}, at::kFloat);
+  const at::Tensor y_NO = at::empty({N, O}, x_NI.options()),
+                   sums_NO = std::is_same_v<T, float> ? y_NO : at::empty({N, O}, at::kFloat);
   const T* bias = bias_O.defined() ? bias_O.const_data_ptr<T>() : nullptr;
   T* y = y_NO.mutable_data_ptr<T>();
   float* sums = sums_NO.mutable_data_ptr<float>();
@@ -153,8 +132,9 @@ at::Tensor outputs(const at::Tensor& x_NI, int64_t O, const float* row_scale, co
     const int64_t begin = 4 * first, end = std::min(O, 4 * last);
     fill(sums, begin, end);
     for (int64_t r = 0; r < N; ++r)
-      finish(sums + r * O + begin, row_scale ? row_scale[r] : 1.0f, scale ? scale + begin : nullptr,
-             bias ? bias + begin : nullptr, y + r * O + begin, end - begin);
+      simd::run<CALDERA_EACH_WIDTH(finish, T)>(sums + r * O + begin, row_scale ? row_scale[r] : 1.0f,
+                                               scale ? scale + begin : nullptr, bias ? bias + begin : nullptr,
+                                               y + r * O + begin, end - begin);
   });
   return y_NO;
 }
@@ -172,9 +152,18 @@ at::Tensor run(const at::Tensor& x_NI, const at::Tensor& weight_OI, const at::Te
       });
   }
 #endif
+#ifdef CALDERA_AVX2_SUMS
+  if (cpu().avx2)
+    return outputs<T>(x_NI, O, nullptr, nullptr, bias_O, [&](float* sums, int64_t begin, int64_t end) {
+      if constexpr (std::is_same_v<T, float>)
+        avx2::float_sums(x, weight, sums, N, I, O, begin, end);
+      else
+        avx2::bf16_sums(x, weight, sums, N, I, O, begin, end);
+    });
+#endif
   const Floats floats(x, N * I);
   return outputs<T>(x_NI, O, nullptr, nullptr, bias_O, [&](float* sums, int64_t begin, int64_t end) {
-    sums_of(floats.data(), weight, sums, N, I, O, begin, end);
+    simd::run<CALDERA_EACH_WIDTH(sums_of, T)>(floats.data(), weight, sums, N, I, O, begin, end);
   });
 }
 
@@ -194,8 +183,17 @@ at::Tensor run(const at::Tensor& x_NI, const Int8Weight& weight, const at::Tenso
                       });
   }
 #endif
+#ifdef CALDERA_AVX2_SUMS
+  if (cpu().avx2) {
+    const ShortRows rows = short_rows(floats.data(), N, I);
+    return outputs<T>(x_NI, O, rows.scale.data(), scale, bias_O,
+                      [&](float* sums, int64_t begin, int64_t end) {
+                        avx2::int8_sums(rows, values, sums, N, I, O, begin, end);
+                      });
+  }
+#endif
   return outputs<T>(x_NI, O, nullptr, scale, bias_O, [&](float* sums, int64_t begin, int64_t end) {
-    sums_of(floats.data(), values, sums, N, I, O, begin, end);
+    simd::run<CALDERA_EACH_WIDTH(sums_of, int8_t)>(floats.data(), values, sums, N, I, O, begin, end);
   });
 }
 

@@ -4,7 +4,10 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cmath>
+#include <utility>
+
+#include "base/cpu.h"
+#include "model/ops/short_rows.h"
 
 #define CALDERA_BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512bf16")))
 #define CALDERA_INT8_TARGET __attribute__((target("avx512f,avx512bw,avx512vnni")))
@@ -39,15 +42,8 @@ CALDERA_INT8_TARGET inline __m512i load_bytes(const void* x, int64_t count) {
 
 }  // namespace
 
-bool has_bf16_products() {
-  static const bool has = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
-  return has;
-}
-
-bool has_int8_products() {
-  static const bool has = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw");
-  return has;
-}
+bool has_bf16_products() { return cpu().avx512_bf16; }
+bool has_int8_products() { return cpu().avx512_vnni; }
 
 CALDERA_BF16_TARGET void bf16_sums(const c10::BFloat16* x, const c10::BFloat16* weight, float* sums,
                                    int64_t num_rows, int64_t num_inputs, int64_t num_outputs, int64_t begin,
@@ -77,26 +73,15 @@ CALDERA_BF16_TARGET void bf16_sums(const c10::BFloat16* x, const c10::BFloat16* 
 }
 
 SplitRows split_rows(const float* x, int64_t num_rows, int64_t num_inputs) {
-  const auto size = static_cast<size_t>(num_rows * num_inputs);
-  SplitRows rows{std::vector<uint8_t>(size), std::vector<uint8_t>(size), {}};
-  for (int64_t r = 0; r < num_rows; ++r, x += num_inputs) {
-    float largest = 0, fault = 0;
-    for (int64_t i = 0; i < num_inputs; ++i) {
-      largest = std::max(largest, std::abs(x[i]));
-      fault += x[i] * 0;  // NaN where a value is not finite
-    }
-    const float scale = std::max(largest, 1e-30f) / 32767 + fault;
-    rows.scale.push_back(scale);
-    if (std::isnan(scale)) continue;
-    const float inverse = 1 / scale;
-    for (int64_t i = 0; i < num_inputs; ++i) {
-      const auto value = static_cast<uint32_t>(static_cast<int32_t>(std::nearbyint(x[i] * inverse)) + 32768);
-      const auto at = static_cast<size_t>(r * num_inputs + i);
-      rows.high[at] = static_cast<uint8_t>(value >> 8);
-      rows.low[at] = static_cast<uint8_t>(value & 0xFF);
-    }
+  ShortRows rows = short_rows(x, num_rows, num_inputs);
+  SplitRows split{std::vector<uint8_t>(rows.values.size()), std::vector<uint8_t>(rows.values.size()),
+                  std::move(rows.scale)};
+  for (size_t i = 0; i < rows.values.size(); ++i) {
+    const auto value = static_cast<uint16_t>(rows.values[i] + 32768);
+    split.high[i] = static_cast<uint8_t>(value >> 8);
+    split.low[i] = static_cast<uint8_t>(value & 0xFF);
   }
-  return rows;
+  return split;
 }
 
 // The instruction multiplies unsigned bytes by signed ones: hence x + 32768, of which 32768 times the sum of

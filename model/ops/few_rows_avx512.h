@@ -6,8 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-// Sanitizers' builds have the plain code alone, as elsewhere.
-#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#ifdef __x86_64__
 #define CALDERA_NARROW_PRODUCTS
 #endif
 
@@ -21,8 +20,7 @@ bool has_int8_products();  // AVX512_VNNI
 void bf16_sums(const c10::BFloat16* x, const c10::BFloat16* weight, float* sums, int64_t num_rows,
                int64_t num_inputs, int64_t num_outputs, int64_t begin, int64_t end);
 
-// Rows in 16 bits: each value is (256 high + low - 32768) * scale of its row. That is 2^-16 of the row's
-// largest magnitude off at the most; a row with a value that is not finite has the scale NaN.
+// Rows in 16 bits as in short_rows.h: each value is (256 high + low - 32768) * scale of its row.
 struct SplitRows {
   std::vector<uint8_t> high, low;  // [N, I]
   std::vector<float> scale;        // [N]

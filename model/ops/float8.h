@@ -4,9 +4,10 @@
 // products (at::_scaled_mm with use_fast_accum, compute capability 8.9 and up); elsewhere the same rounded
 // values multiplied in bfloat16, which holds them exactly.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <string>
+
+#include "base/aten.h"
 
 namespace caldera {
 

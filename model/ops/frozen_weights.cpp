@@ -95,6 +95,7 @@ int64_t FrozenWeights::num_bytes() const {
 int64_t frozen_bytes_each(at::ScalarType dtype, bool forward_only) {
   switch (product_way(dtype)) {
     case ProductWay::kAten:
+    case ProductWay::kOwn:
       return 0;
     case ProductWay::kOneDnn:
       return static_cast<int64_t>(c10::elementSize(dtype)) * (forward_only ? 1 : 2);
@@ -116,7 +117,7 @@ at::Tensor product_with_packed(const at::Tensor& a, const at::Tensor& b, const a
   if (!weight.defined()) return {};
   CALDERA_PROFILED("matrix_product");
   const at::NoGradGuard no_grad;
-  return packed_linear(a.contiguous(), weight, bias.defined() ? std::optional(bias) : std::nullopt);
+  return packed_linear(a.contiguous(), weight, given(bias));
 }
 
 }  // namespace caldera

@@ -1,11 +1,12 @@
 // Tensors of a forward pass that wait for its backward pass in host memory.
 #pragma once
-#include <ATen/ATen.h>
 #include <c10/core/Event.h>
 
 #include <cstdint>
 #include <optional>
 #include <vector>
+
+#include "base/aten.h"
 
 namespace caldera {
 

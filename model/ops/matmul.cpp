@@ -1,7 +1,5 @@
 #include "model/ops/matmul.h"
 
-#include <ATen/Context.h>
-
 #include <algorithm>
 #include <optional>
 
@@ -9,36 +7,11 @@
 #include "model/ops/autograd.h"
 #include "model/ops/float8.h"
 #include "model/ops/frozen_weights.h"
+#include "model/ops/gemm.h"
 #include "model/ops/widened_product.h"
-
-namespace at::native {
-// LibTorch exports it but ships no header: result = beta * result + alpha * a b, by oneDNN.
-void mkldnn_matmul(const Tensor& a, const Tensor& b, const Tensor& result, float beta, float alpha);
-}  // namespace at::native
 
 namespace caldera {
 namespace {
-
-#ifdef __x86_64__
-bool has_avx512() {
-  static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return has;
-}
-
-ProductWay best_way(at::ScalarType dtype) {
-  // MKL picks its code by the maker's name.
-  const bool is_intel = __builtin_cpu_is("intel");
-  if (dtype == at::kFloat) return !is_intel && __builtin_cpu_supports("avx2") ? ProductWay::kOneDnn : ProductWay::kAten;
-  // Of the processors with AVX512_BF16 AMD's multiply pairs at twice float32's speed, Intel's at half of it; Intel's have AMX
-  // for that, where a virtual machine lets them.
-  const bool multiplies_faster = __builtin_cpu_supports("amx-bf16") || (!is_intel && __builtin_cpu_supports("avx512bf16"));
-  return multiplies_faster && has_avx512() ? ProductWay::kOneDnn : ProductWay::kWidened;
-}
-#else
-bool has_avx512() { return false; }
-ProductWay best_way(at::ScalarType) { return ProductWay::kAten; }
-#endif
 
 // Where a factor or the result is narrower than this, widening takes longer than it saves.
 constexpr int64_t kLeastWidened = 64;
@@ -48,7 +21,7 @@ ProductWay way_of(const at::Tensor& a, const at::Tensor& b) {
   if (!a.is_cpu() || b.scalar_type() != a.scalar_type() || a.numel() == 0 || b.numel() == 0) return ProductWay::kAten;
   const ProductWay way = product_way(a.scalar_type());
   if (way != ProductWay::kWidened) return way;
-  const bool has_onednn = at::hasMKLDNN() && has_avx512();  // slower, but for narrow products and batches
+  const bool has_onednn = onednn_multiplies(a.scalar_type());  // slower, but for narrow products and batches
   if (a.dim() != 2) return has_onednn ? ProductWay::kOneDnn : ProductWay::kAten;
   const bool is_narrow = std::min({a.size(0), a.size(1), b.size(1)}) < kLeastWidened;
   return is_narrow && has_onednn ? ProductWay::kOneDnn : way;
@@ -71,6 +44,12 @@ at::Tensor affine_forward(const at::Tensor& x_in, const at::Tensor& weight, cons
   }
   if (!bias.defined()) return at::_unsafe_view(matrix_product(x, weight.t()), shape);
   // The bias goes into the sum before it is rounded.
+  if (way_of(x, weight.t()) == ProductWay::kOwn && has_cpu_kernel(bias)) {
+    CALDERA_PROFILED("matrix_product");
+    const at::Tensor y = at::empty({x.size(0), weight.size(0)}, x.options().requires_grad(false));
+    gemm::product_into(x, weight.t(), y, /*accumulate=*/false, bias);
+    return at::_unsafe_view(y, shape);
+  }
   if (const at::Tensor y = product_by_packed(x, weight.t(), bias); y.defined())
     return at::_unsafe_view(y, shape);
   const at::Tensor y = at::empty(shape, x.options().requires_grad(false));
@@ -107,19 +86,13 @@ struct AffineFunction : torch::autograd::Function<AffineFunction> {
 
 }  // namespace
 
-ProductWay product_way(at::ScalarType dtype) {
-  static const bool has_onednn = at::hasMKLDNN();
-  static const ProductWay single = best_way(at::kFloat), half = best_way(at::kBFloat16);
-  const ProductWay way = dtype == at::kFloat ? single : dtype == at::kBFloat16 ? half : ProductWay::kAten;
-  return way == ProductWay::kOneDnn && !has_onednn ? ProductWay::kAten : way;
-}
-
 void matrix_product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool accumulate) {
   CALDERA_ASSERT(a.dim() == b.dim() && (a.dim() == 2 || a.dim() == 3) && out.is_contiguous());
   CALDERA_PROFILED("matrix_product");
   const at::NoGradGuard no_grad;
   const ProductWay way = out.scalar_type() == a.scalar_type() ? way_of(a, b) : ProductWay::kAten;
-  if (way == ProductWay::kOneDnn) return at::native::mkldnn_matmul(a, b, out, accumulate ? 1.0f : 0.0f, 1.0f);
+  if (way == ProductWay::kOwn) return gemm::product_into(a, b, out, accumulate);
+  if (way == ProductWay::kOneDnn) return onednn_product_into(a, b, out, accumulate);
   if (way == ProductWay::kWidened) return widened_product_into(a, widened_if_frozen(b), out, accumulate);
   at::Tensor result = out;
   if (a.dim() == 2)
@@ -146,8 +119,7 @@ at::Tensor affine(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
     return affine_few_rows(x, weight, bias);
   if (!wants_grad(x) && !wants_grad(weight) && !(bias.defined() && wants_grad(bias)))
     return affine_forward(x.detach(), weight, bias.defined() ? bias.detach() : bias, needs_value, in_float8);
-  return AffineFunction::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt, needs_value,
-                               in_float8);
+  return AffineFunction::apply(x, weight, given(bias), needs_value, in_float8);
 }
 
 }  // namespace caldera

@@ -1,17 +1,10 @@
-// Matrix products on the fastest library at hand. On CPUs that are not Intel's, LibTorch's MKL runs float32
-// products at a quarter of what the cores can do; oneDNN, which comes in the same library, runs them in full
-// (measured on an AMD EPYC of family 26, one core: 60 against 260 GFLOP/s). bfloat16 runs by oneDNN where the
-// processor multiplies it faster than float32, and in float32 on other x86 CPUs, but for narrow products (on two cores of
-// an Intel Xeon with AVX512_BF16 and without AMX: 165 against 300 GFLOP/s). Which way is taken depends on the machine and
-// the shapes alone, never on timing, so a resumed run computes the same bits.
+// Matrix products on the fastest library at hand (product_way.h). Which way is taken depends on the machine
+// and the shapes alone, never on timing, so a resumed run computes the same bits.
 #pragma once
-#include <ATen/ATen.h>
+#include "base/aten.h"
+#include "model/ops/product_way.h"
 
 namespace caldera {
-
-enum class ProductWay { kAten, kOneDnn, kWidened };  // kWidened: widened_product.h
-// How this machine's CPU multiplies large matrices of this type.
-ProductWay product_way(at::ScalarType dtype);
 
 // a [M, K] times b [K, N], or both with a batch dimension in front; float32 or bfloat16, b and a may be
 // transposed views. No gradients. `in_float8`: float8_product (float8.h).
@@ -34,7 +27,7 @@ struct Int8Weight {
 };
 Int8Weight quantize_int8(const at::Tensor& weight_OI);
 // x [N, I] -> [N, O] in x's dtype. Few rows are rounded to 16 bits a value where the processor multiplies
-// whole numbers faster (few_rows_avx512.h); otherwise sums are in float32. No gradients.
+// whole numbers faster (short_rows.h); otherwise sums are in float32. No gradients.
 at::Tensor affine_int8(const at::Tensor& x_NI, const Int8Weight& weight, const at::Tensor& bias_O = {});
 
 // For few rows: the weight is read once, sums in float32, each row as if it were alone.

@@ -15,7 +15,7 @@ namespace {
 
 using namespace simd;
 
-constexpr int64_t kGrainBlocks = 512;  // for a thread of its own
+constexpr int64_t kGrainNf4Blocks = 512;  // for a thread of its own
 
 // borders[i] lies between values i and i + 1: what is above it gets the greater code.
 std::array<float, 15> borders_between(const std::array<float, 16>& values) {
@@ -24,23 +24,24 @@ std::array<float, 15> borders_between(const std::array<float, 16>& values) {
   return borders;
 }
 
-CALDERA_SIMD void encode_blocks(const float* x, int64_t count, const std::array<float, 15>& borders,
-                                uint8_t* codes, float* scale, int64_t first_block, int64_t last_block) {
+template <class V>
+CALDERA_INLINE void encode_blocks(const float* x, int64_t count, const std::array<float, 15>& borders,
+                                  uint8_t* codes, float* scale, int64_t first_block, int64_t last_block) {
   for (int64_t block = first_block; block < last_block; ++block) {
     const int64_t begin = block * kNf4Block, size = std::min(kNf4Block, count - begin);
-    Vec most = {}, fault = {};  // NaN where a value is not finite
-    for (int64_t i = 0; i < size; i += kLanes) {
-      const Vec v = load(x + begin + i, std::min(kLanes, size - i));
-      most = simd::max(most, simd::max(v, -v));
+    V most = {}, fault = {};  // NaN where a value is not finite
+    for (int64_t i = 0; i < size; i += kLanesOf<V>) {
+      const V v = load<V>(x + begin + i, std::min(kLanesOf<V>, size - i));
+      most = simd::max(most, simd::max(v, V(-v)));
       fault += v * 0.0f;
     }
     const float absmax = maximum(most), factor = 1.0f / std::max(absmax, 1e-38f);
     scale[block] = absmax + sum(fault);
     int32_t lanes[kNf4Block];  // those behind the last element count as zeros, as its byte's other half does
-    for (int64_t i = 0; i < size; i += kLanes) {
-      const Vec v = load(x + begin + i, std::min(kLanes, size - i)) * factor;
-      Ints code = {};
-      for (const float border : borders) code -= v > splat(border);
+    for (int64_t i = 0; i < size; i += kLanesOf<V>) {
+      const V v = load<V>(x + begin + i, std::min(kLanesOf<V>, size - i)) * factor;
+      typename TypesOf<V>::Ints code = {};
+      for (const float border : borders) code -= v > splat<V>(border);
       std::memcpy(lanes + i, &code, sizeof code);
     }
     for (int64_t i = 0; i < size; i += 2)
@@ -65,27 +66,19 @@ const Pairs& pairs() {
 }
 
 // `scale` holds those of the blocks from the first one on.
-template <class T>
-CALDERA_INLINE void decode_each(const uint8_t* codes, const float* scale, const Pairs& table, T* out,
-                                int64_t count, int64_t first_block, int64_t last_block) {
+template <class V, class T>
+CALDERA_INLINE void decode_blocks(const uint8_t* codes, const float* scale, const Pairs& table, T* out,
+                                  int64_t count, int64_t first_block, int64_t last_block) {
   for (int64_t block = first_block; block < last_block; ++block) {
     const int64_t begin = block * kNf4Block, size = std::min(kNf4Block, count - begin);
     float unit[kNf4Block];
     for (int64_t i = 0; i < size; i += 2) std::memcpy(unit + i, table.values[codes[(begin + i) / 2]], 8);
     const float by = scale[block - first_block];
-    for (int64_t i = 0; i < size; i += kLanes) {
-      const int64_t n = std::min(kLanes, size - i);
-      store(out + begin + i, load(unit + i, n) * by, n);
+    for (int64_t i = 0; i < size; i += kLanesOf<V>) {
+      const int64_t n = std::min(kLanesOf<V>, size - i);
+      store(out + begin + i, V(load<V>(unit + i, n) * by), n);
     }
   }
-}
-CALDERA_SIMD void decode_blocks(const uint8_t* codes, const float* scale, const Pairs& table, float* out,
-                                int64_t count, int64_t first_block, int64_t last_block) {
-  decode_each(codes, scale, table, out, count, first_block, last_block);
-}
-CALDERA_SIMD void decode_blocks(const uint8_t* codes, const float* scale, const Pairs& table,
-                                c10::BFloat16* out, int64_t count, int64_t first_block, int64_t last_block) {
-  decode_each(codes, scale, table, out, count, first_block, last_block);
 }
 
 // The scales of some blocks.
@@ -196,9 +189,10 @@ Nf4Tensor quantize_nf4(const at::Tensor& values, bool double_quant, at::Device d
   const at::Tensor x = values.detach().to(at::kFloat).contiguous();
   const at::Tensor codes = at::empty({(count + 1) / 2}, at::kByte), scale = at::empty({blocks}, at::kFloat);
   static const std::array<float, 15> borders = borders_between(nf4_values());
-  at::parallel_for(0, blocks, kGrainBlocks, [&](int64_t begin, int64_t end) {
-    encode_blocks(x.const_data_ptr<float>(), count, borders, codes.mutable_data_ptr<uint8_t>(),
-                  scale.mutable_data_ptr<float>(), begin, end);
+  at::parallel_for(0, blocks, kGrainNf4Blocks, [&](int64_t begin, int64_t end) {
+    simd::run<CALDERA_EACH_WIDTH(encode_blocks)>(
+        x.const_data_ptr<float>(), count, borders, codes.mutable_data_ptr<uint8_t>(),
+        scale.mutable_data_ptr<float>(), begin, end);
   });
   result.codes = codes.to(device);
   if (!double_quant) {
@@ -222,13 +216,13 @@ void dequantize_nf4_into(const Nf4Tensor& tensor, const at::Tensor& out) {
   const Pairs& table = pairs();
   with_cpu_type(out, [&]<class T>(T*) {
     T* data = out.mutable_data_ptr<T>();
-    at::parallel_for(0, (count + kNf4Block - 1) / kNf4Block, kGrainBlocks, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, (count + kNf4Block - 1) / kNf4Block, kGrainNf4Blocks, [&](int64_t begin, int64_t end) {
       constexpr int64_t kAtOnce = 256;
       float scales[kAtOnce];
       for (int64_t block = begin; block < end; block += kAtOnce) {
         const int64_t last = std::min(end, block + kAtOnce);
         fill_scales(tensor, scales, block, last);
-        decode_blocks(codes, scales, table, data, count, block, last);
+        simd::run<CALDERA_EACH_WIDTH(decode_blocks, T)>(codes, scales, table, data, count, block, last);
       }
     });
   });
@@ -251,8 +245,7 @@ at::Tensor affine_nf4(const at::Tensor& x_TI, const Nf4Weight& weight, const at:
   CALDERA_ASSERT(x_TI.dim() == 2 && x_TI.size(1) == weight.num_inputs());
   CALDERA_ASSERT(!bias_O.defined() || !wants_grad(bias_O));
   if (!wants_grad(x_TI)) return affine(x_TI, restored(weight, x_TI.options()), bias_O);
-  return AffineNf4Function::apply(x_TI, weight, bias_O.defined() ? std::optional(bias_O) : std::nullopt,
-                                  needs_value);
+  return AffineNf4Function::apply(x_TI, weight, given(bias_O), needs_value);
 }
 
 }  // namespace caldera

@@ -2,12 +2,12 @@
 // the numbers of bitsandbytes' quantize_4bit(quant_type="nf4", blocksize=64) and dequantize_4bit. Legend: T
 // rows of x, I inputs, O outputs.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <array>
 #include <cstdint>
 #include <vector>
 
+#include "base/aten.h"
 #include "model/ops/dynamic_map.h"
 
 namespace caldera {

@@ -14,9 +14,9 @@ inline NoiseWords noise_words(uint64_t key) {
 }
 
 // Of the elements from `index` on.
-CALDERA_INLINE simd::Bits noise_lanes(uint32_t index, const NoiseWords& words) {
-  simd::Bits hash;
-  for (int64_t lane = 0; lane < simd::kLanes; ++lane) hash[lane] = index + static_cast<uint32_t>(lane);
+template <simd::Vector V>
+CALDERA_INLINE simd::BitsOf<V> noise_lanes(uint32_t index, const NoiseWords& words) {
+  simd::BitsOf<V> hash = simd::lane_numbers<V>() + index;
   hash ^= words.first;
   hash ^= hash >> 16;
   hash *= NoiseWords::kMultiply1;

@@ -2,13 +2,14 @@
 // bfloat16, and is differentiable. Legend: T tokens in the packed row, S samples, D model width, H query
 // heads, G key/value heads, K head width, V vocabulary, N supervised rows.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <vector>
+
+#include "base/aten.h"
 
 namespace caldera {
 
@@ -96,11 +97,11 @@ at::Tensor recompute(std::function<at::Tensor(const at::Tensor& x, bool needs_va
                      std::function<std::shared_ptr<void>()> hold = {}, std::shared_ptr<HostCopies> host = {});
 
 // affine(make(source), weight, bias) (matmul.h) of whose input nothing but `source` is kept for backward: there it
-// is made again. For what is cheap beside the product: gates and activations. `parameters` are the leaves that make() uses.
-// Bit for bit the plain composition. `needs_value` and `in_float8` as affine's.
+// is made again. For what is cheap beside the product and has no leaves of its own: gates and activations. Bit for bit the
+// plain composition. `needs_value` and `in_float8` as affine's.
 at::Tensor affine_of(const std::function<at::Tensor(const at::Tensor& source)>& make, const at::Tensor& source,
-                     const std::vector<at::Tensor>& parameters, const at::Tensor& weight, const at::Tensor& bias = {},
-                     bool needs_value = true, bool in_float8 = false);
+                     const at::Tensor& weight, const at::Tensor& bias = {}, bool needs_value = true,
+                     bool in_float8 = false);
 // The same of add_rms_norm(residual, update, norm, eps).value, beside its residual, which alone is kept.
 WithResidual affine_of_norm(const at::Tensor& residual, const at::Tensor& update, const at::Tensor& norm, double eps,
                             const at::Tensor& weight, const at::Tensor& bias = {}, bool in_float8 = false);

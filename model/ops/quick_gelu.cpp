@@ -7,26 +7,19 @@ namespace {
 
 using namespace simd;
 
-template <class T>
-CALDERA_INLINE void forward_each(const T* x, T* y, int64_t count) {
-  map(count, [](const Vec& v) CALDERA_ALWAYS { return v * sigmoid(1.702f * v); }, y, x);
+template <class V, class T>
+CALDERA_INLINE void gelu_forward(const T* x, T* y, int64_t count) {
+  map<V>(
+      count, [](const V& v) CALDERA_ALWAYS { return v * sigmoid(1.702f * v); }, y, x);
 }
 // d (x s) = s + 1.702 x s (1 - s), s = sigmoid(1.702 x).
-template <class T>
-CALDERA_INLINE void backward_each(const T* x, const T* dy, T* dx, int64_t count) {
-  const auto gradient = [](const Vec& v, const Vec& d) CALDERA_ALWAYS {
-    const Vec s = sigmoid(1.702f * v);
+template <class V, class T>
+CALDERA_INLINE void gelu_backward(const T* x, const T* dy, T* dx, int64_t count) {
+  const auto gradient = [](const V& v, const V& d) CALDERA_ALWAYS {
+    const V s = sigmoid(1.702f * v);
     return d * (s + 1.702f * v * s * (1.0f - s));
   };
-  map(count, gradient, dx, x, dy);
-}
-CALDERA_SIMD void gelu_forward(const float* x, float* y, int64_t count) { forward_each(x, y, count); }
-CALDERA_SIMD void gelu_forward(const c10::BFloat16* x, c10::BFloat16* y, int64_t count) { forward_each(x, y, count); }
-CALDERA_SIMD void gelu_backward(const float* x, const float* dy, float* dx, int64_t count) {
-  backward_each(x, dy, dx, count);
-}
-CALDERA_SIMD void gelu_backward(const c10::BFloat16* x, const c10::BFloat16* dy, c10::BFloat16* dx, int64_t count) {
-  backward_each(x, dy, dx, count);
+  map<V>(count, gradient, dx, x, dy);
 }
 
 // y may be x itself. Both dense.
@@ -41,7 +34,7 @@ void forward_into(const at::Tensor& x, const at::Tensor& y) {
     const T* x_data = x.const_data_ptr<T>();
     T* y_data = y.mutable_data_ptr<T>();
     at::parallel_for(0, x.numel(), row_grain(1), [&](int64_t begin, int64_t end) {
-      gelu_forward(x_data + begin, y_data + begin, end - begin);
+      simd::run<CALDERA_EACH_WIDTH(gelu_forward, T)>(x_data + begin, y_data + begin, end - begin);
     });
   });
 }
@@ -67,7 +60,8 @@ struct QuickGeluFunction : torch::autograd::Function<QuickGeluFunction> {
       const T *x_data = x.const_data_ptr<T>(), *dy_data = dy.const_data_ptr<T>();
       T* dx_data = dx.mutable_data_ptr<T>();
       at::parallel_for(0, x.numel(), row_grain(1), [&](int64_t begin, int64_t end) {
-        gelu_backward(x_data + begin, dy_data + begin, dx_data + begin, end - begin);
+        simd::run<CALDERA_EACH_WIDTH(gelu_backward, T)>(x_data + begin, dy_data + begin, dx_data + begin,
+                                                        end - begin);
       });
     });
     return {dx};

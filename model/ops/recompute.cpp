@@ -12,14 +12,14 @@ namespace {
 using Make = std::function<at::Tensor(const at::Tensor&)>;
 // Of a source and, where it is defined, an update of it; the residual may be undefined.
 using MakeWithResidual = std::function<WithResidual(const at::Tensor&, const at::Tensor&)>;
-using Block = std::function<at::Tensor(const at::Tensor&, bool)>;
+using BlockFunction = std::function<at::Tensor(const at::Tensor&, bool)>;
 using Hold = std::function<std::shared_ptr<void>()>;
 std::shared_ptr<void> held(const Hold& hold) { return hold ? hold() : nullptr; }
 
 // Carries what runs again from forward to backward through the context; its input too, where that waits in host memory.
 struct BlockHolder : torch::CustomClassHolder {
-  BlockHolder(Block run, Hold weights) : block(std::move(run)), hold(std::move(weights)) {}
-  Block block;
+  BlockHolder(BlockFunction run, Hold weights) : block(std::move(run)), hold(std::move(weights)) {}
+  BlockFunction block;
   Hold hold;
   std::shared_ptr<HostCopies> host;
   size_t place = 0;
@@ -33,7 +33,7 @@ struct MakeHolder : torch::CustomClassHolder {
 };
 
 struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
-  static at::Tensor forward(AutogradContext* ctx, const Block& block, const Hold& hold,
+  static at::Tensor forward(AutogradContext* ctx, const BlockFunction& block, const Hold& hold,
                             const std::shared_ptr<HostCopies>& host, const at::Tensor& x, at::TensorList parameters) {
     const auto holder = c10::make_intrusive<BlockHolder>(block, hold);
     holder->trains_input = x.requires_grad();
@@ -70,18 +70,15 @@ struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
   }
 };
 
-std::optional<at::Tensor> given(const at::Tensor& x) { return x.defined() ? std::optional(x) : std::nullopt; }
-
 struct AffineOfFunction : torch::autograd::Function<AffineOfFunction> {
+  // `norm`: the leaf that make() uses, where it uses one.
   static variable_list forward(AutogradContext* ctx, const MakeWithResidual& make, const at::Tensor& weight,
                                const std::optional<at::Tensor>& bias, bool needs_value, bool in_float8,
                                const at::Tensor& source, const std::optional<at::Tensor>& update,
-                               at::TensorList parameters) {
+                               const std::optional<at::Tensor>& norm) {
     const bool trains_source = source.requires_grad() || (update && update->requires_grad());
     const WithResidual made = needs_value ? make(source, update.value_or(at::Tensor())) : WithResidual{};
-    variable_list saved = {weight, made.residual.defined() ? made.residual : source};
-    saved.insert(saved.end(), parameters.begin(), parameters.end());
-    ctx->save_for_backward(std::move(saved));
+    ctx->save_for_backward({weight, made.residual.defined() ? made.residual : source, norm.value_or(at::Tensor())});
     ctx->set_materialize_grads(false);
     ctx->saved_data["make"] = c10::IValue::make_capsule(c10::make_intrusive<MakeHolder>(make, trains_source, update.has_value()));
     ctx->saved_data["has_bias"] = bias.has_value();
@@ -95,52 +92,48 @@ struct AffineOfFunction : torch::autograd::Function<AffineOfFunction> {
     const variable_list saved = ctx->get_saved_variables();
     const auto holder = c10::static_intrusive_pointer_cast<MakeHolder>(ctx->saved_data["make"].toCapsule());
     CALDERA_ASSERT(grads[0].defined());
-    const at::Tensor &weight = saved[0], dy = grads[0].contiguous();
+    const at::Tensor &weight = saved[0], &norm = saved[2], dy = grads[0].contiguous();
     const bool in_float8 = ctx->saved_data["in_float8"].toBool();
-    variable_list leaves(saved.begin() + 1, saved.end()), inputs;
-    leaves[0] = leaves[0].detach().requires_grad_(holder->trains_source);
-    for (const at::Tensor& leaf : leaves)
-      if (leaf.requires_grad()) inputs.push_back(leaf);
+    const at::Tensor source = saved[1].detach().requires_grad_(holder->trains_source);
     WithResidual made;
     {
       const at::AutoGradMode record(true);
-      made = holder->make(leaves[0], {});
+      made = holder->make(source, {});
     }
-    variable_list result = {at::Tensor(), matrix_product(dy.t(), made.value.detach(), in_float8),
-                            ctx->saved_data["has_bias"].toBool() ? dy.sum(0) : at::Tensor(),
-                            at::Tensor(), at::Tensor()};
+    const at::Tensor dweight = matrix_product(dy.t(), made.value.detach(), in_float8);
+    const at::Tensor dbias = ctx->saved_data["has_bias"].toBool() ? dy.sum(0) : at::Tensor();
+    variable_list leaves;
+    for (const at::Tensor& leaf : {source, norm})
+      if (leaf.defined() && leaf.requires_grad()) leaves.push_back(leaf);
     variable_list gradients;
-    if (!inputs.empty()) {
+    if (!leaves.empty()) {
       variable_list outputs = {made.value}, upstream = {matrix_product(dy, weight, in_float8)};
       if (holder->trains_source && grads.size() > 1 && grads[1].defined()) {
         outputs.push_back(made.residual);
         upstream.push_back(grads[1]);
       }
-      gradients = torch::autograd::grad(outputs, inputs, upstream, /*retain_graph=*/false,
+      gradients = torch::autograd::grad(outputs, leaves, upstream, /*retain_graph=*/false,
                                         /*create_graph=*/false, /*allow_unused=*/true);
     }
-    size_t next = 0;
-    for (const at::Tensor& leaf : leaves)
-      result.push_back(leaf.requires_grad() ? gradients[next++] : at::Tensor());
-    const at::Tensor d_source = result[5];
-    result.insert(result.begin() + 6, holder->has_update ? d_source : at::Tensor());
-    return result;
+    const at::Tensor dsource = holder->trains_source ? gradients.front() : at::Tensor(),
+                     dnorm = norm.defined() && norm.requires_grad() ? gradients.back() : at::Tensor(), none;
+    return {none, dweight, dbias, none, none, dsource, holder->has_update ? dsource : none, dnorm};
   }
 };
 
-variable_list apply(const MakeWithResidual& make, const at::Tensor& source, const at::Tensor& update, at::TensorList parameters,
+variable_list apply(const MakeWithResidual& make, const at::Tensor& source, const at::Tensor& update, const at::Tensor& norm,
                     const at::Tensor& weight, const at::Tensor& bias, bool needs_value, bool in_float8) {
-  return AffineOfFunction::apply(make, weight, given(bias), needs_value, in_float8, source, given(update), parameters);
+  return AffineOfFunction::apply(make, weight, given(bias), needs_value, in_float8, source, given(update), given(norm));
 }
 
 }  // namespace
 
-at::Tensor affine_of(const Make& make, const at::Tensor& source, const std::vector<at::Tensor>& parameters,
-                     const at::Tensor& weight, const at::Tensor& bias, bool needs_value, bool in_float8) {
+at::Tensor affine_of(const Make& make, const at::Tensor& source, const at::Tensor& weight, const at::Tensor& bias,
+                     bool needs_value, bool in_float8) {
   // Where the weight stays as it is, its input is not kept anyway.
   if (!wants_grad(weight)) return affine(make(source), weight, bias, needs_value, in_float8);
   const MakeWithResidual alone = [make](const at::Tensor& x, const at::Tensor&) { return WithResidual{make(x), {}}; };
-  return apply(alone, source, /*update=*/{}, parameters, weight, bias, needs_value, in_float8)[0];
+  return apply(alone, source, /*update=*/{}, /*norm=*/{}, weight, bias, needs_value, in_float8)[0];
 }
 
 WithResidual affine_of_norm(const at::Tensor& residual, const at::Tensor& update, const at::Tensor& norm, double eps,
@@ -150,12 +143,11 @@ WithResidual affine_of_norm(const at::Tensor& residual, const at::Tensor& update
     const auto [normed, sum] = make(residual, update);
     return {affine(normed, weight, bias, /*needs_value=*/true, in_float8), sum};
   }
-  const variable_list made =
-      apply(make, residual, update, at::TensorList(norm), weight, bias, /*needs_value=*/true, in_float8);
+  const variable_list made = apply(make, residual, update, norm, weight, bias, /*needs_value=*/true, in_float8);
   return {made[0], made[1]};
 }
 
-at::Tensor recompute(Block block, const at::Tensor& x, const std::vector<at::Tensor>& parameters, Hold hold,
+at::Tensor recompute(BlockFunction block, const at::Tensor& x, const std::vector<at::Tensor>& parameters, Hold hold,
                      std::shared_ptr<HostCopies> host) {
   bool differentiable = wants_grad(x);
   for (const at::Tensor& parameter : parameters) differentiable = differentiable || wants_grad(parameter);

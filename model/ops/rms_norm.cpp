@@ -1,5 +1,3 @@
-#include <optional>
-
 #include "base/error.h"
 #include "model/ops/autograd.h"
 #include "model/ops/cuda/launch.h"
@@ -16,76 +14,59 @@ using namespace simd;
 constexpr int64_t kRowsPerTask = 64;
 
 // `update` and `sum`: null, or x + update is written to `sum` and takes x's place.
-template <class T>
-CALDERA_INLINE void forward_rows(const T* x, const T* update, const T* weight, T* sum, T* y, float* rstd, int64_t rows,
-                                 int64_t width, float eps) {
+template <class V, class T>
+CALDERA_INLINE void rms_forward(const T* x, const T* update, const T* weight, T* sum, T* y, float* rstd,
+                                int64_t rows, int64_t width, float eps) {
   for (int64_t row = 0; row < rows; ++row, x += width, y += width) {
     const T* in = x;
     if (update) {
-      map(width, [](const Vec& v, const Vec& u) CALDERA_ALWAYS { return v + u; }, sum, x, update);
+      map<V>(
+          width, [](const V& v, const V& u) CALDERA_ALWAYS { return v + u; }, sum, x, update);
       in = sum;
       update += width;
       sum += width;
     }
-    Vec squares = {};
-    for_each_vector(width, [&](const Vec& v) CALDERA_ALWAYS { squares += v * v; }, in);
+    V squares = {};
+    for_each_vector<V>(
+        width, [&](const V& v) CALDERA_ALWAYS { squares += v * v; }, in);
     const float r = 1.0f / std::sqrt(simd::sum(squares) / static_cast<float>(width) + eps);
     rstd[row] = r;
-    map(width, [r](const Vec& v, const Vec& w) CALDERA_ALWAYS { return v * r * w; }, y, in, weight);
+    map<V>(
+        width, [r](const V& v, const V& w) CALDERA_ALWAYS { return v * r * w; }, y, in, weight);
   }
 }
 
 // With x^ = x * rstd and g = dy * weight: dx = rstd * (g - x^ * mean(g * x^)), dweight = sum over rows of dy
 // * x^. `d_residual`, where it is not null, is added to dx.
-template <class T>
-CALDERA_INLINE void backward_rows(const T* x, const T* weight, const float* rstd, const T* dy, const T* d_residual, T* dx,
-                                  float* dweight, int64_t rows, int64_t width) {
+template <class V, class T>
+CALDERA_INLINE void rms_backward(const T* x, const T* weight, const float* rstd, const T* dy,
+                                 const T* d_residual, T* dx, float* dweight, int64_t rows, int64_t width) {
   for (int64_t row = 0; row < rows; ++row, x += width, dy += width, dx += width) {
     const float r = rstd[row];
-    Vec products = {};
+    V products = {};
     if (dweight) {
-      for (int64_t i = 0; i < width; i += kLanes) {
-        const int64_t n = std::min(kLanes, width - i);
-        const Vec dy_x = load(dy + i, n) * load(x + i, n);
-        products += dy_x * load(weight + i, n);
-        store(dweight + i, load(dweight + i, n) + dy_x * r, n);
+      for (int64_t i = 0; i < width; i += kLanesOf<V>) {
+        const int64_t n = std::min(kLanesOf<V>, width - i);
+        const V dy_x = load<V>(dy + i, n) * load<V>(x + i, n);
+        products += dy_x * load<V>(weight + i, n);
+        store(dweight + i, load<V>(dweight + i, n) + dy_x * r, n);
       }
     } else {
-      const auto add = [&](const Vec& d, const Vec& v, const Vec& w) CALDERA_ALWAYS { products += d * v * w; };
-      for_each_vector(width, add, dy, x, weight);
+      const auto add = [&](const V& d, const V& v, const V& w) CALDERA_ALWAYS { products += d * v * w; };
+      for_each_vector<V>(width, add, dy, x, weight);
     }
     const float shrink = sum(products) * r * r / static_cast<float>(width);
-    const auto gradient = [=](const Vec& d, const Vec& v, const Vec& w) CALDERA_ALWAYS {
-      return r * (d * w - v * shrink);
-    };
+    const auto gradient = [=](const V& d, const V& v, const V& w)
+                              CALDERA_ALWAYS { return r * (d * w - v * shrink); };
     if (d_residual) {
-      const auto added = [=](const Vec& d, const Vec& v, const Vec& w, const Vec& past) CALDERA_ALWAYS {
-        return past + gradient(d, v, w);
-      };
-      map(width, added, dx, dy, x, weight, d_residual);
+      const auto added = [=](const V& d, const V& v, const V& w, const V& past)
+                             CALDERA_ALWAYS { return past + gradient(d, v, w); };
+      map<V>(width, added, dx, dy, x, weight, d_residual);
       d_residual += width;
     } else {
-      map(width, gradient, dx, dy, x, weight);
+      map<V>(width, gradient, dx, dy, x, weight);
     }
   }
-}
-
-CALDERA_SIMD void rms_forward(const float* x, const float* update, const float* weight, float* sum, float* y, float* rstd,
-                              int64_t rows, int64_t width, float eps) {
-  forward_rows(x, update, weight, sum, y, rstd, rows, width, eps);
-}
-CALDERA_SIMD void rms_forward(const c10::BFloat16* x, const c10::BFloat16* update, const c10::BFloat16* weight,
-                              c10::BFloat16* sum, c10::BFloat16* y, float* rstd, int64_t rows, int64_t width, float eps) {
-  forward_rows(x, update, weight, sum, y, rstd, rows, width, eps);
-}
-CALDERA_SIMD void rms_backward(const float* x, const float* weight, const float* rstd, const float* dy,
-                               const float* d_residual, float* dx, float* dweight, int64_t rows, int64_t width) {
-  backward_rows(x, weight, rstd, dy, d_residual, dx, dweight, rows, width);
-}
-CALDERA_SIMD void rms_backward(const c10::BFloat16* x, const c10::BFloat16* weight, const float* rstd,
-                               const c10::BFloat16* dy, const c10::BFloat16* d_residual, c10::BFloat16* dx, float* dweight,
-                               int64_t rows, int64_t width) {
-  backward_rows(x, weight, rstd, dy, d_residual, dx, dweight, rows, width);
 }
 
 struct Normed {
@@ -100,8 +81,9 @@ Normed normed(const at::Tensor& x, const at::Tensor& update, const at::Tensor& w
                    rstd = at::empty({rows}, x.options().dtype(at::kFloat));
   if (x.is_cuda()) {
     cuda::with_type(x, [&]<class T>(T*, cuda::Stream stream) {
-      cuda::rms_norm_forward(cuda::in<T>(x), cuda::in<T>(update), cuda::in<T>(weight), cuda::out<T>(sum), cuda::out<T>(y),
-                             cuda::out<float>(rstd), rows, width, static_cast<float>(eps), stream);
+      cuda::rms_norm_forward(cuda::in<T>(x), cuda::in<T>(update), cuda::in<T>(weight), cuda::out<T>(sum),
+                             cuda::out<T>(y), cuda::out<float>(rstd), rows, width, static_cast<float>(eps),
+                             stream);
     });
   } else {
     with_cpu_type(x, [&]<class T>(T*) {
@@ -111,24 +93,27 @@ Normed normed(const at::Tensor& x, const at::Tensor& update, const at::Tensor& w
       float* rstd_data = rstd.mutable_data_ptr<float>();
       at::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
         const int64_t offset = begin * width;
-        rms_forward(x_data + offset, update_data ? update_data + offset : nullptr, weight_data,
-                    sum_data ? sum_data + offset : nullptr, y_data + offset, rstd_data + begin, end - begin, width,
-                    static_cast<float>(eps));
+        simd::run<CALDERA_EACH_WIDTH(rms_forward, T)>(
+            x_data + offset, update_data ? update_data + offset : nullptr, weight_data,
+            sum_data ? sum_data + offset : nullptr, y_data + offset, rstd_data + begin, end - begin, width,
+            static_cast<float>(eps));
       });
     });
   }
   return {y, sum.defined() ? sum : x, rstd};
 }
 
-// -> dx. `partial` [parts, width], where it is defined, takes the weight gradients of so many parts of the rows.
-at::Tensor input_gradient(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd, const at::Tensor& dy,
-                          const at::Tensor& d_residual, const at::Tensor& partial) {
+// -> dx. `partial` [parts, width], where it is defined, takes the weight gradients of so many parts of the
+// rows.
+at::Tensor input_gradient(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd,
+                          const at::Tensor& dy, const at::Tensor& d_residual, const at::Tensor& partial) {
   const int64_t width = x.size(-1), rows = rstd.size(0), tasks = (rows + kRowsPerTask - 1) / kRowsPerTask;
   const at::Tensor dx = at::empty_like(x);
   if (x.is_cuda()) {
     cuda::with_type(x, [&]<class T>(T*, cuda::Stream stream) {
       cuda::rms_norm_backward(cuda::in<T>(x), cuda::in<T>(weight), cuda::in<float>(rstd), cuda::in<T>(dy),
-                              cuda::in<T>(d_residual), cuda::out<T>(dx), cuda::out<float>(partial), rows, width, stream);
+                              cuda::in<T>(d_residual), cuda::out<T>(dx), cuda::out<float>(partial), rows,
+                              width, stream);
     });
     return dx;
   }
@@ -142,10 +127,12 @@ at::Tensor input_gradient(const at::Tensor& x, const at::Tensor& weight, const a
     float* partial_data = partial.defined() ? partial.mutable_data_ptr<float>() : nullptr;
     at::parallel_for(0, tasks, row_grain(kRowsPerTask * width), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t row = task * kRowsPerTask, count = std::min(kRowsPerTask, rows - row), offset = row * width;
-        rms_backward(x_data + offset, weight_data, rstd_data + row, dy_data + offset,
-                     past_data ? past_data + offset : nullptr, dx_data + offset,
-                     partial_data ? partial_data + task * width : nullptr, count, width);
+        const int64_t row = task * kRowsPerTask, count = std::min(kRowsPerTask, rows - row),
+                      offset = row * width;
+        simd::run<CALDERA_EACH_WIDTH(rms_backward, T)>(
+            x_data + offset, weight_data, rstd_data + row, dy_data + offset,
+            past_data ? past_data + offset : nullptr, dx_data + offset,
+            partial_data ? partial_data + task * width : nullptr, count, width);
       }
     });
   });
@@ -182,7 +169,8 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
 
 }  // namespace
 
-WithResidual add_rms_norm(const at::Tensor& residual, const at::Tensor& update, const at::Tensor& weight, double eps) {
+WithResidual add_rms_norm(const at::Tensor& residual, const at::Tensor& update, const at::Tensor& weight,
+                          double eps) {
   CALDERA_PROFILED("rms_norm");
   if (!has_kernel(residual) || weight.scalar_type() != residual.scalar_type()) {
     const at::Tensor sum = update.defined() ? residual + update : residual;
@@ -193,7 +181,7 @@ WithResidual add_rms_norm(const at::Tensor& residual, const at::Tensor& update, 
     const Normed made = normed(x.detach(), u.defined() ? u.detach() : u, weight.detach(), eps);
     return {made.y, u.defined() ? made.sum : residual};
   }
-  const variable_list made = RmsNormFunction::apply(x, weight, u.defined() ? std::optional(u) : std::nullopt, eps);
+  const variable_list made = RmsNormFunction::apply(x, weight, given(u), eps);
   return {made[0], made[1]};
 }
 

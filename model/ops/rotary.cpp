@@ -11,7 +11,7 @@ using namespace simd;
 
 // y = x * cos + sign * rotate_half(x) * sin; the transpose (sign -1) is the gradient, for both halves of a
 // table's row are equal. Tables [T, K]; x rows `x_stride` apart, y rows `y_stride`.
-template <class T>
+template <class V, class T>
 CALDERA_INLINE void rotate_rows(const T* x, int64_t x_stride, const float* cos, const float* sin, float sign,
                                 T* y, int64_t y_stride, int64_t rows, int64_t heads, int64_t width) {
   const int64_t half = width / 2;
@@ -19,10 +19,10 @@ CALDERA_INLINE void rotate_rows(const T* x, int64_t x_stride, const float* cos, 
     for (int64_t head = 0; head < heads; ++head) {
       const T* x_head = x + head * width;
       T* y_head = y + head * width;
-      for (int64_t i = 0; i < half; i += kLanes) {
-        const int64_t n = std::min(kLanes, half - i);
-        const Vec low = load(x_head + i, n), high = load(x_head + half + i, n);
-        const Vec c = load(cos + i, n), s = sign * load(sin + i, n);
+      for (int64_t i = 0; i < half; i += kLanesOf<V>) {
+        const int64_t n = std::min(kLanesOf<V>, half - i);
+        const V low = load<V>(x_head + i, n), high = load<V>(x_head + half + i, n);
+        const V c = load<V>(cos + i, n), s = sign * load<V>(sin + i, n);
         store(y_head + i, low * c - high * s, n);
         store(y_head + half + i, high * c + low * s, n);
       }
@@ -30,27 +30,19 @@ CALDERA_INLINE void rotate_rows(const T* x, int64_t x_stride, const float* cos, 
   }
 }
 
-CALDERA_SIMD void rotate(const float* x, int64_t x_stride, const float* cos, const float* sin, float sign,
-                         float* y, int64_t y_stride, int64_t rows, int64_t heads, int64_t width) {
-  rotate_rows(x, x_stride, cos, sin, sign, y, y_stride, rows, heads, width);
-}
-CALDERA_SIMD void rotate(const c10::BFloat16* x, int64_t x_stride, const float* cos, const float* sin,
-                         float sign, c10::BFloat16* y, int64_t y_stride, int64_t rows, int64_t heads, int64_t width) {
-  rotate_rows(x, x_stride, cos, sin, sign, y, y_stride, rows, heads, width);
-}
-
 // Heads are dense within a row, of which a slice may be meant: it is read or written in place.
 bool has_dense_heads(const at::Tensor& x) { return x.stride(2) == 1 && x.stride(1) == x.size(2); }
 
-void rotate_into(const at::Tensor& x_in, const at::Tensor& cos, const at::Tensor& sin, float sign, const at::Tensor& y) {
+void rotate_into(const at::Tensor& x_in, const at::Tensor& cos, const at::Tensor& sin, float sign,
+                 const at::Tensor& y) {
   const int64_t rows = x_in.size(0), heads = x_in.size(1), width = x_in.size(2);
   const at::Tensor x = has_dense_heads(x_in) ? x_in : x_in.contiguous();
   CALDERA_ASSERT(has_dense_heads(y) && y.sizes() == x.sizes());
   const int64_t x_stride = x.stride(0), y_stride = y.stride(0);
   if (x.is_cuda()) {
     cuda::with_type(x, [&]<class T>(T*, cuda::Stream stream) {
-      cuda::rotate(cuda::in<T>(x), x_stride, cuda::in<float>(cos), cuda::in<float>(sin), sign, cuda::out<T>(y), y_stride,
-                   rows, heads, width, stream);
+      cuda::rotate(cuda::in<T>(x), x_stride, cuda::in<float>(cos), cuda::in<float>(sin), sign,
+                   cuda::out<T>(y), y_stride, rows, heads, width, stream);
     });
     return;
   }
@@ -59,8 +51,9 @@ void rotate_into(const at::Tensor& x_in, const at::Tensor& cos, const at::Tensor
     T* y_data = y.mutable_data_ptr<T>();
     const float *cos_data = cos.const_data_ptr<float>(), *sin_data = sin.const_data_ptr<float>();
     at::parallel_for(0, rows, row_grain(heads * width), [&](int64_t begin, int64_t end) {
-      rotate(x_data + begin * x_stride, x_stride, cos_data + begin * width, sin_data + begin * width, sign,
-             y_data + begin * y_stride, y_stride, end - begin, heads, width);
+      simd::run<CALDERA_EACH_WIDTH(rotate_rows, T)>(
+          x_data + begin * x_stride, x_stride, cos_data + begin * width, sin_data + begin * width, sign,
+          y_data + begin * y_stride, y_stride, end - begin, heads, width);
     });
   });
 }
@@ -95,8 +88,8 @@ Heads heads_of(const at::Tensor& qkv, int64_t num_heads, int64_t num_kv_heads) {
 }
 
 struct SplitRotaryFunction : torch::autograd::Function<SplitRotaryFunction> {
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& qkv, int64_t num_heads, int64_t num_kv_heads,
-                               const at::Tensor& cos, const at::Tensor& sin) {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& qkv, int64_t num_heads,
+                               int64_t num_kv_heads, const at::Tensor& cos, const at::Tensor& sin) {
     ctx->save_for_backward({cos, sin});
     ctx->saved_data["num_heads"] = num_heads;
     ctx->saved_data["num_kv_heads"] = num_kv_heads;
@@ -122,8 +115,9 @@ struct SplitRotaryFunction : torch::autograd::Function<SplitRotaryFunction> {
 
 Rotary rotary_tables(const at::Tensor& inv_freq, const at::Tensor& positions_T, double scaling,
                      at::ScalarType dtype) {
-  // MKL, by which ATen computes these, picks its code at the first call. Where several threads make that call at once, one of
-  // them now and then takes other code, and its angles other last bits: here one thread makes it.
+  // MKL, by which ATen computes these, picks its code at the first call. Where several threads make that call
+  // at once, one of them now and then takes other code, and its angles other last bits: here one thread makes
+  // it.
   [[maybe_unused]] static const std::array first_calls = {at::zeros({1}).cos(), at::zeros({1}).sin()};
   const at::Tensor half = at::outer(positions_T.to(at::kFloat), inv_freq);
   const at::Tensor angles = at::cat({half, half}, -1);
@@ -144,7 +138,8 @@ at::Tensor apply_rotary(const at::Tensor& x_THK, const Rotary& rotary) {
 std::array<at::Tensor, 3> split_rotary(const at::Tensor& qkv, int64_t num_heads, int64_t num_kv_heads,
                                        const Rotary& rotary) {
   CALDERA_PROFILED("split_rotary");
-  if (wants_grad(qkv) && has_kernel(qkv) && qkv.is_contiguous() && rotary.cos_TK.scalar_type() == at::kFloat) {
+  if (wants_grad(qkv) && has_kernel(qkv) && qkv.is_contiguous() &&
+      rotary.cos_TK.scalar_type() == at::kFloat) {
     const variable_list parts =
         SplitRotaryFunction::apply(qkv, num_heads, num_kv_heads, rotary.cos_TK, rotary.sin_TK);
     return {parts[0], parts[1], parts[2]};

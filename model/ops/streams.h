@@ -1,8 +1,9 @@
 // Streams of any GPU, through LibTorch's generic interface.
 #pragma once
-#include <ATen/ATen.h>
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+
+#include "base/aten.h"
 
 namespace caldera {
 

@@ -9,57 +9,43 @@ namespace {
 
 using namespace simd;
 
-template <class T>
-CALDERA_INLINE void forward_rows(const T* gate_up, T* y, int64_t rows, int64_t width) {
+template <class V, class T>
+CALDERA_INLINE void swiglu_forward(const T* gate_up, T* y, int64_t rows, int64_t width) {
   for (int64_t row = 0; row < rows; ++row, gate_up += 2 * width, y += width) {
-    map(width, [](const Vec& gate, const Vec& up) CALDERA_ALWAYS { return gate * sigmoid(gate) * up; }, y, gate_up,
-        gate_up + width);
+    map<V>(
+        width, [](const V& gate, const V& up) CALDERA_ALWAYS { return gate * sigmoid(gate) * up; }, y,
+        gate_up, gate_up + width);
   }
 }
 
 // d silu(g) = s + g * s * (1 - s), s = sigmoid(g).
-template <class T>
-CALDERA_INLINE void backward_rows(const T* gate_up, const T* dy, T* d_gate_up, int64_t rows, int64_t width) {
+template <class V, class T>
+CALDERA_INLINE void swiglu_backward(const T* gate_up, const T* dy, T* d_gate_up, int64_t rows,
+                                    int64_t width) {
   for (int64_t row = 0; row < rows; ++row, gate_up += 2 * width, d_gate_up += 2 * width, dy += width) {
     const T *up = gate_up + width, *gate = gate_up;
     T *d_gate = d_gate_up, *d_up = d_gate_up + width;
     struct Gradients {
-      Vec gate, up;
+      V gate, up;
     };
-    const auto gradients = [](const Vec& g, const Vec& u, const Vec& d) CALDERA_ALWAYS {
-      const Vec s = sigmoid(g), silu = g * s;
+    const auto gradients = [](const V& g, const V& u, const V& d) CALDERA_ALWAYS {
+      const V s = sigmoid(g), silu = g * s;
       return Gradients{d * u * (s + silu * (1.0f - s)), d * silu};
     };
     int64_t i = 0;
-    for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
-      const Two g = load_two(gate + i), u = load_two(up + i), d = load_two(dy + i);
+    for (; i + 2 * kLanesOf<V> <= width; i += 2 * kLanesOf<V>) {
+      const Two<V> g = load_two<V>(gate + i), u = load_two<V>(up + i), d = load_two<V>(dy + i);
       const Gradients a = gradients(g.first, u.first, d.first), b = gradients(g.second, u.second, d.second);
-      store_two(d_gate + i, {a.gate, b.gate});
-      store_two(d_up + i, {a.up, b.up});
+      store_two(d_gate + i, Two<V>{a.gate, b.gate});
+      store_two(d_up + i, Two<V>{a.up, b.up});
     }
-    for (; i < width; i += kLanes) {
-      const int64_t n = std::min(kLanes, width - i);
-      const Gradients a = gradients(load(gate + i, n), load(up + i, n), load(dy + i, n));
+    for (; i < width; i += kLanesOf<V>) {
+      const int64_t n = std::min(kLanesOf<V>, width - i);
+      const Gradients a = gradients(load<V>(gate + i, n), load<V>(up + i, n), load<V>(dy + i, n));
       store(d_gate + i, a.gate, n);
       store(d_up + i, a.up, n);
     }
   }
-}
-
-CALDERA_SIMD void swiglu_forward(const float* gate_up, float* y, int64_t rows, int64_t width) {
-  forward_rows(gate_up, y, rows, width);
-}
-CALDERA_SIMD void swiglu_forward(const c10::BFloat16* gate_up, c10::BFloat16* y, int64_t rows,
-                                 int64_t width) {
-  forward_rows(gate_up, y, rows, width);
-}
-CALDERA_SIMD void swiglu_backward(const float* gate_up, const float* dy, float* d_gate_up, int64_t rows,
-                                  int64_t width) {
-  backward_rows(gate_up, dy, d_gate_up, rows, width);
-}
-CALDERA_SIMD void swiglu_backward(const c10::BFloat16* gate_up, const c10::BFloat16* dy,
-                                  c10::BFloat16* d_gate_up, int64_t rows, int64_t width) {
-  backward_rows(gate_up, dy, d_gate_up, rows, width);
 }
 
 struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
@@ -76,7 +62,8 @@ struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
         const T* x_data = gate_up.const_data_ptr<T>();
         T* y_data = y.mutable_data_ptr<T>();
         at::parallel_for(0, rows, row_grain(2 * width), [&](int64_t begin, int64_t end) {
-          swiglu_forward(x_data + begin * 2 * width, y_data + begin * width, end - begin, width);
+          simd::run<CALDERA_EACH_WIDTH(swiglu_forward, T)>(x_data + begin * 2 * width, y_data + begin * width,
+                                                           end - begin, width);
         });
       });
     }
@@ -89,15 +76,17 @@ struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
     at::Tensor d_gate_up = at::empty_like(gate_up);
     if (dy.is_cuda()) {
       cuda::with_type(dy, [&]<class T>(T*, cuda::Stream stream) {
-        cuda::swiglu_backward(cuda::in<T>(gate_up), cuda::in<T>(dy), cuda::out<T>(d_gate_up), rows, width, stream);
+        cuda::swiglu_backward(cuda::in<T>(gate_up), cuda::in<T>(dy), cuda::out<T>(d_gate_up), rows, width,
+                              stream);
       });
     } else {
       with_cpu_type(dy, [&]<class T>(T*) {
         const T *x_data = gate_up.const_data_ptr<T>(), *dy_data = dy.const_data_ptr<T>();
         T* dx_data = d_gate_up.mutable_data_ptr<T>();
         at::parallel_for(0, rows, row_grain(2 * width), [&](int64_t begin, int64_t end) {
-          swiglu_backward(x_data + begin * 2 * width, dy_data + begin * width, dx_data + begin * 2 * width,
-                          end - begin, width);
+          simd::run<CALDERA_EACH_WIDTH(swiglu_backward, T)>(x_data + begin * 2 * width,
+                                                            dy_data + begin * width,
+                                                            dx_data + begin * 2 * width, end - begin, width);
         });
       });
     }

@@ -12,25 +12,23 @@ using namespace simd;
 
 constexpr int64_t kRange = 1 << 14;  // elements whose squares are summed in float32
 
-template <class T>
-CALDERA_INLINE float squares_each(const T* x, int64_t count) {
-  Vec sums[2][2] = {};  // of additions that need not wait for each other
+template <class V, class T>
+CALDERA_INLINE float squares(const T* x, int64_t count) {
+  V sums[2][2] = {};  // of additions that need not wait for each other
   int64_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+  for (; i + 4 * kLanesOf<V> <= count; i += 4 * kLanesOf<V>) {
     for (int64_t k = 0; k < 2; ++k) {
-      const Two v = load_two(x + i + k * 2 * kLanes);
+      const Two<V> v = load_two<V>(x + i + k * 2 * kLanesOf<V>);
       sums[k][0] += v.first * v.first;
       sums[k][1] += v.second * v.second;
     }
   }
-  for (; i < count; i += kLanes) {
-    const Vec v = load(x + i, std::min(kLanes, count - i));
+  for (; i < count; i += kLanesOf<V>) {
+    const V v = load<V>(x + i, std::min(kLanesOf<V>, count - i));
     sums[0][0] += v * v;
   }
   return sum((sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]));
 }
-CALDERA_SIMD float squares(const float* x, int64_t count) { return squares_each(x, count); }
-CALDERA_SIMD float squares(const c10::BFloat16* x, int64_t count) { return squares_each(x, count); }
 
 }  // namespace
 
@@ -45,7 +43,8 @@ at::Tensor vector_norm(const at::Tensor& x_in) {
     const T* data = x.const_data_ptr<T>();
     at::parallel_for(0, std::ssize(parts), 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        parts[static_cast<size_t>(i)] = squares(data + i * kRange, std::min(kRange, x.numel() - i * kRange));
+        parts[static_cast<size_t>(i)] = simd::run<CALDERA_EACH_WIDTH(squares, T)>(
+            data + i * kRange, std::min(kRange, x.numel() - i * kRange));
     });
   });
   return at::scalar_tensor(std::sqrt(std::accumulate(parts.begin(), parts.end(), 0.0)), at::kFloat);

@@ -1,7 +1,7 @@
 // bfloat16 products on CPUs that multiply float32 faster. The factors are widened, which is exact, multiplied in float32,
 // and the sums rounded once: the numbers of any bfloat16 product with float32 sums.
 #pragma once
-#include <ATen/ATen.h>
+#include "base/aten.h"
 
 namespace caldera {
 

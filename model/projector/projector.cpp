@@ -26,7 +26,7 @@ class MlpProjector : public Projector {
     at::Tensor x = features;
     for (size_t i = 0; i < weights_.size(); ++i) {
       // Of a layer's result and its activation the one is kept, and gives the other again.
-      x = i == 0 ? affine(x, weights_[i], biases_[i]) : affine_of(activate, x, {}, weights_[i], biases_[i]);
+      x = i == 0 ? affine(x, weights_[i], biases_[i]) : affine_of(activate, x, weights_[i], biases_[i]);
     }
     return x;
   }

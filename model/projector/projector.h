@@ -1,11 +1,11 @@
 // The projector: tower features [.., Dv] -> language model width [.., D]. LLaVA's mm_projector_type names: "linear",
 // "mlpNx_gelu" (Linear, then N - 1 times exact GELU and Linear), "identity".
 #pragma once
-#include <ATen/ATen.h>
 
 #include <memory>
 #include <string>
 
+#include "base/aten.h"
 #include "model/module.h"
 
 namespace caldera {

@@ -1,8 +1,8 @@
 // CLIP's vision transformer (arXiv 2103.00020), as HF's CLIPVisionModel computes it. Legend: see vit.h.
-#include <ATen/ATen.h>
 
 #include <cmath>
 
+#include "base/aten.h"
 #include "base/error.h"
 #include "model/vision/towers.h"
 #include "model/vision/vit.h"

@@ -2,10 +2,10 @@
 // ReLU6. Its last feature map, 7 x 7 x 1280 at 224 px for Lite0, is read as patches. A tower with frozen
 // batch statistics. Legend: I images, C channels, Y/X rows and columns of a map, P = Y * X patches, D
 // channels of the last map.
-#include <ATen/ATen.h>
 
 #include <cmath>
 
+#include "base/aten.h"
 #include "base/error.h"
 #include "model/taps.h"
 #include "model/vision/towers.h"
@@ -14,7 +14,7 @@
 namespace caldera {
 namespace {
 
-constexpr const char* kWhere = "the EfficientNet-Lite tower's config.json";
+constexpr const char* kEfficientNetWhere = "the EfficientNet-Lite tower's config.json";
 // As the published models have them, whatever the width.
 constexpr int64_t kStemChannels = 32, kHeadChannels = 1280, kTotalStride = 32;
 constexpr double kNormEps = 1e-3;
@@ -96,12 +96,12 @@ struct InvertedResidual {
 class EfficientNetLite : public VisionTower {
  public:
   EfficientNetLite(const Json& config, const Json& preprocessor, const VisionFeatures& features) {
-    image_size_ = integer_field(config, kWhere, "image_size", 224, kTotalStride, 1 << 13);
-    width_ = number_field(config, kWhere, "width_coefficient", 1.0);
-    depth_ = number_field(config, kWhere, "depth_coefficient", 1.0);
+    image_size_ = integer_field(config, kEfficientNetWhere, "image_size", 224, kTotalStride, 1 << 13);
+    width_ = number_field(config, kEfficientNetWhere, "width_coefficient", 1.0);
+    depth_ = number_field(config, kEfficientNetWhere, "depth_coefficient", 1.0);
     for (const double coefficient : {width_, depth_})
       CALDERA_CHECK(coefficient > 0 && coefficient <= 4, CheckpointError,
-                    "{}: width_coefficient and depth_coefficient: expected numbers in (0, 4], got {}", kWhere,
+                    "{}: width_coefficient and depth_coefficient: expected numbers in (0, 4], got {}", kEfficientNetWhere,
                     coefficient);
     drops_class_token(
         features);  // there is no class token: either choice gives all patches, a third is refused

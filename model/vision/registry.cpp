@@ -1,6 +1,6 @@
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include "base/aten.h"
 #include "base/error.h"
 #include "base/log.h"
 #include "base/strings.h"
@@ -11,8 +11,8 @@
 namespace caldera {
 namespace {
 
-CALDERA_SIMD void scale_plane(const uint8_t* __restrict in, float* __restrict out, int64_t count, float scale,
-                              float shift) {
+CALDERA_INLINE void scale_plane(const uint8_t* __restrict in, float* __restrict out, int64_t count, float scale,
+                                float shift) {
   for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(in[i]) * scale + shift;
 }
 
@@ -106,7 +106,7 @@ at::Tensor normalize_pixels(const at::Tensor& pixels_ICYX, const ImageSpec& spec
     at::parallel_for(0, in_ICYX.size(0) * 3, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const auto c = static_cast<size_t>(i % 3);
-        scale_plane(in + i * plane, out + i * plane, plane, by.scale[c], by.shift[c]);
+        simd::run<scale_plane>(in + i * plane, out + i * plane, plane, by.scale[c], by.shift[c]);
       }
     });
     return out_ICYX.to(dtype);

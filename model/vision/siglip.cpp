@@ -1,9 +1,9 @@
 // SigLIP's vision transformer (arXiv 2303.15343), as HF's SiglipVisionModel computes it: no class token, no
 // norm before the blocks. Legend: see vit.h.
-#include <ATen/ATen.h>
 
 #include <cmath>
 
+#include "base/aten.h"
 #include "base/error.h"
 #include "model/vision/towers.h"
 #include "model/vision/vit.h"
@@ -12,7 +12,7 @@
 namespace caldera {
 namespace {
 
-constexpr const char* kWhere = "the SigLIP tower's config.json";
+constexpr const char* kSiglipWhere = "the SigLIP tower's config.json";
 
 // HF's SiglipVisionConfig and SiglipImageProcessor.
 const VitConfig kDefaults = {.patch_size = 16, .layer_norm_eps = 1e-6, .hidden_act = "gelu_pytorch_tanh"};
@@ -22,8 +22,8 @@ const ImageSpec kImages = {
 class SiglipTower : public VisionTower {
  public:
   SiglipTower(const Json& config, const Json& preprocessor, const VisionFeatures& features)
-      : config_(parse_vit_config(config, kWhere, kDefaults)),
-        has_head_(boolean_field(config, kWhere, "vision_use_head", true)),
+      : config_(parse_vit_config(config, kSiglipWhere, kDefaults)),
+        has_head_(boolean_field(config, kSiglipWhere, "vision_use_head", true)),
         spec_(image_spec_from(preprocessor, kImages)),
         num_blocks_run_(num_blocks_before(features.vision_feature_layer, config_.num_hidden_layers)),
         blocks_(config_) {

@@ -1,13 +1,13 @@
 // A vision tower: pictures in, patch features out. Each tower is one file that exports a VisionTowerSpec, and
 // one line in registry.cpp.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <memory>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "base/aten.h"
 #include "base/json.h"
 #include "base/words.h"
 #include "model/module.h"

@@ -1,9 +1,9 @@
 // What the towers share, and each one's spec. A new tower is one file and one line here and in registry.cpp.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <array>
 
+#include "base/aten.h"
 #include "base/json.h"
 #include "base/words.h"
 #include "model/vision/tower.h"

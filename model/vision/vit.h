@@ -2,12 +2,12 @@
 // pre-norm blocks with biases. Legend: I images, P patches, N tokens (P, or P + 1 with a class token), D
 // width, F width of the MLP, H heads, K = D / H, T tokens of all images.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <cstdint>
 #include <string>
 #include <vector>
 
+#include "base/aten.h"
 #include "base/json.h"
 #include "base/words.h"
 #include "model/module.h"

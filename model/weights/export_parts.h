@@ -1,9 +1,9 @@
 // What the exports of whole models have in common.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <cstdint>
 
+#include "base/aten.h"
 #include "base/json.h"
 
 namespace caldera {

@@ -1,11 +1,11 @@
 // A tensor's elements as ggml stores them.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <cstddef>
 #include <string>
 #include <vector>
 
+#include "base/aten.h"
 #include "base/gguf_writer.h"
 
 namespace caldera {

@@ -1,10 +1,11 @@
 // llama.cpp's names for architectures and tensors, beside HF's: used by the reader and the writer alike.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <span>
 #include <string>
 #include <vector>
+
+#include "base/aten.h"
 
 namespace caldera {
 

@@ -1,6 +1,5 @@
 // The pickle of a dictionary of tensors, read without running anything.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -8,6 +7,8 @@
 #include <span>
 #include <string>
 #include <vector>
+
+#include "base/aten.h"
 
 namespace caldera {
 

@@ -1,6 +1,5 @@
 // safetensors files: read through a memory map, written atomically as a stream.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <cstdint>
 #include <filesystem>
@@ -12,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/aten.h"
 #include "base/files.h"
 #include "base/json.h"
 

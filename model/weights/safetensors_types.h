@@ -1,8 +1,9 @@
 // The format's dtype names and torch's.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <string_view>
+
+#include "base/aten.h"
 
 namespace caldera {
 

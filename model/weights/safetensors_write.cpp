@@ -15,7 +15,7 @@ int64_t bytes_in_file(const at::Tensor& tensor, std::optional<at::ScalarType> dt
   return tensor.numel() * element_size(type_in_file(tensor.scalar_type(), dtype));
 }
 
-std::string_view type_name(at::ScalarType type) {
+std::string_view safetensors_name(at::ScalarType type) {
   for (const SafetensorsType& known : kSafetensorsTypes)
     if (known.type == type) return known.name;
   throw Error(fmt::format("safetensors cannot hold tensors of type {}", c10::toString(type)));
@@ -41,7 +41,7 @@ WrittenFile write_safetensors(const fs::path& file, const std::vector<TensorToWr
                   tensor->name);
     const at::ScalarType type = type_in_file(tensor->type, dtype);
     const int64_t end = offset + c10::multiply_integers(tensor->shape) * element_size(type);
-    header[tensor->name] = {{"dtype", type_name(type)}, {"shape", tensor->shape}, {"data_offsets", {offset, end}}};
+    header[tensor->name] = {{"dtype", safetensors_name(type)}, {"shape", tensor->shape}, {"data_offsets", {offset, end}}};
     offset = end;
   }
   std::string text = header.dump();

@@ -1,9 +1,9 @@
 // Where an export takes a model's values from: the model itself, or the files behind it (mapped_model.h).
 #pragma once
-#include <ATen/ATen.h>
 
 #include <functional>
 
+#include "base/aten.h"
 #include "model/module.h"
 
 namespace caldera {

@@ -1,7 +1,7 @@
 // The cache of the CPU's large blocks: reuse, the bound on what is kept, and that numbers survive it.
 #include "base/cpu_allocator.h"
+#include "tests/aten.h"
 
-#include <ATen/ATen.h>
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <unistd.h>

@@ -1,10 +1,11 @@
 #include "data/dataset.h"
 
-#include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "tests/aten.h"
 #include "tests/data/fake_text.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
@@ -14,7 +15,6 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 constexpr int64_t kImage = kImageTokenIndex, kIgnore = kIgnoreIndex;
-const fs::path kPictures = fs::path(CALDERA_SOURCE_DIR) / "tests/golden/image";
 
 }  // namespace
 
@@ -35,7 +35,7 @@ TEST(Dataset, TextIsCutAtTheMaximum) {
 TEST(Dataset, AnImageIsKeptWholeOrNotAtAll) {
   const Record record = fake_record("r", "A<image>B<image>C", "d", {"rgb.png", "rgb.jpg"});
   const auto length = [&](int64_t max_length) {
-    const Sample sample = make_sample(record, kPictures, fake_format(8, 3, max_length));
+    const Sample sample = make_sample(record, kGoldenPictures, fake_format(8, 3, max_length));
     return std::pair(sample.input_ids.size(), sample.pixels.size());
   };
   EXPECT_EQ(length(3), std::pair(size_t{1}, size_t{0}));
@@ -46,7 +46,7 @@ TEST(Dataset, AnImageIsKeptWholeOrNotAtAll) {
 }
 
 TEST(Dataset, PicturesAreTowersPixels) {
-  const Sample sample = make_sample(fake_record("r", "<image>", "a", {"rgb.png"}), kPictures, fake_format(8));
+  const Sample sample = make_sample(fake_record("r", "<image>", "a", {"rgb.png"}), kGoldenPictures, fake_format(8));
   ASSERT_EQ(sample.pixels.size(), 1u);
   EXPECT_EQ(sample.pixels[0].sizes(), (at::IntArrayRef{3, 8, 8}));
   EXPECT_EQ(sample.pixels[0].scalar_type(), at::kByte);
@@ -55,14 +55,14 @@ TEST(Dataset, PicturesAreTowersPixels) {
 TEST(Dataset, ErrorsNameTheRecordAndTheFile) {
   const auto message = [](const std::string& image) {
     return error_of<DataError>(
-        [&] { make_sample(fake_record("r5", "<image>", "a", {image}), kPictures, fake_format()); });
+        [&] { make_sample(fake_record("r5", "<image>", "a", {image}), kGoldenPictures, fake_format()); });
   };
   EXPECT_THAT(message("missing.png"), AllOf(HasSubstr("record \"r5\""), HasSubstr("missing.png")));
   EXPECT_THAT(message("resize.bin"),
               AllOf(HasSubstr("record \"r5\""), HasSubstr("resize.bin"), HasSubstr("not a picture")));
   EXPECT_THAT(message("../../x.png"), AllOf(HasSubstr("record \"r5\""), HasSubstr("\"..\"")));
   EXPECT_THAT(
-      error_of<DataError>([] { make_sample(fake_record("r6", "<image>", "a"), kPictures, fake_format()); }),
+      error_of<DataError>([] { make_sample(fake_record("r6", "<image>", "a"), kGoldenPictures, fake_format()); }),
       AllOf(HasSubstr("record \"r6\""), HasSubstr("only 0 images")));
 }
 
@@ -70,11 +70,11 @@ TEST(Dataset, TheCacheKeepsPixelsUpToItsSize) {
   PixelCache cache(3 * 8 * 8);
   const Record first = fake_record("r", "<image>", "a", {"rgb.png"}),
                second = fake_record("s", "<image>", "a", {"rgb.jpg"});
-  const Sample a = make_sample(first, kPictures, fake_format(8), &cache);
-  make_sample(second, kPictures, fake_format(8), &cache);
+  const Sample a = make_sample(first, kGoldenPictures, fake_format(8), &cache);
+  make_sample(second, kGoldenPictures, fake_format(8), &cache);
   EXPECT_TRUE(cache.find("rgb.png").is_same(a.pixels[0]));
   EXPECT_FALSE(cache.find("rgb.jpg").defined());
-  EXPECT_TRUE(make_sample(first, kPictures, fake_format(8), &cache).pixels[0].is_same(a.pixels[0]));
+  EXPECT_TRUE(make_sample(first, kGoldenPictures, fake_format(8), &cache).pixels[0].is_same(a.pixels[0]));
 }
 
 }  // namespace caldera

@@ -10,6 +10,7 @@
 #include "base/json.h"
 #include "data/tokenizer.h"
 #include "data/tokenizers/byte_level_bpe.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
@@ -17,7 +18,6 @@ namespace {
 using testing::ElementsAre;
 using testing::HasSubstr;
 
-const fs::path kGolden = fs::path(CALDERA_SOURCE_DIR) / "tests/golden";
 
 // A GGUF file (version 3) of metadata alone.
 class GgufWriter {

@@ -1,6 +1,5 @@
 #include "data/image.h"
 
-#include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -11,6 +10,7 @@
 #include "base/json.h"
 #include "data/image_format.h"
 #include "data/resize.h"
+#include "tests/aten.h"
 #include "tests/data/fake_text.h"
 
 namespace caldera {

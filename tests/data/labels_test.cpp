@@ -9,11 +9,10 @@
 #include "base/json.h"
 #include "base/words.h"
 #include "data/template.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
-
-const fs::path kGolden = fs::path(CALDERA_SOURCE_DIR) / "tests/golden";
 
 std::unique_ptr<Tokenizer> sentencepiece(bool legacy) {
   const fs::path folder = fs::temp_directory_path() / fmt::format("caldera-labels-{}", getpid());

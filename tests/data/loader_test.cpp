@@ -1,19 +1,19 @@
 #include "data/loader.h"
 
-#include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <set>
 
+#include "tests/aten.h"
 #include "tests/data/fake_text.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
 
 using ::testing::HasSubstr;
 
-const fs::path kPictures = fs::path(CALDERA_SOURCE_DIR) / "tests/golden/image";
 
 std::shared_ptr<std::vector<Record>> make_records(int count) {
   auto records = std::make_shared<std::vector<Record>>();
@@ -38,7 +38,7 @@ LoaderOptions make_options(int num_workers) {
 }
 
 std::vector<StepData> run(const LoaderOptions& options, int64_t first_step = 0, int count = 22) {
-  Loader loader(make_records(count), kPictures, fake_format(), options, first_step);
+  Loader loader(make_records(count), kGoldenPictures, fake_format(), options, first_step);
   std::vector<StepData> steps;
   for (StepData data; loader.next(data);) steps.push_back(std::move(data));
   return steps;
@@ -123,18 +123,18 @@ TEST(Loader, ABrokenPictureIsAnErrorOfItsStep) {
     (*records)[5].images = {"missing.png"};
     LoaderOptions options = make_options(num_workers);
     options.global_batch_size = 8;
-    Loader loader(records, kPictures, fake_format(), options);
+    Loader loader(records, kGoldenPictures, fake_format(), options);
     StepData data;
     EXPECT_THAT(error_of<DataError>([&] { loader.next(data); }), HasSubstr("record \"r5\""));
   }
   EXPECT_THAT(error_of<DataError>([] {
-                Loader(std::make_shared<std::vector<Record>>(), kPictures, fake_format(), make_options(1));
+                Loader(std::make_shared<std::vector<Record>>(), kGoldenPictures, fake_format(), make_options(1));
               }),
               HasSubstr("no records"));
 }
 
 TEST(Loader, MayBeLeftAtAnyTime) {
-  Loader loader(make_records(22), kPictures, fake_format(), make_options(3));
+  Loader loader(make_records(22), kGoldenPictures, fake_format(), make_options(3));
   StepData data;
   EXPECT_TRUE(loader.next(data));
 }
@@ -142,7 +142,7 @@ TEST(Loader, MayBeLeftAtAnyTime) {
 TEST(Loader, PackAllKeepsTheOrder) {
   const auto records = make_records(10);
   std::vector<std::string> ids;
-  const PackedRecords packed = pack_all(*records, kPictures, fake_format(), 40);
+  const PackedRecords packed = pack_all(*records, kGoldenPictures, fake_format(), 40);
   EXPECT_EQ(packed.num_batches, std::ssize(packed.batches));
   int64_t num_supervised = 0;
   for (const PackedBatch& batch : packed.batches) {
@@ -157,12 +157,12 @@ TEST(Loader, PackAllKeepsTheOrder) {
 
 TEST(Loader, RanksTakeTurnsInPackAll) {
   auto records = make_records(10);
-  const PackedRecords whole = pack_all(*records, kPictures, fake_format(), 40);
+  const PackedRecords whole = pack_all(*records, kGoldenPictures, fake_format(), 40);
   ASSERT_GT(whole.num_batches, 3);
   for (const int num_ranks : {2, 3, 20}) {
     int64_t num_batches = 0;
     for (int rank = 0; rank < num_ranks; ++rank) {
-      const PackedRecords mine = pack_all(*records, kPictures, fake_format(), 40, rank, num_ranks);
+      const PackedRecords mine = pack_all(*records, kGoldenPictures, fake_format(), 40, rank, num_ranks);
       EXPECT_EQ(mine.num_batches, whole.num_batches);
       EXPECT_EQ(mine.num_supervised, whole.num_supervised);
       num_batches += std::ssize(mine.batches);
@@ -179,9 +179,9 @@ TEST(Loader, RanksTakeTurnsInPackAll) {
   // A rank decodes its own pictures alone: another's may be broken.
   (*records)[1].images = {"missing.png"};
   ASSERT_THAT(whole.batches[0].sample_ids, ::testing::Contains("r1"));
-  EXPECT_THAT(error_of<DataError>([&] { pack_all(*records, kPictures, fake_format(), 40, 0, 2); }),
+  EXPECT_THAT(error_of<DataError>([&] { pack_all(*records, kGoldenPictures, fake_format(), 40, 0, 2); }),
               HasSubstr("record \"r1\""));
-  EXPECT_EQ(error_of<DataError>([&] { pack_all(*records, kPictures, fake_format(), 40, 1, 2); }), "accepted");
+  EXPECT_EQ(error_of<DataError>([&] { pack_all(*records, kGoldenPictures, fake_format(), 40, 1, 2); }), "accepted");
 }
 
 TEST(Loader, RanksShareTheSameSteps) {

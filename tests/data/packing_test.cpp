@@ -1,7 +1,7 @@
-#include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "tests/aten.h"
 #include "tests/data/fake_text.h"
 
 namespace caldera {

@@ -9,11 +9,13 @@
 #include "data/tokenizers/factories.h"
 #include "data/tokenizers/sentencepiece_model.h"
 #include "data/tokenizers/word_cache.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
 
-const fs::path kGolden = fs::path(CALDERA_SOURCE_DIR) / "tests/golden/text_sentencepiece/tokenizer.model";
+const fs::path kSentencePieceGolden = kGolden / "text_sentencepiece/tokenizer.model";
+
 
 // A piece in a model's format; appended to a model, it is one of the model's pieces.
 std::string piece_bytes(const std::string& text, PieceType type) {
@@ -73,7 +75,7 @@ std::vector<std::tuple<int64_t, int64_t, int64_t>> values_of(const std::vector<T
 }
 
 TEST(SentencePieceWordsTest, GiveTheWholeTextsPiecesAndPlaces) {
-  const std::string model = read_file(kGolden);
+  const std::string model = read_file(kSentencePieceGolden);
   // A piece that is matched before merging, and that no text holds: the library sees whole texts.
   const std::string whole_model = model + piece_bytes("\uE000\uE001", PieceType::kUserDefined);
   ASSERT_TRUE(check_sentencepiece_model(model, "model").has_separate_words);
@@ -91,10 +93,10 @@ TEST(SentencePieceWordsTest, GiveTheWholeTextsPiecesAndPlaces) {
 }
 
 TEST(SentencePieceWordsTest, AModelWithoutDummyPrefixGetsNone) {
-  const std::string model = read_file(kGolden) + std::string(kWithoutDummyPrefix);
+  const std::string model = read_file(kSentencePieceGolden) + std::string(kWithoutDummyPrefix);
   const auto tokenizer = tokenizer_of(model, /*legacy=*/true);
   EXPECT_EQ(values_of(tokenizer->encode("USER", TextContext::kStart)),
-            values_of(tokenizer_of(read_file(kGolden), false)->encode("USER", TextContext::kAfterControl)));
+            values_of(tokenizer_of(read_file(kSentencePieceGolden), false)->encode("USER", TextContext::kAfterControl)));
 }
 
 TEST(SentencePieceWordsTest, APieceThatReachesIntoTheNextWordIsFound) {

@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "base/files.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
@@ -16,7 +17,6 @@ using testing::HasSubstr;
 using testing::IsEmpty;
 using testing::ThrowsMessage;
 
-const fs::path kGolden = fs::path(CALDERA_SOURCE_DIR) / "tests/golden";
 const std::vector<Turn> kTurns = {{true, "q1"}, {false, "a1"}, {true, "q2"}, {false, "a2"}};
 
 std::string rendered(const char* name, const std::vector<Turn>& turns, bool for_generation) {

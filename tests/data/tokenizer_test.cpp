@@ -16,6 +16,7 @@
 #include "data/tokenizers/nfc.h"
 #include "data/tokenizers/sentencepiece_model.h"
 #include "data/tokenizers/utf8.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
@@ -23,7 +24,6 @@ namespace {
 using testing::ElementsAre;
 using testing::HasSubstr;
 
-const fs::path kGolden = fs::path(CALDERA_SOURCE_DIR) / "tests/golden";
 
 std::vector<int64_t> ids_of(const std::vector<Token>& tokens) {
   std::vector<int64_t> ids;

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "eval/model_session.h"
+#include "tests/aten.h"
 #include "tests/eval/tiny_model.h"
 
 namespace caldera {

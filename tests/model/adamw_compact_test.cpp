@@ -7,12 +7,13 @@
 
 #include "model/ops/dynamic_map.h"
 #include "model/weights/safetensors.h"
+#include "tests/aten.h"
 #include "tests/support.h"
 
 namespace caldera {
 namespace {
 
-constexpr AdamWStep kStep = {.learning_rate = 1e-2,
+constexpr AdamWStep kCompactStep = {.learning_rate = 1e-2,
                              .beta1 = 0.9,
                              .beta2 = 0.98,
                              .epsilon = 1e-8,
@@ -40,7 +41,7 @@ TEST_F(AdamW8bit, UpdatesAreBitsandbytes) {
   const at::Tensor weight = golden("weight").clone(), gradients = golden("gradients");
   const Moment m = zero_moment(weight, true), v = zero_moment(weight, true);
   for (int64_t step = 0; step < gradients.size(0); ++step) {
-    AdamWStep now = kStep;
+    AdamWStep now = kCompactStep;
     now.count = step + 1;
     adamw_update_compact({weight, {}}, m, v, gradients[step].contiguous(), now, {});
     const std::string at = "." + std::to_string(step);
@@ -103,11 +104,11 @@ TEST(AdamWCompact, IsThePlainFormula) {
         if (has_master) master.assign(start);
         const Moment m = zero_moment(start, is_8bit), v = zero_moment(start, is_8bit);
         const RoundingNoise noise{.key = 5, .first = 1000};
-        adamw_update_compact(master, m, v, gradient, kStep, noise);
+        adamw_update_compact(master, m, v, gradient, kCompactStep, noise);
 
         const at::Tensor value = has_master ? start.clone() : start.to(at::kBFloat16).to(at::kFloat);
         const at::Tensor m_plain = at::zeros({count}), v_plain = at::zeros({count});
-        adamw_update(Master::of(value), m_plain, v_plain, gradient, kStep);
+        adamw_update(Master::of(value), m_plain, v_plain, gradient, kCompactStep);
         if (has_master) {
           EXPECT_TRUE(at::equal(master.values(), value));
           EXPECT_TRUE(is_nearest(weight, value));
@@ -135,7 +136,7 @@ TEST(AdamWCompact, TheNumberOfThreadsChangesNoBit) {
     at::set_num_threads(number);
     weights.push_back(start.clone());
     const Moment m = zero_moment(start, true), v = zero_moment(start, true);
-    adamw_update_compact({weights.back(), {}}, m, v, gradient, kStep, {.key = 1});
+    adamw_update_compact({weights.back(), {}}, m, v, gradient, kCompactStep, {.key = 1});
     codes.push_back(m.values);
   }
   at::set_num_threads(threads);

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
+#include "tests/aten.h"
 #include "tests/support.h"
 
 namespace caldera {

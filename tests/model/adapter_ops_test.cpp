@@ -5,12 +5,13 @@
 #include <limits>
 
 #include "model/ops/ops.h"
+#include "tests/aten.h"
 #include "tests/model/operations.h"
 
 namespace caldera {
 namespace {
 
-TEST(Ops, DropoutIsTheSameEverywhere) {
+TEST(AdapterOps, DropoutIsTheSameEverywhere) {
   const at::Tensor x = random({300, 337});
   const at::Tensor mask = dropped_out(at::ones_like(x, at::kFloat), 0.3, 5) != 0;
   EXPECT_NEAR(mask.to(at::kDouble).mean().item<double>(), 0.7, 0.005);
@@ -37,7 +38,7 @@ Tensors low_rank_inputs() {
 }
 std::vector<LowRankUpdate> low_rank_updates(const Tensors& t) { return {{t[2], t[3], 0, 17}, {t[4], t[5], 7, 18}}; }
 
-TEST(Ops, AddLowRank) {
+TEST(AdapterOps, AddLowRank) {
   const Operation plain = [](const Tensors& t) {
     const auto update = [&](size_t i) { return t[1].mm(t[i].t()).mm(t[i + 1].t()) * 0.5; };
     return t[0] + at::cat({update(2), at::zeros({9, 3}, at::kDouble), update(4)}, 1);
@@ -53,7 +54,7 @@ TEST(Ops, AddLowRank) {
 
 // For a given mask it is linear in x, so its gradient tells how far two results lie apart; without the result's value,
 // the gradients are the same bits.
-TEST(Ops, AddLowRankDropsTheSameInBothPasses) {
+TEST(AdapterOps, AddLowRankDropsTheSameInBothPasses) {
   for (const at::DeviceType device : devices()) {
     Tensors t;
     for (const at::Tensor& input : low_rank_inputs()) t.push_back(input.to(device, at::kFloat));
@@ -75,7 +76,7 @@ TEST(Ops, AddLowRankDropsTheSameInBothPasses) {
   }
 }
 
-TEST(Ops, VectorNorm) {
+TEST(AdapterOps, VectorNorm) {
   for (const int64_t count : {0, 1, 37, 16384, 1000003}) {
     const at::Tensor x = random({count}, 3);
     for (const at::DeviceType device : devices()) {

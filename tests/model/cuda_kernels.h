@@ -1,12 +1,12 @@
 // What the tests of the CUDA kernels share: the emulated device's memory as tensors, and comparisons.
 #pragma once
-#include <ATen/ATen.h>
-#include <ATen/CPUGeneratorImpl.h>
 #include <gtest/gtest.h>
 
 #include <cstring>
 
+#include "tests/aten.h"
 #include "tests/model/cuda_on_cpu.h"
+#include "tests/model/operations.h"  // random()
 
 namespace caldera {
 
@@ -53,11 +53,6 @@ class Device {
   std::vector<int64_t> shape_;
   Buffer<T> buffer_;
 };
-
-inline at::Tensor random(at::IntArrayRef shape, double scale = 1) {
-  static at::Generator generator = at::detail::createCPUGenerator(23);
-  return at::randn(shape, generator, at::kDouble) * scale;
-}
 
 // What `run` returns, which must be the same bits in both orders.
 inline Tensors in_both_orders(const std::function<Tensors()>& run) {

@@ -7,6 +7,7 @@
 
 #include "model/ops/noise.h"
 #include "model/ops/ops.h"
+#include "tests/aten.h"
 #include "tests/model/cuda_kernels.h"
 // In this order: what the kernels need of CUDA stands above.
 #include "model/ops/cuda/activations.cu"

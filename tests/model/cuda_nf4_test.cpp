@@ -8,9 +8,11 @@
 namespace caldera {
 namespace {
 
-TYPED_TEST_SUITE(CudaKernels, Dtypes);
+template <class T>
+class CudaNf4 : public CudaKernels<T> {};
+TYPED_TEST_SUITE(CudaNf4, Dtypes);
 
-TYPED_TEST(CudaKernels, DequantizeNf4) {
+TYPED_TEST(CudaNf4, DequantizeNf4) {
   using T = TypeParam;
   const std::array<float, 256>& map = dynamic_map(true);
   // Whole packs and single elements; parts of a block at the end; more than a block of threads, more than a

@@ -37,7 +37,7 @@ struct Expected {
 };
 
 // Largest difference, relative to the largest value of what is expected, or to `floor` where that is smaller.
-double relative_error(const at::Tensor& got, const at::Tensor& expected, double floor = 1e-30) {
+double live_error(const at::Tensor& got, const at::Tensor& expected, double floor = 1e-30) {
   EXPECT_EQ(got.sizes(), expected.sizes());
   return ((got - expected).abs().max() / expected.abs().max().clamp_min(floor)).item<double>();
 }
@@ -57,10 +57,10 @@ TEST(DecoderLive, EveryFamilyIsAsTransformersHasIt) {
     const Expected expected(entry.path());
     const at::Tensor logits = expected.get("logits");
     const auto model = load_language_model(entry.path());
-    record("logits", relative_error(expected.logits(*model), logits), 1e-5, name);
+    record("logits", live_error(expected.logits(*model), logits), 1e-5, name);
     if (fs::exists(entry.path() / "model.gguf"))
       record("logits of GGUF",
-             relative_error(expected.logits(*load_language_model(entry.path() / "model.gguf")), logits), 1e-5,
+             live_error(expected.logits(*load_language_model(entry.path() / "model.gguf")), logits), 1e-5,
              name);
 
     const NamedTensors tensors = model->tensors();
@@ -68,14 +68,14 @@ TEST(DecoderLive, EveryFamilyIsAsTransformersHasIt) {
     const at::Tensor hidden = model->forward(model->embed(expected.get("ids")), expected.positions,
                                              expected.cu_seqlens, expected.get("supervised"));
     const at::Tensor loss = linear_cross_entropy(hidden, model->head_weight(), expected.get("targets"));
-    record("loss", relative_error(loss.detach(), expected.get("loss")), 1e-5, name);
+    record("loss", live_error(loss.detach(), expected.get("loss")), 1e-5, name);
     loss.backward();
     double largest = 0;
     for (const NamedTensor& tensor : tensors)
       largest = std::max(largest, tensor.grad().abs().max().item<double>());
     for (const NamedTensor& tensor :
          tensors)  // one that all but cancels (a key's bias) is mere rounding by itself
-      record("gradients", relative_error(tensor.grad(), expected.get("grad." + tensor.name), 1e-3 * largest),
+      record("gradients", live_error(tensor.grad(), expected.get("grad." + tensor.name), 1e-3 * largest),
              1e-4, name + ": " + tensor.name);
 
     convert(tensors, at::kCPU, at::kBFloat16);

@@ -11,6 +11,7 @@
 #include "model/language/rope.h"
 #include "model/ops/ops.h"
 #include "model/weights/safetensors.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
@@ -18,7 +19,6 @@ namespace {
 using testing::HasSubstr;
 using testing::ThrowsMessage;
 
-const std::string kGolden = std::string(CALDERA_SOURCE_DIR) + "/tests/golden/";
 
 // Largest difference, relative to the largest value of what is expected.
 double relative_error(const at::Tensor& got, const at::Tensor& expected) {
@@ -28,8 +28,8 @@ double relative_error(const at::Tensor& got, const at::Tensor& expected) {
 
 struct Golden {
   explicit Golden(const std::string& variant)
-      : file(open_safetensors(kGolden + variant + ".safetensors")),
-        config(parse_json(safetensors_metadata(kGolden + variant + ".safetensors").at("config"), variant)) {
+      : file(open_safetensors(kGolden / (variant + ".safetensors"))),
+        config(parse_json(safetensors_metadata(kGolden / (variant + ".safetensors")).at("config"), variant)) {
     model = find_language_model(config["model_type"].get<std::string>(), "test").make(config);
     for (const NamedTensor& tensor : model->tensors()) tensor.value().copy_(file->read(tensor.name));
   }
@@ -365,7 +365,7 @@ TEST(Decoder, FamiliesRefuseWhatTheyCannotObey) {
 }
 
 TEST(Rope, FrequenciesAreThoseOfTransformers) {
-  for (const Json& one : read_json(kGolden + "rope.json")) {
+  for (const Json& one : read_json(kGolden / "rope.json")) {
     const Rope rope = make_rope(one, one["head_dim"], one["max_position_embeddings"]);
     EXPECT_NEAR(rope.attention_scaling, one["attention_scaling"].get<double>(), 1e-7);
     const auto expected = one["inv_freq"].get<std::vector<float>>();

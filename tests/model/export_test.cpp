@@ -1,5 +1,4 @@
 // Whole models: built from parts, written as HF folders, found again in a run's folders.
-#include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -8,6 +7,7 @@
 #include "base/error.h"
 #include "base/log.h"
 #include "model/weights/load.h"
+#include "tests/aten.h"
 #include "tests/support.h"
 
 namespace caldera {

@@ -11,6 +11,7 @@
 #include "model/lora.h"
 #include "model/ops/matmul.h"
 #include "model/ops/ops.h"
+#include "tests/aten.h"
 
 namespace caldera {
 namespace {
@@ -92,7 +93,7 @@ TEST(Float8, AnAffineLayersThreeProductsAreIn8Bits) {
   for (const bool needs_value : {true, false}) {
     for (at::Tensor leaf : {x, weight, bias}) leaf.mutable_grad().reset();
     const auto make = [](const at::Tensor& source) { return source * 1; };
-    const at::Tensor again = affine_of(make, x, {}, weight, bias, needs_value, true);
+    const at::Tensor again = affine_of(make, x, weight, bias, needs_value, true);
     if (needs_value) {
       EXPECT_TRUE(at::equal(again, y));
     }

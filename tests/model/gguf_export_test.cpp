@@ -11,6 +11,7 @@
 #include "model/weights/gguf_names.h"
 #include "model/weights/gguf_weights.h"
 #include "model/weights/load.h"
+#include "tests/aten.h"
 #include "tests/support.h"
 
 namespace caldera {

@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "model/weights/torch_pickle.h"
 #include "model/weights/torch_pickle_write.h"
+#include "tests/aten.h"
 #include "tests/support.h"
 
 namespace caldera {

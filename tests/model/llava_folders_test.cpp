@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "model/weights/llava_config.h"
 #include "model/weights/load.h"
+#include "tests/aten.h"
 #include "tests/support.h"
 
 namespace caldera {

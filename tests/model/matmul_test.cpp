@@ -4,6 +4,7 @@
 #include "model/ops/matmul.h"
 #include "model/ops/ops.h"
 #include "model/ops/widened_product.h"
+#include "tests/aten.h"
 
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -13,7 +14,7 @@
 namespace caldera {
 namespace {
 
-double error(const at::Tensor& got, const at::Tensor& expected) {
+double norm_error(const at::Tensor& got, const at::Tensor& expected) {
   return ((got.to(at::kDouble) - expected).norm() / expected.norm()).item<double>();
 }
 
@@ -27,16 +28,16 @@ TEST_P(Matmul, TakesTransposedViewsAndSlices) {
   at::manual_seed(1);
   const at::Tensor a = random({37, 50}), b = random({29, 50}), wide = random({37, 80});
   const at::Tensor a64 = a.to(at::kDouble), b64 = b.to(at::kDouble);
-  EXPECT_LT(error(matrix_product(a, b.t()), a64.mm(b64.t())), tolerance());
-  EXPECT_LT(error(matrix_product(a.t(), wide), a64.t().mm(wide.to(at::kDouble))), tolerance());
+  EXPECT_LT(norm_error(matrix_product(a, b.t()), a64.mm(b64.t())), tolerance());
+  EXPECT_LT(norm_error(matrix_product(a.t(), wide), a64.t().mm(wide.to(at::kDouble))), tolerance());
   const at::Tensor slice = wide.narrow(1, 7, 50);  // rows farther apart than they are long
-  EXPECT_LT(error(matrix_product(slice, b.t()), slice.to(at::kDouble).mm(b64.t())), tolerance());
+  EXPECT_LT(norm_error(matrix_product(slice, b.t()), slice.to(at::kDouble).mm(b64.t())), tolerance());
 }
 
 TEST_P(Matmul, TakesBatches) {
   const at::Tensor a = random({3, 17, 20}), b = random({3, 11, 20});
   EXPECT_LT(
-      error(matrix_product(a, b.transpose(1, 2)), a.to(at::kDouble).bmm(b.to(at::kDouble).transpose(1, 2))),
+      norm_error(matrix_product(a, b.transpose(1, 2)), a.to(at::kDouble).bmm(b.to(at::kDouble).transpose(1, 2))),
       tolerance());
 }
 
@@ -44,16 +45,16 @@ TEST_P(Matmul, AddsToWhatIsThere) {
   const at::Tensor a = random({19, 33}), b = random({33, 21}), before = random({19, 21});
   const at::Tensor out = before.clone();
   matrix_product_into(a, b, out, /*accumulate=*/true);
-  EXPECT_LT(error(out, before.to(at::kDouble) + a.to(at::kDouble).mm(b.to(at::kDouble))), tolerance());
+  EXPECT_LT(norm_error(out, before.to(at::kDouble) + a.to(at::kDouble).mm(b.to(at::kDouble))), tolerance());
 }
 
 TEST_P(Matmul, IsTheSameForLargeFactors) {
   at::manual_seed(3);
   const at::Tensor a = random({200, 130}), b = random({90, 130}), c = random({200, 90});
   const at::Tensor a64 = a.to(at::kDouble), b64 = b.to(at::kDouble), c64 = c.to(at::kDouble);
-  EXPECT_LT(error(matrix_product(a, b.t()), a64.mm(b64.t())), tolerance());
-  EXPECT_LT(error(matrix_product(c, b), c64.mm(b64)), tolerance());
-  EXPECT_LT(error(matrix_product(c.t(), a), c64.t().mm(a64)), tolerance());
+  EXPECT_LT(norm_error(matrix_product(a, b.t()), a64.mm(b64.t())), tolerance());
+  EXPECT_LT(norm_error(matrix_product(c, b), c64.mm(b64)), tolerance());
+  EXPECT_LT(norm_error(matrix_product(c.t(), a), c64.t().mm(a64)), tolerance());
 }
 
 // Wide, high and small results, cut into blocks or not; b as it is or widened before.
@@ -95,11 +96,11 @@ TEST_P(Matmul, AffineGivesTheGradientsOfALinearLayer) {
     inputs.push_back(tensor->requires_grad_());
   }
   const at::Tensor y = affine(x, weight, bias), expected = at::linear(exact[0], exact[1], exact[2]);
-  EXPECT_LT(error(y.detach(), expected.detach()), tolerance());
+  EXPECT_LT(norm_error(y.detach(), expected.detach()), tolerance());
   const auto got = torch::autograd::grad({y}, inputs, {grad});
   const auto wanted = torch::autograd::grad({expected}, exact, {grad.to(at::kDouble)});
   for (size_t i = 0; i < inputs.size(); ++i)
-    EXPECT_LT(error(got[i], wanted[i]), tolerance()) << "input " << i;
+    EXPECT_LT(norm_error(got[i], wanted[i]), tolerance()) << "input " << i;
 }
 
 TEST_P(Matmul, AffineOfOneRowLeavesItsBiasAsItIs) {
@@ -117,7 +118,7 @@ TEST_P(Matmul, AFrozenWeightHasNoGradientAndItsLayerMayBeAddedToInPlace) {
   y.add_(1);
   y.sum().backward();
   EXPECT_FALSE(weight.grad().defined());
-  EXPECT_LT(error(x.grad(), weight.to(at::kDouble).sum(0).expand({5, 6})), tolerance());
+  EXPECT_LT(norm_error(x.grad(), weight.to(at::kDouble).sum(0).expand({5, 6})), tolerance());
 }
 
 // It is the largest matrix, and its gradient comes at a step's peak.
@@ -155,7 +156,7 @@ TEST_P(Matmul, FrozenWeightsKeepTheirOrderAndChangeNoBit) {
     EXPECT_EQ(frozen.num_bytes(), expected);
     // Other weights do not get these numbers, nor does this one once it has changed.
     const at::Tensor other = random({96, 64});
-    EXPECT_LT(error(matrix_product(x.detach(), other.t()), x.to(at::kDouble).mm(other.to(at::kDouble).t()).detach()),
+    EXPECT_LT(norm_error(matrix_product(x.detach(), other.t()), x.to(at::kDouble).mm(other.to(at::kDouble).t()).detach()),
               tolerance());
     weight.mul_(2);
     EXPECT_TRUE(at::equal(run()[0], before[0] * 2));
@@ -170,7 +171,7 @@ TEST_P(Matmul, FewRowsAreTheSameWithTheirWayOfTheirOwn) {
     const at::Tensor x = random({num_rows, 70}), weight = random({29, 70}), bias = random({29});
     const at::Tensor expected = at::linear(x.to(at::kDouble), weight.to(at::kDouble), bias.to(at::kDouble));
     const at::NoGradGuard no_grad;
-    EXPECT_LT(error(affine_few_rows(x, weight, bias), expected), tolerance()) << num_rows;
+    EXPECT_LT(norm_error(affine_few_rows(x, weight, bias), expected), tolerance()) << num_rows;
     const FewRowsGuard guard;
     const at::Tensor y = affine(x, weight, bias);
     EXPECT_TRUE(at::equal(y, affine_few_rows(x, weight, bias))) << num_rows;
@@ -225,7 +226,7 @@ TEST_P(Matmul, Int8WeightsErrByTheirRounding) {
     const at::Tensor x = random({num_rows, 96});
     const at::Tensor expected = at::linear(x.to(at::kDouble), restored, bias.to(at::kDouble));
     // The rows are rounded to 16 bits at the most.
-    EXPECT_LT(error(affine_int8(x, rounded, bias.to(GetParam())), expected), 2 * tolerance() + 5e-5)
+    EXPECT_LT(norm_error(affine_int8(x, rounded, bias.to(GetParam())), expected), 2 * tolerance() + 5e-5)
         << num_rows;
   }
 }

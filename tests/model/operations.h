@@ -1,12 +1,13 @@
 // What the tests of operations share: each runs on the CPU and, where there is one, on a GPU.
 #pragma once
-#include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <functional>
+
+#include "tests/aten.h"
 
 namespace caldera {
 

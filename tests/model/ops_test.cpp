@@ -11,6 +11,7 @@
 #include "model/ops/adamw_compact.h"
 #include "model/ops/ops.h"
 #include "model/vision/vit.h"
+#include "tests/aten.h"
 #include "tests/model/operations.h"
 #include "tests/support.h"
 

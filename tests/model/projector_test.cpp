@@ -8,6 +8,7 @@
 
 #include "base/cpu_allocator.h"
 #include "base/error.h"
+#include "tests/aten.h"
 
 namespace caldera {
 namespace {

@@ -9,6 +9,7 @@
 #include "model/ops/host_copies.h"
 #include "model/ops/matmul.h"
 #include "model/ops/ops.h"
+#include "tests/aten.h"
 #include "tests/model/operations.h"
 
 namespace caldera {
@@ -66,7 +67,7 @@ TEST(AffineOf, KeepsTheSourceAlone) {
   const int64_t before = cpu_memory().live_bytes;
   const at::Tensor plain = affine(swiglu(gate_up), weight);
   const int64_t of_plain = cpu_memory().live_bytes - before;
-  const at::Tensor made_again = affine_of(swiglu, gate_up, {}, weight);
+  const at::Tensor made_again = affine_of(swiglu, gate_up, weight);
   const int64_t of_made_again = cpu_memory().live_bytes - before - of_plain;
   EXPECT_EQ(of_plain - of_made_again, kRows * kWidth * 4);
 }
@@ -85,7 +86,7 @@ TEST(Recompute, LeavesOutALastProductInBackward) {
       needed.push_back(needs_value);
       const at::Tensor first = affine(source.sin(), weight);
       const auto [value, sum] = affine_of_norm(source, first, norm, 1e-5, weight);
-      return sum + affine_of(activate, value, {}, weight, {}, needs_value) + affine(value, weight, {}, needs_value);
+      return sum + affine_of(activate, value, weight, {}, needs_value) + affine(value, weight, {}, needs_value);
     };
     const at::Tensor plain = block(x, true), made_again = recompute(block, x, {weight});
     EXPECT_TRUE(at::equal(plain, made_again));

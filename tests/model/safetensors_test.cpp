@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "base/error.h"
+#include "tests/aten.h"
 #include "tests/support.h"
 
 namespace caldera {

@@ -1,12 +1,12 @@
 // SigLIP's tower, and towers at other picture sizes than their own, against transformers' numbers; goldens by
 // scripts/make_goldens_vision.py.
-#include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "base/error.h"
 #include "model/vision/tower.h"
 #include "model/weights/load.h"
+#include "tests/aten.h"
 #include "tests/model/vision_golden.h"
 #include "tests/support.h"
 
@@ -15,7 +15,6 @@ namespace {
 
 using testing::HasSubstr;
 
-const fs::path kGolden = fs::path(CALDERA_SOURCE_DIR) / "tests" / "golden";
 const Json kSiglip = {{"model_type", "siglip_vision_model"},
                       {"hidden_size", 20},
                       {"intermediate_size", 36},
@@ -163,7 +162,7 @@ TEST(ImageSize, LoadedFoldersTakeIt) {
   EXPECT_TRUE(at::equal(load_vision_tower(folder, {})->forward(pixels), fresh->forward(pixels)));
 }
 
-TEST(ImageSpec, KindOfResizingComesFromThePreprocessor) {
+TEST(SiglipImageSpec, KindOfResizingComesFromThePreprocessor) {
   const auto keeps = [](const Json& config, const Json& size) {
     return make_tower(config, {}, {{"size", size}})->image_spec().keeps_aspect;
   };

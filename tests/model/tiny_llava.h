@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "base/words.h"
 #include "model/llava.h"
+#include "tests/aten.h"
 
 namespace caldera {
 

@@ -15,7 +15,6 @@ namespace {
 using testing::HasSubstr;
 using namespace std::string_literals;
 
-const fs::path kGolden = fs::path(CALDERA_SOURCE_DIR) / "tests" / "golden";
 
 std::string little(uint64_t value, int num_bytes) {
   std::string bytes;

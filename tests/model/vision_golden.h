@@ -1,12 +1,12 @@
 // Towers with a golden's weights.
 #pragma once
-#include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
 #include <memory>
 
 #include "model/vision/tower.h"
 #include "model/weights/load.h"
+#include "tests/aten.h"
 
 namespace caldera {
 

@@ -1,5 +1,4 @@
 // The towers against the reference's own numbers; goldens by scripts/make_goldens_vision.py.
-#include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -9,14 +8,15 @@
 #include "model/vision/tower.h"
 #include "model/vision/vit.h"
 #include "model/weights/load.h"
+#include "tests/aten.h"
 #include "tests/model/vision_golden.h"
+#include "tests/support.h"
 
 namespace caldera {
 namespace {
 
 using testing::HasSubstr;
 
-const fs::path kGolden = fs::path(CALDERA_SOURCE_DIR) / "tests" / "golden";
 
 Json clip_config(const char* act = "quick_gelu") {
   return {{"model_type", "clip_vision_model"},

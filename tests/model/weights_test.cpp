@@ -1,5 +1,4 @@
 // Components from folders and GGUF files; goldens by scripts/make_goldens_gguf.py.
-#include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -8,6 +7,7 @@
 #include "base/error.h"
 #include "model/weights/gguf_weights.h"
 #include "model/weights/load.h"
+#include "tests/aten.h"
 #include "tests/support.h"
 
 namespace caldera {
@@ -15,7 +15,6 @@ namespace {
 
 using testing::HasSubstr;
 
-const fs::path kGolden = fs::path(CALDERA_SOURCE_DIR) / "tests" / "golden";
 
 class WeightsTest : public testing::Test {
  protected:

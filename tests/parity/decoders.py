@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Random decoders of odd sizes, every family with every option it has: what transformers computes with them (logits, loss, the gradient
-of every parameter, in float32; logits in bfloat16), for model_decoder_live_test to compare with. Each is written as transformers
+of every parameter, in float32; logits in bfloat16), for the test model/decoder_live to compare with. Each is written as transformers
 saves it and, where llama.cpp has it, as a GGUF file with the names and the order of its converter. Usage: decoders.py FOLDER [SEED]"""
 import json, pathlib, random, sys
 

@@ -2,7 +2,7 @@
 """What transformers makes of a llama's GGUF file, for Caldera's reader to be held against:
 
     tests/parity/gguf_nll.py MODEL.gguf OUT.safetensors
-    CALDERA_GGUF=MODEL.gguf CALDERA_GGUF_EXPECTED=OUT.safetensors build/model_weights_test --gtest_filter='*RealModel'
+    CALDERA_GGUF=MODEL.gguf CALDERA_GGUF_EXPECTED=OUT.safetensors build/model_tests --gtest_filter='*RealModel'
 
 Writes the ids of a passage and the loss of each next token, in nats, in float32."""
 import sys

@@ -5,7 +5,7 @@ Caldera's.
     tests/parity/hf_folder.py DIR [--batch FILE.safetensors]
 
 FILE holds input_ids [samples, tokens] (-200 where an image's features go), pixels [images, 3, Y, X] uint8 and Caldera's
-logits [samples, tokens, vocabulary] (of the rows in training: those that only pad the file are left out). CALDERA_PARITY_DIR=DIR build/model_export_test writes such a folder, with
+logits [samples, tokens, vocabulary] (of the rows in training: those that only pad the file are left out). CALDERA_PARITY_DIR=DIR build/model_tests --gtest_filter=ExportTest.* writes such a folder, with
 DIR/batch.safetensors."""
 import argparse
 import json

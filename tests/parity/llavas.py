@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Random whole LLaVAs of odd sizes: every tower with every decoder family. What transformers computes with them (logits, loss, the
-gradient of every parameter, in float32; logits in bfloat16), for model_llava_live_test to compare with. Usage: llavas.py FOLDER [SEED]"""
+gradient of every parameter, in float32; logits in bfloat16), for the test model/llava_live to compare with. Usage: llavas.py FOLDER [SEED]"""
 import pathlib, random, sys
 
 import torch

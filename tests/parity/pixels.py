@@ -147,7 +147,7 @@ def run(folder, paths, image_size):
     """What Caldera makes of the pictures: for each a description, and all of their bytes."""
     job = {"pictures": [str(path) for path in paths], "image_size": image_size, "out": str(folder / "out.json"), "bytes": str(folder / "out.bin")}
     (folder / "job.json").write_text(json.dumps(job))
-    subprocess.run([build / "data_image_test", "--gtest_filter=PixelsJob.*"], check=True, stdout=subprocess.DEVNULL,
+    subprocess.run([build / "data_tests", "--gtest_filter=PixelsJob.*"], check=True, stdout=subprocess.DEVNULL,
                    env=os.environ | {"CALDERA_PIXELS_JOB": str(folder / "job.json")})
     return json.loads((folder / "out.json").read_text()), (folder / "out.bin").read_bytes()
 

@@ -21,20 +21,20 @@ checks = [
     ("folders", {}, [python("folders.py", caldera)]),
     ("trajectory", {}, [python("trajectory.py", caldera)]),
     ("decoders", {"CALDERA_DECODERS": str(work / "decoders")},
-     [python("decoders.py", work / "decoders"), [build / "model_decoder_live_test"]]),
+     [python("decoders.py", work / "decoders"), [build / "model_tests", "--gtest_filter=DecoderLive.*"]]),
     ("llavas", {"CALDERA_LLAVAS": str(work / "llavas")},
-     [python("llavas.py", work / "llavas"), [build / "model_llava_live_test"]]),
+     [python("llavas.py", work / "llavas"), [build / "model_tests", "--gtest_filter=LlavaLive.*"]]),
     ("gguf_files", {}, [python("gguf_files.py", caldera)]),
     ("exports", {}, [python("exports.py", caldera)]),
     ("taps", {}, [python("taps.py", caldera)]),
     ("hf_folder", {"CALDERA_PARITY_DIR": str(work)},
-     [[build / "model_export_test"], python("hf_folder.py", work, "--batch", work / "batch.safetensors")]),
+     [[build / "model_tests", "--gtest_filter=ExportTest.*"], python("hf_folder.py", work, "--batch", work / "batch.safetensors")]),
 ]
 if "CALDERA_GGUF" in os.environ:
     expected = work / "nll.safetensors"
     checks.append(("gguf_nll", {"CALDERA_GGUF_EXPECTED": str(expected)},
                    [python("gguf_nll.py", os.environ["CALDERA_GGUF"], expected),
-                    [build / "model_weights_test", "--gtest_filter=*RealModel"]]))
+                    [build / "model_tests", "--gtest_filter=*RealModel"]]))
 
 failed = []
 for name, environment, commands in checks:

@@ -42,7 +42,7 @@ def report(name: str, mismatches: int, total: int, example="") -> None:
 def caldera(build: Path, folder: Path, **job) -> dict:
     job = {"lines": [], "conversations": [], "template": "chatml", "out": str(folder / "out.json")} | job
     (folder / "job.json").write_text(json.dumps(job))
-    subprocess.run([build / "data_tokenizer_test", "--gtest_filter=TokenizerJob.*"], check=True, stdout=subprocess.DEVNULL,
+    subprocess.run([build / "data_tests", "--gtest_filter=TokenizerJob.*"], check=True, stdout=subprocess.DEVNULL,
                    env=os.environ | {"CALDERA_TOKENS_JOB": str(folder / "job.json")})
     return json.loads((folder / "out.json").read_text())
 

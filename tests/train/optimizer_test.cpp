@@ -1,3 +1,4 @@
+#include "tests/aten.h"
 #include "train/optimizer.h"
 
 #include <gtest/gtest.h>

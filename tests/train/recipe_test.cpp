@@ -110,13 +110,13 @@ TEST_F(RecipeTest, OverridesReplaceAndAdd) {
   EXPECT_EQ(read(kBase, {"stages.0.data.image_folder="}).stages[0].data.image_folder, "");
 }
 
-struct Case {
+struct BadRecipe {
   std::string name, yaml, expected;
   std::vector<std::string> overrides;
 };
 
-std::vector<Case> bad_recipes() {
-  std::vector<Case> cases;
+std::vector<BadRecipe> bad_recipes() {
+  std::vector<BadRecipe> cases;
   bool is_message = false;
   for (const std::string& line : split(read_file(kSource / "tests/train/bad_recipes.txt"), "\n")) {
     if (line.starts_with("=== ")) {
@@ -138,9 +138,9 @@ std::vector<Case> bad_recipes() {
 }
 
 TEST_F(RecipeTest, EveryBadRecipeIsRefusedWithItsMessage) {
-  const std::vector<Case> cases = bad_recipes();
+  const std::vector<BadRecipe> cases = bad_recipes();
   EXPECT_GE(cases.size(), 60u);
-  for (const Case& c : cases) {
+  for (const BadRecipe& c : cases) {
     const auto start = std::chrono::steady_clock::now();
     const std::string got = message(c.yaml, c.overrides);
     EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(1)) << c.name;

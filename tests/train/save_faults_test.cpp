@@ -10,6 +10,7 @@
 #include "base/fault.h"
 #include "base/files.h"
 #include "base/log.h"
+#include "tests/aten.h"
 #include "tests/support.h"
 #include "train/checkpoint.h"
 

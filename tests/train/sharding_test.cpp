@@ -186,16 +186,16 @@ std::vector<std::invoke_result_t<Work, World&>> as_ranks(int size, int local_siz
   return results;
 }
 
-struct Case {
+struct ShardingCase {
   std::string strategy, within;
   int size, local_size;
   bool recomputes = false;
 };
 
-class ShardingTest : public testing::TestWithParam<Case> {};
+class ShardingTest : public testing::TestWithParam<ShardingCase> {};
 
 TEST_P(ShardingTest, ComputesWhatOneRankDoesAndSendsWhatItSays) {
-  const Case& c = GetParam();
+  const ShardingCase& c = GetParam();
   const Result expected = train_alone(c.size);
   const std::vector<Result> results = as_ranks(c.size, c.local_size, [&](World& world) {
     return train_rank(world, {.strategy = c.strategy, .shard_within = c.within}, c.recomputes);
@@ -247,15 +247,15 @@ TEST_P(ShardingTest, ComputesWhatOneRankDoesAndSendsWhatItSays) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, ShardingTest,
-                         testing::Values(Case{"ddp", "world", 2, 2}, Case{"ddp", "world", 4, 2},
-                                         Case{"zero1", "world", 3, 3}, Case{"zero2", "world", 2, 2},
-                                         Case{"zero3", "world", 2, 2}, Case{"zero3", "world", 4, 2},
-                                         Case{"zero1", "node", 4, 2}, Case{"zero2", "node", 4, 2},
-                                         Case{"zero3", "node", 4, 2}, Case{"zero3", "node", 6, 2},
-                                         Case{"zero2", "node", 2, 2}, Case{"zero1", "world", 3, 3, true},
-                                         Case{"zero2", "node", 4, 2, true}),
-                         [](const testing::TestParamInfo<Case>& parameter) {
-                           const Case& c = parameter.param;
+                         testing::Values(ShardingCase{"ddp", "world", 2, 2}, ShardingCase{"ddp", "world", 4, 2},
+                                         ShardingCase{"zero1", "world", 3, 3}, ShardingCase{"zero2", "world", 2, 2},
+                                         ShardingCase{"zero3", "world", 2, 2}, ShardingCase{"zero3", "world", 4, 2},
+                                         ShardingCase{"zero1", "node", 4, 2}, ShardingCase{"zero2", "node", 4, 2},
+                                         ShardingCase{"zero3", "node", 4, 2}, ShardingCase{"zero3", "node", 6, 2},
+                                         ShardingCase{"zero2", "node", 2, 2}, ShardingCase{"zero1", "world", 3, 3, true},
+                                         ShardingCase{"zero2", "node", 4, 2, true}),
+                         [](const testing::TestParamInfo<ShardingCase>& parameter) {
+                           const ShardingCase& c = parameter.param;
                            return fmt::format("{}_{}_{}_of_{}{}", c.strategy, c.within, c.local_size, c.size,
                                               c.recomputes ? "_recomputing" : "");
                          });

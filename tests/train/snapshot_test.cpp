@@ -1,3 +1,4 @@
+#include "tests/aten.h"
 #include "train/snapshot.h"
 
 #include <gtest/gtest.h>

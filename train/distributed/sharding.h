@@ -22,13 +22,13 @@
 // gathered while the present one computes. The order of all that is the same on every rank, whatever its
 // samples touch.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "base/aten.h"
 #include "model/weights/safetensors.h"
 #include "train/distributed/layout.h"
 #include "train/distributed/world.h"

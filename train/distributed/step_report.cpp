@@ -1,10 +1,10 @@
 #include "train/distributed/step_report.h"
 
-#include <ATen/ATen.h>
 
 #include <algorithm>
 #include <cmath>
 
+#include "base/aten.h"
 #include "base/error.h"
 
 namespace caldera {

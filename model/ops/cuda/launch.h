@@ -1,11 +1,11 @@
 // From tensors to the CUDA kernels. In a build without CUDA nothing of this is called, and the kernels are
 // not there.
 #pragma once
-#include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <type_traits>
 
+#include "base/aten.h"
 #include "base/error.h"
 #include "model/ops/adamw.h"
 #include "model/ops/autograd.h"
