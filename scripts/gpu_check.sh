@@ -45,17 +45,18 @@ nvidia-smi > "$out/nvidia-smi.txt"
 [ -x "$build/caldera" ] || { echo "gpu_check: $build/caldera is not built: CALDERA_CUDA=ON scripts/setup.sh --tests" >&2; exit 1; }
 
 # Each operation on the GPU against double precision. A test that is skipped means that no GPU was seen.
-operations() { # TEST
+operations() { # PROGRAM FILTER
   local log
-  log=$(in_time "$build/$1" 2>&1) || { echo "$log"; return 1; }
+  log=$(in_time "$build/$1" --gtest_filter="$2" 2>&1) || { echo "$log"; return 1; }
   echo "$log"
   [[ $log != *SKIPPED* ]]
 }
-for test in model_ops_test model_adapter_ops_test train_snapshot_test; do
-  if [ -x "$build/$test" ]; then
-    step "$test" operations "$test"
+for test in "model_tests Ops.*:*/Ops.*:OpsOnAGpu.*:AdapterOps.*" "train_tests Snapshot.*:*/Snapshots.*"; do
+  read -r program filter <<< "$test"
+  if [ -x "$build/$program" ]; then
+    step "$program" operations "$program" "$filter"
   else
-    echo "gpu_check: operations are not tested by themselves: $build/$test is not built (scripts/setup.sh --tests)"
+    echo "gpu_check: operations are not tested by themselves: $build/$program is not built (scripts/setup.sh --tests)"
   fi
 done
 
