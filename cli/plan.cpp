@@ -7,6 +7,7 @@
 #include "cli/command.h"
 #include "train/plan.h"
 #include "train/profile.h"
+#include "train/run.h"
 #include "train/scaling.h"
 #include "train/stage.h"
 
@@ -123,7 +124,7 @@ void print_scaling(const Recipe& recipe, const StageConfig& stage, const PlanCom
 }
 
 void plan(const PlanCommand& command) {
-  const Recipe recipe = read_recipe(command.recipe, command.overrides);
+  const Recipe recipe = choose_dtypes(read_recipe(command.recipe, command.overrides));
   if (!command.nodes.empty()) {
     for (const StageConfig& stage : recipe.stages)
       if (command.stage.empty() || command.stage == stage.name)

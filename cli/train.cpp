@@ -67,7 +67,7 @@ void print_summary(const Recipe& recipe, const HeldoutResult& result) {
 }
 
 void train(const TrainCommand& command) {
-  const Recipe recipe = read_recipe(command.recipe, command.overrides);
+  Recipe recipe = read_recipe(command.recipe, command.overrides);
   const WorldSpec spec = world_from_environment();
   tune_allocator();
   for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) std::signal(signal, on_signal);
@@ -80,6 +80,7 @@ void train(const TrainCommand& command) {
                 abort_rank);
     RunOptions run = command.run;
     run.world = &world;
+    recipe = choose_dtypes(std::move(recipe), run.resume, &world);
     ProfiledSteps profiled(recipe, command.profile_steps, spec.size, progress);
     const bool is_profiled = command.profile_steps > 0 && spec.rank == 0;
     TrainingObserver& observer = is_profiled ? static_cast<TrainingObserver&>(profiled) : progress;

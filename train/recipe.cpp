@@ -55,11 +55,13 @@ void check_stage(const ReadState& state, const std::string& path, const StageCon
                 "conflicts with trainable, which leaves out vision_tower");
   if (stage.uses_lora() && !stage.trainable.empty() && !trains("language_model"))
     state.fault(path + ".lora", "conflicts with trainable, which leaves out language_model: the adapters are its own");
-  if (stage.optimizer.master_weights == "none" && stage.dtype == "float32")
+  if (stage.optimizer.master_weights == "none" && stage.dtype != "bfloat16")
     state.fault(path + ".optimizer.master_weights",
-                "conflicts with dtype: float32, where the weights are their own masters");
-  if (stage.float8 && stage.dtype == "float32")
-    state.fault(path + ".float8", "conflicts with dtype: float32: the products are rounded to bfloat16");
+                fmt::format("conflicts with dtype: {}, where the weights {} their own masters", stage.dtype,
+                            stage.dtype == "auto" ? "may be" : "are"));
+  if (stage.float8 && stage.dtype != "bfloat16")
+    state.fault(path + ".float8",
+                fmt::format("conflicts with dtype: {}: the products are rounded to bfloat16", stage.dtype));
   if (stage.float8 && stage.uses_4bit())
     state.fault(path + ".float8", "conflicts with lora.load_in_4bit, whose weights are restored in bfloat16");
   if (stage.memory.offload_activations && !stage.gradient_checkpointing && stage.memory.budget_gb == 0)

@@ -73,7 +73,7 @@ struct StageConfig {
   double num_train_epochs = 1;
   int64_t max_steps = 0;            // > 0: overrides num_train_epochs
   std::string loss = "token_mean";  // or "micro_batch_mean", LLaVA's
-  std::string dtype = "float32";    // of compute: float32 or bfloat16
+  std::string dtype = "float32";    // of compute: float32, bfloat16 or auto (choose_dtypes() in run.h)
   bool float8 = false;              // products of the decoder's linear layers
   bool gradient_checkpointing = false;
   int64_t save_steps = 500, save_total_limit = 1;

@@ -123,8 +123,10 @@ void fields(V& v, StageConfig& c) {
     "micro-batches' means",
     one_of({"token_mean", "micro_batch_mean"}));
   v("dtype", c.dtype,
-    "of weights and activations in the computation; beside `bfloat16` ones see `optimizer.master_weights`",
-    one_of({"float32", "bfloat16"}));
+    "of weights and activations in the computation; beside `bfloat16` ones see `optimizer.master_weights`. `auto`: what "
+    "the machine on which the stage begins computes fastest (`bfloat16` on GPUs and on processors that multiply it faster "
+    "than float32)",
+    one_of({"float32", "bfloat16", "auto"}));
   v("float8", c.float8,
     "with `dtype: bfloat16`: the products of the decoder's linear layers, forward and backward, in 8-bit floats, as "
     "torchao's rowwise recipe (see docs/performance.md)");

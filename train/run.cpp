@@ -5,11 +5,13 @@
 #include <algorithm>
 #include <sstream>
 
+#include "base/cpu.h"
 #include "base/cpu_allocator.h"
 #include "base/error.h"
 #include "base/files.h"
 #include "base/log.h"
 #include "base/strings.h"
+#include "model/ops/product_way.h"
 #include "train/checkpoint.h"
 
 namespace caldera {
@@ -108,15 +110,22 @@ void check_same_recipe(const fs::path& where, const std::string& before, const R
   }
 }
 
-// A finished stage is not trained again, so it must be what the recipe says.
-void check_finished(const fs::path& folder, const Recipe& recipe, const StageConfig& stage) {
+// The recipe under which the stage in this folder was begun; none where there is no stage, or a model was put there.
+std::optional<Recipe> recipe_of(const fs::path& folder) {
   const fs::path file = folder / "recipe.yaml";
-  if (!fs::exists(file)) return;  // a model that was put there
+  if (!fs::exists(file)) return std::nullopt;
   std::vector<std::string> lines = split(read_file(file), "\n");
   std::erase_if(lines, [](const std::string& line) { return strip(line).starts_with("logging_steps:"); });
-  const Recipe before = parse_recipe(join(lines, "\n"), file.string());
-  for (const StageConfig& old : before.stages)
-    if (old.name == stage.name) check_same_recipe(file, recipe_part(before, old), recipe, stage);
+  return parse_recipe(join(lines, "\n"), file.string());
+}
+
+// A finished stage is not trained again, so it must be what the recipe says.
+void check_finished(const fs::path& folder, const Recipe& recipe, const StageConfig& stage) {
+  const std::optional<Recipe> before = recipe_of(folder);
+  if (!before) return;
+  for (const StageConfig& old : before->stages)
+    if (old.name == stage.name)
+      check_same_recipe(folder / "recipe.yaml", recipe_part(*before, old), recipe, stage);
 }
 
 void move_aside(const fs::path& folder) {
@@ -239,6 +248,27 @@ Outcome run_stages(const Recipe& recipe, const RunOptions& options, TrainingObse
 }
 
 }  // namespace
+
+Recipe choose_dtypes(Recipe recipe, const std::string& resume, World* world) {
+  if (world == nullptr) world = &World::alone();
+  for (StageConfig& stage : recipe.stages) {
+    if (stage.dtype != "auto") continue;
+    stage.dtype = once(*world, [&] {
+      const bool is_checkpoint = resume != "auto" && resume != "never";
+      const fs::path folder =
+          is_checkpoint ? fs::absolute(resume).parent_path().parent_path() : fs::path(recipe.output) / stage.name;
+      if (const std::optional<Recipe> begun = resume == "never" ? std::nullopt : recipe_of(folder))
+        for (const StageConfig& old : begun->stages)
+          if (old.name == stage.name && old.dtype != "auto") return old.dtype;
+      const bool on_gpu = choose_device(recipe.device).is_cuda();
+      const std::string chosen = on_gpu || fastest_dtype_of(cpu()) == at::kBFloat16 ? "bfloat16" : "float32";
+      log_info("stages.{}.dtype: auto is {}, what {} computes fastest", stage.name, chosen,
+               on_gpu ? "a GPU" : fmt::format("this processor ({})", cpu_text()));
+      return chosen;
+    });
+  }
+  return recipe;
+}
 
 Outcome run_recipe(const Recipe& recipe, const RunOptions& options, TrainingObserver& observer,
                    const std::function<int()>& stop_requested) {

@@ -25,6 +25,10 @@ struct RunOptions {
 Outcome run_recipe(const Recipe& recipe, const RunOptions& options, TrainingObserver& observer,
                    const std::function<int()>& stop_requested);
 
+// The recipe with each stage's `dtype: auto` decided, and said in the log: as the stage in its folder was begun, where there
+// is one that `resume` goes on with; else what this machine computes fastest. All ranks call it alike and get the first's.
+Recipe choose_dtypes(Recipe recipe, const std::string& resume = "auto", World* world = nullptr);
+
 // Seconds spent in the steps of all stages, from their metrics.jsonl.
 double train_seconds(const Recipe& recipe);
 

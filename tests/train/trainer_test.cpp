@@ -144,6 +144,26 @@ TEST_F(TrainerTest, AChangedRecipeIsNotResumed) {
   EXPECT_EQ(train(changed).size(), 4u);
 }
 
+// A run that moves to another processor goes on in the dtype in which it was begun.
+TEST_F(TrainerTest, DtypeAutoIsDecidedWhereTheStageBegins) {
+  Recipe automatic = recipe("a");
+  automatic.device = "cpu";
+  automatic.stages[0].dtype = "auto";
+  const std::string here = fastest_dtype_of(cpu()) == at::kBFloat16 ? "bfloat16" : "float32";
+  const std::string other = here == "float32" ? "bfloat16" : "float32";
+  EXPECT_EQ(choose_dtypes(automatic).stages[0].dtype, here);
+  Recipe begun = automatic;
+  begun.stages[0].dtype = other;
+  int steps = 0;
+  train(begun, "auto", [&] { return ++steps == 2; });
+  EXPECT_EQ(choose_dtypes(automatic).stages[0].dtype, other);
+  EXPECT_EQ(choose_dtypes(automatic, "never").stages[0].dtype, here);
+  const fs::path checkpoint = fs::path(begun.output) / "finetune/checkpoints/step-00000002";
+  ASSERT_TRUE(fs::exists(checkpoint));
+  automatic.output = (fs::path(automatic.output).parent_path() / "elsewhere").string();
+  EXPECT_EQ(choose_dtypes(automatic, checkpoint.string()).stages[0].dtype, other);
+}
+
 TEST_F(TrainerTest, AFinishedStageOfAChangedRecipeIsNotReused) {
   Recipe two = recipe("a");
   two.stages.push_back(two.stages[0]);
