@@ -166,7 +166,7 @@ void attend_task(const AttentionSample& sample, const AttentionRows& out, int64_
 
 }  // namespace
 
-void attend_one_by_key_head(const std::vector<AttentionSample>& samples,
+void attend_one_query(const std::vector<AttentionSample>& samples,
                             const std::vector<AttentionRows>& out) {
   std::vector<std::pair<size_t, int64_t>> tasks;
   int64_t num_elements = 0;

@@ -8,7 +8,7 @@ namespace caldera {
 
 // out[i] [1, H, K] = softmax(q k^T / sqrt(K)) v for samples of one query each, all rows dense: keys and
 // values are read where they lie, each once for all the query heads that share it.
-void attend_one_by_key_head(const std::vector<AttentionSample>& samples,
+void attend_one_query(const std::vector<AttentionSample>& samples,
                             const std::vector<AttentionRows>& out);
 
 }  // namespace caldera

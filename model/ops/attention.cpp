@@ -141,7 +141,7 @@ at::Tensor cached_attention(const at::Tensor& q_THK, const std::vector<at::Tenso
     outputs.push_back(rows_of(out, cu_seqlens, s));
     one_each = one_each && samples[s].q.count == 1 && samples[s].k.is_dense() && samples[s].v.is_dense();
   }
-  one_each ? attend_one_by_key_head(samples, outputs) : attend(samples, outputs, /*causal=*/true);
+  one_each ? attend_one_query(samples, outputs) : attend(samples, outputs, /*causal=*/true);
   return out;
 }
 

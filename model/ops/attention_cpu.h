@@ -31,9 +31,6 @@ struct AttentionSample {
 // out[i] [N, H, K] = softmax(q k^T / sqrt(K)) v, each query over the keys up to its own place if causal.
 void attend(const std::vector<AttentionSample>& samples, const std::vector<AttentionRows>& out, bool causal);
 
-// The same for samples of one query each (N = 1), all rows dense: keys and values are read where they lie.
-void attend_one_query(const std::vector<AttentionSample>& samples, const std::vector<AttentionRows>& out);
-
 // Of dL/dout, dL/dq, dL/dk and dL/dv are written. Scores are computed again: cheaper than keeping [H, N, L].
 struct AttentionGradients {
   AttentionRows d_out, dq, dk, dv;

@@ -1,4 +1,4 @@
-// What attention's two ways of multiplying on the CPU share (attention_cpu.cpp, attention_gemm.h): softmax of
+// What attention's two ways of multiplying on the CPU share (attention_brgemm.h, attention_gemm.h): softmax of
 // a block of scores, and memory.
 #pragma once
 #include <algorithm>

@@ -21,7 +21,7 @@ at::Tensor attended(const std::vector<at::Tensor>& q, const std::vector<at::Tens
     samples.push_back({{q[s], 0, 1}, {k[s], 0, k[s].size(0)}, {v[s], 0, v[s].size(0)}});
     rows.emplace_back(out, static_cast<int64_t>(s), 1);
   }
-  attend_one_by_key_head(samples, rows);
+  attend_one_query(samples, rows);
   return out;
 }
 
