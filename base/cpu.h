@@ -47,7 +47,7 @@ std::string cpu_text();
 // depends on what there is to take away: it complains of names that the processor has not.
 using Settings = std::vector<std::pair<std::string, std::string>>;
 Settings library_settings(CpuClass most, const CpuDescription& detected);
-// Sets them for the class that CALDERA_CPU asks for, if any. True where that changed something: the libraries
+// Sets them, whatever they were, for the class that CALDERA_CPU asks for, if any. True where that changed something: the libraries
 // read them as they load, so that the program must start again (restart_program). ConfigError as above.
 bool hold_libraries();
 // The program from its beginning, with the environment as it is now. Returns only where that fails.

@@ -106,7 +106,7 @@ struct BenchCommand {
 };
 
 void train(const BenchCommand& command) {
-  Recipe recipe = choose_dtypes(read_recipe(command.recipe, command.overrides));
+  Recipe recipe = choose_dtypes(read_recipe(command.recipe, command.overrides), command.run);
   recipe.evaluation.reset();  // none of its steps
   tune_allocator();
   StepByStep steps;

@@ -77,7 +77,10 @@ bool waits_passively_where_cores_are_busy() {
 // something was.
 void restart_where_environment_is_new(char** argv) {
   const bool is_held = hold_libraries(), is_passive = waits_passively_where_cores_are_busy();
-  if (is_held || is_passive) restart_program(argv);  // where that fails: as it was
+  if (!is_held && !is_passive) return;
+  restart_program(argv);
+  // Busy cores without the restart are slow; a library that is not held would run what it should not.
+  CALDERA_CHECK(!is_held, Error, "CALDERA_CPU is set, but the program cannot start itself anew for its libraries (/proc/self/exe)");
 }
 
 // LibTorch's CUDA libraries register themselves as they load. Where there is no GPU they would only take memory, and time

@@ -124,7 +124,9 @@ void print_scaling(const Recipe& recipe, const StageConfig& stage, const PlanCom
 }
 
 void plan(const PlanCommand& command) {
-  const Recipe recipe = choose_dtypes(read_recipe(command.recipe, command.overrides));
+  Recipe recipe = read_recipe(command.recipe, command.overrides);
+  if (!command.nodes.empty()) recipe.device = "cuda";  // whatever this machine has
+  recipe = choose_dtypes(std::move(recipe));
   if (!command.nodes.empty()) {
     for (const StageConfig& stage : recipe.stages)
       if (command.stage.empty() || command.stage == stage.name)

@@ -80,7 +80,7 @@ void train(const TrainCommand& command) {
                 abort_rank);
     RunOptions run = command.run;
     run.world = &world;
-    recipe = choose_dtypes(std::move(recipe), run.resume, &world);
+    recipe = choose_dtypes(std::move(recipe), run);
     ProfiledSteps profiled(recipe, command.profile_steps, spec.size, progress);
     const bool is_profiled = command.profile_steps > 0 && spec.rank == 0;
     TrainingObserver& observer = is_profiled ? static_cast<TrainingObserver&>(profiled) : progress;

@@ -49,24 +49,23 @@ missing_of() {
 if command -v dpkg-query > /dev/null; then
   mapfile -t missing < <(missing_of "${packages[@]}")
   mapfile -t missing_useful < <(missing_of "${useful[@]}")
-  wanted=("${missing[@]}" "${missing_useful[@]}")
-  if [ ${#wanted[@]} -gt 0 ]; then
-    install=(apt-get install -y --no-install-recommends "${wanted[@]}")
-    as_root=()
-    if [ "$(id -u)" = 0 ]; then
-      as_root=(env DEBIAN_FRONTEND=noninteractive)
-    elif sudo -n true 2> /dev/null; then
-      as_root=(sudo -n env DEBIAN_FRONTEND=noninteractive)
-    elif [ ${#missing[@]} -gt 0 ]; then
-      fail "these packages are missing; install them, then run this again:
-  sudo ${install[*]}"
-    else
-      echo "setup: not installed, for want of root; the tests do without: ${missing_useful[*]}"
-    fi
-    if [ ${#as_root[@]} -gt 0 ]; then
-      quietly "updating the package lists" "${as_root[@]}" apt-get update
-      quietly "installing ${#wanted[@]} packages: ${wanted[*]}" "${as_root[@]}" "${install[@]}"
-    fi
+  as_root=()
+  if [ "$(id -u)" = 0 ]; then
+    as_root=(env DEBIAN_FRONTEND=noninteractive)
+  elif sudo -n true 2> /dev/null; then
+    as_root=(sudo -n env DEBIAN_FRONTEND=noninteractive)
+  fi
+  install=(apt-get install -y --no-install-recommends)
+  if [ ${#missing[@]} -gt 0 ]; then
+    [ ${#as_root[@]} -gt 0 ] || fail "these packages are missing; install them, then run this again:
+  sudo ${install[*]} ${missing[*]} ${missing_useful[*]}"
+    quietly "updating the package lists" "${as_root[@]}" apt-get update
+    quietly "installing ${#missing[@]} packages: ${missing[*]}" "${as_root[@]}" "${install[@]}" "${missing[@]}"
+  fi
+  if [ ${#missing_useful[@]} -gt 0 ]; then
+    echo "setup: installing ${missing_useful[*]}"
+    [ ${#as_root[@]} -gt 0 ] && "${as_root[@]}" "${install[@]}" "${missing_useful[@]}" >> "$log" 2>&1 ||
+      echo "setup: that could not be installed; the tests do without"
   fi
 else
   echo "setup: no dpkg here; what Debian calls these is needed: ${packages[*]}"

@@ -9,7 +9,10 @@
 
 int main(int argc, char** argv) {
   try {
-    if (caldera::hold_libraries()) caldera::restart_program(argv);
+    if (caldera::hold_libraries()) {
+      caldera::restart_program(argv);
+      throw caldera::Error("the program cannot start itself anew (/proc/self/exe)");
+    }
   } catch (const caldera::Error& error) {
     std::fprintf(stderr, "error: %s\n", error.what());
     return error.exit_code();

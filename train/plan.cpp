@@ -112,11 +112,6 @@ double flops_of_step(const PlannedModel& p, const StagePlan& plan) {
          2 * supervised * head * (2.0 + (p.head_trains ? 1.0 : 0.0));
 }
 
-// A GPU's memory has neither program nor pictures in it. "cuda" may be planned where there is none.
-bool trains_on_gpu(const Recipe& recipe) {
-  return recipe.device == "cuda" || choose_device(recipe.device).is_cuda();
-}
-
 std::string gigabytes(int64_t bytes) { return fmt::format("{:.2f} GB", static_cast<double>(bytes) / 1e9); }
 
 }  // namespace

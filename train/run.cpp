@@ -164,6 +164,23 @@ std::string once(World& world, const std::function<std::string()>& work) {
   return world.from_first(world.is_first() ? work() : "");
 }
 
+// Of the stage that `options` go on with; "": none, it begins.
+std::string begun_dtype(const Recipe& recipe, const StageConfig& stage, const RunOptions& options) {
+  const bool is_asked_for = options.only_stage.empty() || stage.name == options.only_stage;
+  if (is_asked_for && options.resume == "never") return "";
+  if (const std::optional<Recipe> begun = recipe_of(fs::path(recipe.output) / stage.name))
+    for (const StageConfig& old : begun->stages)
+      if (old.name == stage.name && old.dtype != "auto") return old.dtype;
+  if (options.resume == "auto" || options.resume == "never") return "";
+  // The checkpoint of another run, of one stage.
+  const std::vector<std::string> lines = split(read_checkpoint_state(options.resume).recipe, "\n");
+  const auto is_named = [&](const std::string& line) { return strip(line).ends_with("name: " + stage.name); };
+  if (std::none_of(lines.begin(), lines.end(), is_named)) return "";
+  for (const std::string& line : lines)
+    if (const std::string text(strip(line)); text.starts_with("dtype: ")) return text.substr(7);
+  return "";
+}
+
 struct StageInPlan {
   size_t index = 0;  // in the recipe
   StageData data;
@@ -249,19 +266,14 @@ Outcome run_stages(const Recipe& recipe, const RunOptions& options, TrainingObse
 
 }  // namespace
 
-Recipe choose_dtypes(Recipe recipe, const std::string& resume, World* world) {
-  if (world == nullptr) world = &World::alone();
+Recipe choose_dtypes(Recipe recipe, const RunOptions& options) {
+  World& world = options.world != nullptr ? *options.world : World::alone();
   for (StageConfig& stage : recipe.stages) {
     if (stage.dtype != "auto") continue;
-    stage.dtype = once(*world, [&] {
-      const bool is_checkpoint = resume != "auto" && resume != "never";
-      const fs::path folder =
-          is_checkpoint ? fs::absolute(resume).parent_path().parent_path() : fs::path(recipe.output) / stage.name;
-      if (const std::optional<Recipe> begun = resume == "never" ? std::nullopt : recipe_of(folder))
-        for (const StageConfig& old : begun->stages)
-          if (old.name == stage.name && old.dtype != "auto") return old.dtype;
-      const bool on_gpu = choose_device(recipe.device).is_cuda();
-      const std::string chosen = on_gpu || fastest_dtype_of(cpu()) == at::kBFloat16 ? "bfloat16" : "float32";
+    stage.dtype = once(world, [&] {
+      if (const std::string begun = begun_dtype(recipe, stage, options); !begun.empty()) return begun;
+      const bool on_gpu = trains_on_gpu(recipe);
+      const std::string chosen = on_gpu || trains_fastest_in() == at::kBFloat16 ? "bfloat16" : "float32";
       log_info("stages.{}.dtype: auto is {}, what {} computes fastest", stage.name, chosen,
                on_gpu ? "a GPU" : fmt::format("this processor ({})", cpu_text()));
       return chosen;

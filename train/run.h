@@ -26,8 +26,8 @@ Outcome run_recipe(const Recipe& recipe, const RunOptions& options, TrainingObse
                    const std::function<int()>& stop_requested);
 
 // The recipe with each stage's `dtype: auto` decided, and said in the log: as the stage in its folder was begun, where there
-// is one that `resume` goes on with; else what this machine computes fastest. All ranks call it alike and get the first's.
-Recipe choose_dtypes(Recipe recipe, const std::string& resume = "auto", World* world = nullptr);
+// is one that the options go on with; else what this machine computes fastest. All ranks call it alike and get the first's.
+Recipe choose_dtypes(Recipe recipe, const RunOptions& options = {});
 
 // Seconds spent in the steps of all stages, from their metrics.jsonl.
 double train_seconds(const Recipe& recipe);

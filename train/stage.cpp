@@ -33,6 +33,10 @@ at::Device choose_device(const std::string& device, int local_rank) {
   return {at::kCUDA, static_cast<c10::DeviceIndex>(local_rank)};
 }
 
+bool trains_on_gpu(const Recipe& recipe) {
+  return recipe.device == "cuda" || choose_device(recipe.device).is_cuda();
+}
+
 void synchronize(at::Device device) {
   if (device.is_cuda()) at::detail::getCUDAHooks().deviceSynchronize(std::max<c10::DeviceIndex>(device.index(), 0));
 }

@@ -15,6 +15,8 @@ namespace caldera {
 // "auto": CUDA where there is a GPU, else the CPU. Throws ConfigError for "cuda" without one,
 // DistributedError where there are fewer GPUs than ranks on this machine.
 at::Device choose_device(const std::string& device, int local_rank = 0);
+// Whether a recipe trains on a GPU. "cuda" may be planned where there is none.
+bool trains_on_gpu(const Recipe& recipe);
 // Waits until all that was asked of a GPU is done; nothing for a CPU.
 void synchronize(at::Device device);
 at::ScalarType parse_dtype(const std::string& dtype);  // "float32" or "bfloat16"

@@ -1,7 +1,7 @@
 // Softmax attention of packed samples on the CPU, one task for each sample and key head. The products run on oneDNN's
 // inner kernel through LibTorch, or by our own where matrices are multiplied that way (product_way.h), on blocks of
 // queries whose scores stay in the core's cache, in float32; bfloat16 factors are multiplied as they are where the
-// processor does that faster (matmul.h), with float32 sums.
+// processor does that faster (product_way.h), with float32 sums.
 #pragma once
 
 #include <vector>

@@ -144,15 +144,13 @@ template <class T>
 at::Tensor run(const at::Tensor& x_NI, const at::Tensor& weight_OI, const at::Tensor& bias_O) {
   const int64_t N = x_NI.size(0), I = x_NI.size(1), O = weight_OI.size(0);
   const T *x = x_NI.const_data_ptr<T>(), *weight = weight_OI.const_data_ptr<T>();
-#ifdef CALDERA_NARROW_PRODUCTS
+#ifdef __x86_64__
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
     if (has_bf16_products())
       return outputs<T>(x_NI, O, nullptr, nullptr, bias_O, [&](float* sums, int64_t begin, int64_t end) {
         bf16_sums(x, weight, sums, N, I, O, begin, end);
       });
   }
-#endif
-#ifdef CALDERA_AVX2_SUMS
   if (cpu().avx2)
     return outputs<T>(x_NI, O, nullptr, nullptr, bias_O, [&](float* sums, int64_t begin, int64_t end) {
       if constexpr (std::is_same_v<T, float>)
@@ -163,7 +161,7 @@ at::Tensor run(const at::Tensor& x_NI, const at::Tensor& weight_OI, const at::Te
 #endif
   const Floats floats(x, N * I);
   return outputs<T>(x_NI, O, nullptr, nullptr, bias_O, [&](float* sums, int64_t begin, int64_t end) {
-    simd::run<CALDERA_EACH_WIDTH(sums_of, T)>(floats.data(), weight, sums, N, I, O, begin, end);
+    sums_of<Vec4>(floats.data(), weight, sums, N, I, O, begin, end);
   });
 }
 
@@ -173,7 +171,7 @@ at::Tensor run(const at::Tensor& x_NI, const Int8Weight& weight, const at::Tenso
   const int8_t* values = weight.values_OI.const_data_ptr<int8_t>();
   const float* scale = weight.scale_O.const_data_ptr<float>();
   const Floats floats(x_NI.const_data_ptr<T>(), N * I);
-#ifdef CALDERA_NARROW_PRODUCTS
+#ifdef __x86_64__
   if (has_int8_products() && I <= 65536) {
     const SplitRows rows = split_rows(floats.data(), N, I);
     const int32_t* value_sums = weight.sum_O.const_data_ptr<int32_t>();
@@ -182,8 +180,6 @@ at::Tensor run(const at::Tensor& x_NI, const Int8Weight& weight, const at::Tenso
                         int8_sums(rows, values, value_sums, sums, N, I, O, begin, end);
                       });
   }
-#endif
-#ifdef CALDERA_AVX2_SUMS
   if (cpu().avx2) {
     const ShortRows rows = short_rows(floats.data(), N, I);
     return outputs<T>(x_NI, O, rows.scale.data(), scale, bias_O,
@@ -193,7 +189,7 @@ at::Tensor run(const at::Tensor& x_NI, const Int8Weight& weight, const at::Tenso
   }
 #endif
   return outputs<T>(x_NI, O, nullptr, scale, bias_O, [&](float* sums, int64_t begin, int64_t end) {
-    simd::run<CALDERA_EACH_WIDTH(sums_of, int8_t)>(floats.data(), values, sums, N, I, O, begin, end);
+    sums_of<Vec4>(floats.data(), values, sums, N, I, O, begin, end);
   });
 }
 

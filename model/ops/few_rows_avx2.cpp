@@ -1,6 +1,6 @@
 #include "model/ops/few_rows_avx2.h"
 
-#ifdef CALDERA_AVX2_SUMS
+#ifdef __x86_64__
 #include <immintrin.h>
 
 #include <algorithm>

@@ -8,8 +8,6 @@
 #include "model/ops/short_rows.h"
 
 #ifdef __x86_64__
-#define CALDERA_AVX2_SUMS
-
 namespace caldera::avx2 {
 
 // Outputs [begin, end) of sums [N, O] = x [N, I] weight [O, I]^T, in float32.

@@ -1,6 +1,6 @@
 #include "model/ops/few_rows_avx512.h"
 
-#ifdef CALDERA_NARROW_PRODUCTS
+#ifdef __x86_64__
 #include <immintrin.h>
 
 #include <algorithm>

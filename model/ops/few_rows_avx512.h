@@ -7,10 +7,6 @@
 #include <vector>
 
 #ifdef __x86_64__
-#define CALDERA_NARROW_PRODUCTS
-#endif
-
-#ifdef CALDERA_NARROW_PRODUCTS
 namespace caldera {
 
 bool has_bf16_products();  // AVX512_BF16

@@ -46,13 +46,13 @@ ProductWay product_way_of(const CpuDescription& cpu, at::ScalarType dtype) {
   return multiplies_faster ? ProductWay::kOneDnn : ProductWay::kWidened;
 }
 
-at::ScalarType fastest_dtype_of(const CpuDescription& cpu) {
-  return product_way_of(cpu, at::kBFloat16) == ProductWay::kOneDnn ? at::kBFloat16 : at::kFloat;
-}
-
 ProductWay product_way(at::ScalarType dtype) {
   static const ProductWay single = way_here(at::kFloat), half = way_here(at::kBFloat16);
   return dtype == at::kFloat ? single : dtype == at::kBFloat16 ? half : ProductWay::kAten;
+}
+
+at::ScalarType trains_fastest_in() {
+  return product_way(at::kBFloat16) == ProductWay::kOneDnn ? at::kBFloat16 : at::kFloat;
 }
 
 bool onednn_multiplies(at::ScalarType dtype) {

@@ -22,9 +22,9 @@ ProductWay product_way_of(const CpuDescription& cpu, at::ScalarType dtype);
 // The same of this process's processor, if oneDNN does multiply there; found out once.
 ProductWay product_way(at::ScalarType dtype);
 
-// float32 or bfloat16: in which such a processor trains fastest. Where bfloat16 has no products of its own it costs
+// float32 or bfloat16: in which this processor trains fastest. Where bfloat16 has no products of its own it costs
 // conversions, and saves memory alone.
-at::ScalarType fastest_dtype_of(const CpuDescription& cpu);
+at::ScalarType trains_fastest_in();
 
 // Whether LibTorch's oneDNN multiplies matrices of this type (float32 or bfloat16) here: it was asked to,
 // once.

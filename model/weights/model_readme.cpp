@@ -1,5 +1,7 @@
 #include "model/weights/model_readme.h"
 
+#include <fmt/format.h>
+
 #include "base/files.h"
 #include "base/strings.h"
 

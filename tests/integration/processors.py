@@ -17,7 +17,7 @@ from tiny import make_inputs, write_recipe
 
 CLASSES = ["x86-64-v2", "avx2", "avx512", "avx512_bf16"]  # what CALDERA_CPU may ask for, in ascending order
 EMULATED = {"Nehalem": "x86-64-v2", "Haswell": "avx2", "EPYC-Milan": "avx2"}
-OPERATIONS = "model/(\w*ops|matmul|gemm|few_rows|attend_one|product_way|recompute|decoder|nf4|float8|adamw\w*)$"
+OPERATIONS = r"model/(\w*ops|matmul|gemm|few_rows|attend_one|product_way|recompute|decoder|nf4|float8|adamw\w*)$"
 # Twenty seconds and more where emulated. What is new and slow ends at the limit below, and belongs here.
 SLOW = ["Ops.LinearCrossEntropyInChunks", "Ops.PackedAttention", "Ops.PackedAttentionOfAnyShape",
         "WidenedProduct.IsRoundedOnceWhateverItsBlocks", "Llama.EachHalfThatRecomputesKeepsWhatItIsSaidTo"]

@@ -1,6 +1,7 @@
 // Random decoders of odd sizes against what transformers computed with them just now:
 // tests/parity/decoders.py makes the folders, in CALDERA_DECODERS. Without it there is nothing to compare
 // with; decoder_test has checked-in numbers.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cstdlib>

@@ -79,7 +79,7 @@ std::vector<Shape> shapes() {
   return list;
 }
 
-#ifdef CALDERA_AVX2_SUMS
+#ifdef __x86_64__
 TEST(FewRowsAvx2, Float32AndBfloat16AreRight) {
   if (!cpu().avx2) GTEST_SKIP();
   for (const auto& [N, I, O] : shapes()) {
@@ -122,14 +122,14 @@ TEST(ShortRows, ErrByHalfAStepOfTheirScale) {
 void expect_exact(const std::vector<float>& x, const std::vector<int8_t>& weight, int64_t N, int64_t I,
                   int64_t O) {
   const ShortRows rows = short_rows(x.data(), N, I);
-#ifdef CALDERA_AVX2_SUMS
+#ifdef __x86_64__
   if (cpu().avx2) {
     checked(rows.values, weight, N, I, O, 0, [&](float* sums, int64_t begin, int64_t end) {
       avx2::int8_sums(rows, weight.data(), sums, N, I, O, begin, end);
     });
   }
 #endif
-#ifdef CALDERA_NARROW_PRODUCTS
+#ifdef __x86_64__
   if (has_int8_products() && I <= 65536) {
     const SplitRows split = split_rows(x.data(), N, I);
     EXPECT_EQ(split.scale, rows.scale);
@@ -156,7 +156,7 @@ TEST(FewRows, Int8HoldsTheLargestSums) {
   }
 }
 
-#ifdef CALDERA_NARROW_PRODUCTS
+#ifdef __x86_64__
 TEST(FewRowsAvx512, Bfloat16IsRight) {
   if (!has_bf16_products()) GTEST_SKIP();
   for (const auto& [N, I, O] : shapes()) {

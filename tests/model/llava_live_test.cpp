@@ -1,5 +1,6 @@
 // Random whole models of odd sizes against what transformers computed with them just now:
 // tests/parity/llavas.py makes the folders, in CALDERA_LLAVAS. Without it there is nothing to compare with.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cstdlib>

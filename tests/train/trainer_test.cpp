@@ -149,7 +149,7 @@ TEST_F(TrainerTest, DtypeAutoIsDecidedWhereTheStageBegins) {
   Recipe automatic = recipe("a");
   automatic.device = "cpu";
   automatic.stages[0].dtype = "auto";
-  const std::string here = fastest_dtype_of(cpu()) == at::kBFloat16 ? "bfloat16" : "float32";
+  const std::string here = trains_fastest_in() == at::kBFloat16 ? "bfloat16" : "float32";
   const std::string other = here == "float32" ? "bfloat16" : "float32";
   EXPECT_EQ(choose_dtypes(automatic).stages[0].dtype, here);
   Recipe begun = automatic;
@@ -157,11 +157,17 @@ TEST_F(TrainerTest, DtypeAutoIsDecidedWhereTheStageBegins) {
   int steps = 0;
   train(begun, "auto", [&] { return ++steps == 2; });
   EXPECT_EQ(choose_dtypes(automatic).stages[0].dtype, other);
-  EXPECT_EQ(choose_dtypes(automatic, "never").stages[0].dtype, here);
+  EXPECT_EQ(choose_dtypes(automatic, {.resume = "never"}).stages[0].dtype, here);
   const fs::path checkpoint = fs::path(begun.output) / "finetune/checkpoints/step-00000002";
   ASSERT_TRUE(fs::exists(checkpoint));
   automatic.output = (fs::path(automatic.output).parent_path() / "elsewhere").string();
-  EXPECT_EQ(choose_dtypes(automatic, checkpoint.string()).stages[0].dtype, other);
+  EXPECT_EQ(choose_dtypes(automatic, {.resume = checkpoint.string() + "/"}).stages[0].dtype, other);
+  EXPECT_EQ(choose_dtypes(automatic).stages[0].dtype, here);
+  automatic.output = begun.output;  // only the stage that is asked for begins anew
+  EXPECT_EQ(choose_dtypes(automatic, {.only_stage = "another", .resume = "never"}).stages[0].dtype, other);
+  automatic.output = "nowhere";
+  automatic.device = "cuda";  // planned without a GPU, too
+  EXPECT_EQ(choose_dtypes(automatic).stages[0].dtype, "bfloat16");
 }
 
 TEST_F(TrainerTest, AFinishedStageOfAChangedRecipeIsNotReused) {
