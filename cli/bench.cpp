@@ -1,4 +1,4 @@
-// caldera bench train|generate|load|tokenize|save|open: work in portions, one for each line on stdin, so that
+// caldera bench products: a table (bench_products.cpp). bench train|generate|load|tokenize|save|open: work in portions, one for each line on stdin, so that
 // another program can time several contenders in turn (scripts/bench). Says READY when it is set up; answers
 // each line with one of JSON: {"s": seconds, "hwm": peak resident MiB since READY or, where it trains on a GPU, of
 // the GPU's since the start, ...}. Ends with the input.
@@ -11,6 +11,7 @@
 
 #include "base/error.h"
 #include "base/files.h"
+#include "cli/bench.h"
 #include "cli/command.h"
 #include "data/image.h"
 #include "data/loader.h"
@@ -102,7 +103,7 @@ struct BenchCommand {
   std::vector<std::string> overrides;
   RunOptions run;
   SessionOptions session;
-  int64_t num_tokens = 128, workers = 2;
+  int64_t num_tokens = 128, workers = 2, rounds = 5;
 };
 
 void train(const BenchCommand& command) {
@@ -237,6 +238,10 @@ void setup_bench(CLI::App& command) {
   training.add_option("overrides", options->overrides, "settings that replace the recipe's");
   training.add_option("--stage", options->run.only_stage, "this stage only");
   training.add_option("--resume", options->run.resume, "as of caldera train")->capture_default_str();
+
+  CLI::App& products = add(command, "products", "matrix products beside the processor's peak", options,
+                           [](const BenchCommand& given) { bench_products(given.rounds); });
+  products.add_option("--rounds", options->rounds, "of which each number is the median")->check(CLI::Range(1, 100));
 
   CLI::App& generation = add(command, "generate", "a greedy answer a line", options, generate_tokens);
   add_session_options(generation, options->session);

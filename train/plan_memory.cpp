@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "model/ops/dynamic_map.h"
+#include "model/ops/gemm.h"
 #include "model/ops/matmul.h"
 #include "model/ops/ops.h"
 #include "model/ops/widened_product.h"
@@ -213,8 +214,11 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
   const int64_t saved_masters = saves && (in_background || sharers > 1) ? 4 * p.num_trainable : 0;
   const int64_t beside = in_background ? saved_masters + p.state_bytes / sharers : 0;
 
-  // What the products of a linear layer make of their factors where the CPU multiplies in float32.
-  const bool widens = !on_gpu && product_way(parse_dtype(stage.dtype)) == ProductWay::kWidened;
+  // What the products of a linear layer make of their factors where the CPU multiplies in float32; what our
+  // own products keep from one to the next.
+  const ProductWay way = on_gpu ? ProductWay::kAten : product_way(parse_dtype(stage.dtype));
+  const bool widens = way == ProductWay::kWidened;
+  const int64_t kept_by_products = way == ProductWay::kOwn ? gemm::most_kept_bytes(at::get_num_threads()) : 0;
   const auto widened = [&](int64_t count, int64_t in, int64_t out) {
     return !widens || count == 0 ? 0
                                  : std::max({widened_product_bytes(count, in, out), widened_product_bytes(count, out, in),
@@ -228,7 +232,7 @@ MemoryPlan plan_memory(const PlannedModel& p, const Recipe& recipe, const StageC
     at.moment = moment;
     at.gradients = gradients;
     at.activations = activations;
-    at.workspace = workspace + beside;
+    at.workspace = workspace + beside + kept_by_products;
     if (at.total() > most.total()) most = at;
   };
   // The whole model is read as float32 beside the decoder's file, then rounded; a GPU sees it after that.

@@ -3,24 +3,14 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <optional>
 
-#include "base/cpu.h"
 #include "base/error.h"
+#include "model/ops/gemm_parts.h"
 
 namespace caldera::gemm {
 namespace {
 
-// A panel of the right factor and a tile's rows of the left one stay in 32 KiB of cache together.
-constexpr int64_t kMostDepth = 320;
-// So much of the left factor, this deep, stays in half of 256 KiB or more.
-constexpr int64_t kMostRows = 120;
-// Floats of the right factor that are packed at once, for all threads together; and for one that has few rows
-// to multiply.
-constexpr int64_t kSlab = 1 << 21, kSmallSlab = 1 << 16;
-constexpr int64_t kLeastSlabColumns = 256;
 // Columns of the result up to which float32 rows are read where they are.
 constexpr int64_t kReadInPlace = 192;
 // Floats of a block of the right factor that is read again for each row of tiles.
@@ -28,63 +18,10 @@ constexpr int64_t kByRows = 1 << 15;
 // Multiplications that are worth a second thread.
 constexpr int64_t kGrain = 1 << 19;
 
-int64_t divided_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
-int64_t rounded_up(int64_t x, int64_t unit) { return divided_up(x, unit) * unit; }
-
-// `total` in parts of `most` at most, as even as multiples of `unit` can be.
-struct Parts {
-  Parts(int64_t total_in, int64_t most, int64_t unit)
-      : total(total_in),
-        each(std::max(unit,
-                      rounded_up(divided_up(total, std::max<int64_t>(1, divided_up(total, most))), unit))) {}
-  int64_t count() const { return std::max<int64_t>(1, divided_up(total, each)); }
-  int64_t begin(int64_t part) const { return std::min(total, part * each); }
-  int64_t size(int64_t part) const { return begin(part + 1) - begin(part); }
-  int64_t total, each;
-};
-Parts depth_parts(int64_t depth) { return Parts(depth, kMostDepth, 8); }
-
-// Floats at a multiple of 64 bytes, not initialised.
-class Buffer {
- public:
-  // What was there is lost where it has to grow.
-  float* take(int64_t count) {
-    if (count > size_) {
-      data_.reset();
-      data_.reset(
-          static_cast<float*>(::operator new[](static_cast<size_t>(count) * sizeof(float), kAlignment)));
-      size_ = count;
-    }
-    return data_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(float* x) const { ::operator delete[](x, kAlignment); }
-  };
-  std::unique_ptr<float[], Free> data_;
-  int64_t size_ = 0;
-};
-
-// Memory of a thread, kept between products: what is freed in between comes back page by page.
-struct GemmScratch {
-  Buffer left, right, sums, bias;
-};
 GemmScratch& scratch() {
   thread_local GemmScratch instance;
   return instance;
 }
-
-struct Product {
-  int64_t M, N, K;
-  Matrix a;
-  Result c;
-  bool accumulate;
-  const float* bias;
-};
-
-Matrix as_matrix(const Result& c) { return {c.data, c.is_half, c.row_stride, 1}; }
 
 // Both factors are packed by blocks of the depth, one after another; within one, tiles or panels follow each
 // other. (Panels of the whole depth would lie powers of two apart, and the same few lines of the caches would
@@ -99,29 +36,29 @@ struct Packed {
     return Right{data + begin * width, kPanel, depth * kPanel}.at(0, panel);
   }
 };
-Packed pack_all_left(const Matrix& a, int64_t rows, int64_t K, float* y) {
-  const Parts depths = depth_parts(K);
-  for (int64_t d = 0; d < depths.count(); ++d)
-    pack_left(a.at(0, depths.begin(d)), rows, depths.size(d), y + depths.begin(d) * rows);
-  return {y, rows};
+Packed pack_all_left(const Product& p, float* y) {
+  for (int64_t d = 0; d < p.depths.count(); ++d)
+    pack_left(p.a.at(0, p.depths.begin(d)), p.M, p.depths.size(d), y + p.depths.begin(d) * p.M);
+  return {y, p.M};
 }
-// The panels of some of b's columns, into y of `width` columns, at `panel` there.
-void pack_all_right(const Matrix& b, int64_t K, int64_t columns, float* y, int64_t width, int64_t panel) {
-  const Parts depths = depth_parts(K);
-  for (int64_t d = 0; d < depths.count(); ++d) {
-    const int64_t begin = depths.begin(d), depth = depths.size(d);
-    pack_right(b.at(begin, 0), depth, columns, y + begin * width + panel * depth * kPanel, depth * kPanel);
+// The panels of some of b's columns, into y of `width` columns.
+void pack_all_right(const Product& p, int64_t column, int64_t columns, float* y, int64_t width,
+                    int64_t panel) {
+  for (int64_t d = 0; d < p.depths.count(); ++d) {
+    const int64_t begin = p.depths.begin(d), depth = p.depths.size(d);
+    pack_right(p.b.at(begin, column), depth, columns, y + begin * width + panel * depth * kPanel,
+               depth * kPanel);
   }
 }
-
 // All of b's panels.
-void pack_on_threads(const Matrix& b, int64_t K, int64_t columns, float* y, int64_t threads) {
-  const Parts parts(columns, divided_up(columns, threads), kPanel);
+Packed pack_on_threads(const Product& p, float* y, int64_t threads) {
+  const Parts parts = parts_of(p.N, divided_up(p.N, threads), kPanel);
+  const int64_t width = rounded_up(p.N, kPanel);
   at::parallel_for(0, parts.count(), 1, [&](int64_t first, int64_t last) {
     const int64_t begin = parts.begin(first);
-    pack_all_right(b.at(0, begin), K, parts.begin(last) - begin, y, rounded_up(columns, kPanel),
-                   begin / kPanel);
+    pack_all_right(p, begin, parts.begin(last) - begin, y, width, begin / kPanel);
   });
+  return {y, width};
 }
 
 // Whether tiles read this factor where it is.
@@ -140,11 +77,13 @@ Ahead ahead_of(const Matrix& a, int64_t rows, int64_t depth) {
 // The rows of a may be packed.
 void multiply_rows(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t columns,
                    const Packed& b, int64_t panel, const Packed* packed_a = nullptr) {
-  const Parts depths = depth_parts(p.K);
+  const Parts& depths = p.depths;
   const bool in_place = packed_a == nullptr && reads_in_place(p.a, columns);
-  const bool has_sums = p.c.is_half && depths.count() > 1;
-  const Matrix c = as_matrix(p.c).at(row, column);
-  float* sums = has_sums ? scratch().sums.take(rows * columns) : nullptr;
+  const Matrix c = p.to.at(row, column);
+  Matrix total = c;
+  if (c.is_half && depths.count() > 1)
+    total = p.sums != nullptr ? Matrix{p.sums + row * p.N + column, false, p.N, 1}
+                              : Matrix{scratch().sums.take(rows * columns), false, columns, 1};
   for (int64_t d = 0; d < depths.count(); ++d) {
     const int64_t begin = depths.begin(d), depth = depths.size(d);
     const bool is_first = d == 0, is_last = d + 1 == depths.count();
@@ -153,8 +92,8 @@ void multiply_rows(const Product& p, int64_t row, int64_t rows, int64_t column, 
         packed_a != nullptr ? packed_a->left(block, begin, depth)
         : in_place ? Left{static_cast<const float*>(block.data), block.row_stride, block.row_stride, true}
                    : pack_left(block, rows, depth, scratch().left.take(rows * depth));
-    const Matrix total = has_sums ? Matrix{sums, false, columns, 1} : c;
-    const Matrix to = is_last ? c : total, added = !is_first ? total : p.accumulate ? c : Matrix{};
+    const Matrix to = is_last ? c : total;
+    const Matrix added = !is_first ? total : p.added.data != nullptr ? p.added.at(row, column) : Matrix{};
     const Output out{const_cast<void*>(to.data),
                      to.is_half,
                      to.row_stride,
@@ -194,21 +133,63 @@ Grid best_grid(int64_t threads, int64_t M, int64_t N) {
   return best;
 }
 
-// Columns [column, column + columns) by their panels.
-void multiply_slab(const Product& p, int64_t threads, int64_t column, int64_t columns, const Packed& b) {
-  const Grid grid = best_grid(threads, p.M, columns);
-  const Parts by_rows(p.M, divided_up(p.M, grid.by_rows), kTileRows),
-      by_columns(columns, divided_up(columns, grid.by_columns), kPanel);
+void multiply_slab(const Product& p, int64_t threads, const Packed& b) {
+  const Grid grid = best_grid(threads, p.M, p.N);
+  const Parts by_rows = parts_of(p.M, divided_up(p.M, grid.by_rows), kTileRows),
+              by_columns = parts_of(p.N, divided_up(p.N, grid.by_columns), kPanel);
   const int64_t jobs = by_rows.count() * by_columns.count();
   at::parallel_for(0, jobs, 1, [&](int64_t first, int64_t last) {
     for (int64_t job = first; job < last; ++job) {
       const int64_t r = job / by_columns.count(), c = job % by_columns.count();
-      const Parts blocks(by_rows.size(r), kMostRows, kTileRows);
+      const Parts blocks = parts_of(by_rows.size(r), kMostRows, kTileRows);
       for (int64_t i = 0; i < blocks.count(); ++i)
-        multiply_rows(p, by_rows.begin(r) + blocks.begin(i), blocks.size(i), column + by_columns.begin(c),
+        multiply_rows(p, by_rows.begin(r) + blocks.begin(i), blocks.size(i), by_columns.begin(c),
                       by_columns.size(c), b, by_columns.begin(c) / kPanel);
     }
   });
+}
+
+// Columns of a slab of so many floats.
+int64_t slab_columns(int64_t floats, const Product& p) {
+  return std::max(kPanel, floats / std::max<int64_t>(1, p.slice_depth()) / kPanel * kPanel);
+}
+
+// On all threads, which share the right factor's panels.
+void multiply_many_rows(const Product& p, int64_t threads) {
+  const int64_t most_columns = std::clamp(slab_columns(kSlab, p), kLeastSlabColumns, kMostSlabColumns);
+  const int64_t most_rows = p.keeps_sums() ? kSharedSums / most_columns / kTileRows * kTileRows : p.M;
+  const Parts by_rows = parts_of(p.M, most_rows, kTileRows), by_columns = parts_of(p.N, most_columns, kPanel);
+  for (int64_t r = 0; r < by_rows.count(); ++r) {
+    for (int64_t c = 0; c < by_columns.count(); ++c) {
+      Product part = p.part(by_rows.begin(r), by_rows.size(r), by_columns.begin(c), by_columns.size(c));
+      if (p.keeps_sums()) part.sums = scratch().sums.take(part.M * part.N);
+      part.by_slices([&](const Product& slice) {
+        float* panels = scratch().right.take(slice.depths.total * rounded_up(slice.N, kPanel));
+        multiply_slab(slice, threads, pack_on_threads(slice, panels, threads));
+      });
+    }
+  }
+}
+
+// At most kMostRows on the calling thread.
+void multiply_few_rows(const Product& p) {
+  const Parts by_columns = parts_of(p.N, p.keeps_sums() ? kMostSlabColumns : p.N, kPanel);
+  for (int64_t c = 0; c < by_columns.count(); ++c) {
+    Product part = p.part(0, p.M, by_columns.begin(c), by_columns.size(c));
+    if (p.keeps_sums()) part.sums = scratch().sums.take(part.M * part.N);
+    part.by_slices([&](const Product& slice) {
+      std::optional<Packed> left;
+      if (!reads_in_place(slice.a, slice.N))
+        left = pack_all_left(slice, scratch().left.take(slice.M * slice.depths.total));
+      const Parts slabs = parts_of(slice.N, slab_columns(kSmallSlab, slice), kPanel);
+      for (int64_t s = 0; s < slabs.count(); ++s) {
+        const int64_t column = slabs.begin(s), columns = slabs.size(s), width = rounded_up(columns, kPanel);
+        float* panels = scratch().right.take(slice.depths.total * width);
+        pack_all_right(slice, column, columns, panels, width, 0);
+        multiply_rows(slice, 0, slice.M, column, columns, {panels, width}, 0, left ? &*left : nullptr);
+      }
+    });
+  }
 }
 
 int64_t threads_for(int64_t num_multiplications) {
@@ -225,81 +206,29 @@ Matrix normalised(Matrix x, int64_t rows, int64_t cols) {
   return x;
 }
 
-Product product_of(int64_t M, int64_t N, int64_t K, const Matrix& a, const Result& c, bool accumulate,
-                   const Matrix& bias) {
-  Product p{M, N, K, normalised(a, M, K), c, accumulate, nullptr};
+// c = a [M, K] times b [K, N], plus bias [N] where it has data, plus c with `accumulate`. Of each factor one
+// stride is 1, but for sides of length 1.
+void multiply(int64_t M, int64_t N, int64_t K, const Matrix& a, const Matrix& b, const Matrix& c,
+              bool accumulate = false, const Matrix& bias = {}) {
+  if (M == 0 || N == 0) return;
+  Product p{M, N, depth_parts(K), normalised(a, M, K), normalised(b, K, N), c, accumulate ? c : Matrix{}};
   if (bias.data != nullptr) {
     float* copy = scratch().bias.take(rounded_up(N, kPanel));
-    pack_right(Matrix{bias.data, bias.is_half, N, 1}, 1, N, copy, kPanel);
+    pack_right(bias, 1, N, copy, kPanel);
     p.bias = copy;
   }
-  return p;
-}
-
-}  // namespace
-
-bool is_there() { return cpu().avx2; }
-
-void pack(int64_t N, int64_t K, const Matrix& b, float* panels) {
-  pack_on_threads(normalised(b, K, N), K, N, panels, threads_for(K * N * 16));
-}
-
-void multiply(int64_t M, int64_t N, int64_t K, const Matrix& a, const Matrix& b_in, const Result& c,
-              bool accumulate, const Matrix& bias) {
-  if (M == 0 || N == 0) return;
-  const Product p = product_of(M, N, K, a, c, accumulate, bias);
-  const Matrix b = normalised(b_in, K, N);
   const int64_t threads = threads_for(M * N * std::max<int64_t>(1, K));
-  const auto columns_of = [&](int64_t slab) {
-    return std::max(kPanel, slab / std::max<int64_t>(1, K) / kPanel * kPanel);
-  };
-  if (M <= kMostRows) {
-    // Every thread packs the columns that it multiplies.
-    const Parts by_columns(N, divided_up(N, threads), kPanel);
-    at::parallel_for(0, by_columns.count(), 1, [&](int64_t first, int64_t last) {
-      const int64_t begin = by_columns.begin(first), count = by_columns.begin(last) - begin;
-      std::optional<Packed> left;
-      if (!reads_in_place(p.a, count)) left = pack_all_left(p.a, M, K, scratch().left.take(M * K));
-      const Parts slabs(count, columns_of(kSmallSlab), kPanel);
-      for (int64_t s = 0; s < slabs.count(); ++s) {
-        const int64_t column = begin + slabs.begin(s), columns = slabs.size(s),
-                      width = rounded_up(columns, kPanel);
-        float* panels = scratch().right.take(K * width);
-        pack_all_right(b.at(0, column), K, columns, panels, width, 0);
-        multiply_rows(p, 0, M, column, columns, {panels, width}, 0, left ? &*left : nullptr);
-      }
-    });
-    return;
-  }
-  const Parts slabs(N, std::max(kLeastSlabColumns, columns_of(kSlab)), kPanel);
-  for (int64_t s = 0; s < slabs.count(); ++s) {
-    const int64_t column = slabs.begin(s), columns = slabs.size(s), width = rounded_up(columns, kPanel);
-    float* panels = scratch().right.take(K * width);
-    pack_on_threads(b.at(0, column), K, columns, panels, threads);
-    multiply_slab(p, threads, column, columns, {panels, width});
-  }
+  // A thread among others keeps no slab of its own.
+  if (M > kMostRows && !at::in_parallel_region()) return multiply_many_rows(p, threads);
+  // Every thread packs the columns that it multiplies.
+  const Parts by_rows = parts_of(M, kMostRows, kTileRows),
+              by_columns = parts_of(N, divided_up(N, threads), kPanel);
+  at::parallel_for(0, by_columns.count(), 1, [&](int64_t first, int64_t last) {
+    const int64_t begin = by_columns.begin(first), count = by_columns.begin(last) - begin;
+    for (int64_t r = 0; r < by_rows.count(); ++r)
+      multiply_few_rows(p.part(by_rows.begin(r), by_rows.size(r), begin, count));
+  });
 }
-
-void multiply_by_packed(int64_t M, int64_t N, int64_t K, const Matrix& a, const float* panels,
-                        const Result& c, bool accumulate, const Matrix& bias) {
-  if (M == 0 || N == 0) return;
-  const Product p = product_of(M, N, K, a, c, accumulate, bias);
-  multiply_slab(p, threads_for(M * N * std::max<int64_t>(1, K)), 0, N, {panels, rounded_up(N, kPanel)});
-}
-
-void multiply_ready(int64_t M, int64_t N, int64_t K, const Left& a, const Right& b, float* c,
-                    int64_t c_stride, bool accumulate) {
-  const Parts depths = depth_parts(K);
-  for (int64_t d = 0; d < depths.count(); ++d) {
-    const int64_t begin = depths.begin(d), depth = depths.size(d);
-    Left left = a;
-    left.data += a.rows_lie_together ? begin : begin * a.stride;
-    const Output out{c, false, c_stride, accumulate || d > 0 ? c : nullptr, false, c_stride, nullptr};
-    multiply_block(M, N, depth, left, b.at(begin, 0), out, depth * N <= kByRows);
-  }
-}
-
-namespace {
 
 // As factors are read: one of the last two strides is 1.
 at::Tensor ready(const at::Tensor& x) {
@@ -312,9 +241,10 @@ Matrix matrix_of(const at::Tensor& x, int64_t i = 0) {
       static_cast<const char*>(x.const_data_ptr()) + (i == 0 ? 0 : i * x.stride(0) * x.element_size());
   return {data, x.scalar_type() == at::kBFloat16, x.stride(-2), x.stride(-1)};
 }
-Result result_of(const at::Tensor& x, int64_t i = 0) {
+// The same of a dense x. (Strides of sides of length 1 can be any.)
+Matrix result_of(const at::Tensor& x, int64_t i = 0) {
   const Matrix m = matrix_of(x, i);
-  return {const_cast<void*>(m.data), m.is_half, x.size(-1)};
+  return {m.data, m.is_half, x.size(-1), 1};
 }
 Matrix bias_of(const at::Tensor& bias, int64_t N) {
   if (!bias.defined()) return {};
@@ -323,6 +253,18 @@ Matrix bias_of(const at::Tensor& bias, int64_t N) {
 }
 
 }  // namespace
+
+void multiply_ready(int64_t M, int64_t N, int64_t K, const Left& a, const Right& b, float* c,
+                    int64_t c_stride, bool accumulate) {
+  const Parts depths = depth_parts(K);
+  for (int64_t d = 0; d < depths.count(); ++d) {
+    const int64_t begin = depths.begin(d), depth = depths.size(d);
+    Left left = a;
+    left.data += a.rows_lie_together ? begin : begin * a.stride;
+    const Output out{c, false, c_stride, accumulate || d > 0 ? c : nullptr, false, c_stride, nullptr};
+    multiply_block(M, N, depth, left, b.at(begin, 0), out, depth * N <= kByRows);
+  }
+}
 
 void product_into(const at::Tensor& a_in, const at::Tensor& b_in, const at::Tensor& out, bool accumulate,
                   const at::Tensor& bias) {
@@ -344,20 +286,13 @@ void product_into(const at::Tensor& a_in, const at::Tensor& b_in, const at::Tens
                    multiply_some);
 }
 
-at::Tensor packed(const at::Tensor& b_in) {
-  const at::Tensor b = ready(b_in);
-  at::Tensor panels = at::empty({packed_size(b.size(0), b.size(1))}, b.options().dtype(at::kFloat));
-  pack(b.size(1), b.size(0), matrix_of(b), panels.data_ptr<float>());
-  return panels;
+int64_t kept_bytes() {
+  const GemmScratch& x = scratch();
+  return (x.left.size() + x.right.size() + x.sums.size() + x.bias.size()) * int64_t{sizeof(float)};
 }
 
-void product_by_packed_into(const at::Tensor& a_in, const at::Tensor& panels, const at::Tensor& out,
-                            const at::Tensor& bias) {
-  const int64_t M = out.size(0), N = out.size(1), K = a_in.size(1);
-  CALDERA_ASSERT(a_in.size(0) == M && panels.numel() == packed_size(K, N) && out.is_contiguous());
-  const at::Tensor a = ready(a_in);
-  multiply_by_packed(M, N, K, matrix_of(a), panels.const_data_ptr<float>(), result_of(out), false,
-                     bias_of(bias, N));
+int64_t most_kept_bytes(int64_t num_threads) {
+  return (num_threads * kMostOfThread + kMostShared) * int64_t{sizeof(float)};
 }
 
 }  // namespace caldera::gemm

@@ -348,7 +348,7 @@ void multiply_block(int64_t rows, int64_t columns, int64_t depth, const Left& a,
 }  // namespace caldera::gemm
 #else
 
-// is_there() says no.
+// No product takes this way there (product_way.h).
 namespace caldera::gemm {
 
 Left packed_left(const Matrix&, int64_t, const float*) { assert_failed("AVX2", __FILE__, __LINE__); }

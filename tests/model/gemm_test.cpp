@@ -5,9 +5,13 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
+#include <thread>
+#include <tuple>
 
+#include "base/cpu.h"
 #include "tests/aten.h"
 
 namespace caldera::gemm {
@@ -44,7 +48,7 @@ Matrix matrix(const at::Tensor& x) {
 class Gemm : public ::testing::Test {
  protected:
   void SetUp() override {
-    if (!is_there()) GTEST_SKIP() << "this processor has no AVX2";
+    if (!cpu().avx2) GTEST_SKIP() << "this processor has no AVX2";
     at::manual_seed(1);
   }
   void TearDown() override { at::set_num_threads(num_threads_); }
@@ -179,20 +183,87 @@ TEST_F(Gemm, GivesTheSameBitsHoweverFactorsLie) {
   EXPECT_TRUE(same_bits(product(a.narrow(0, 100, 3), b, at::kFloat), expected.narrow(0, 100, 3)));
 }
 
-TEST_F(Gemm, GivesTheSameBitsByWhatIsPackedOnce) {
-  for (const at::ScalarType dtype : kTypes) {
-    const at::Tensor weight = random(130, 650, dtype), bias = at::randn({130}).to(dtype);
-    for (const int64_t rows : {1, 20, 400}) {
-      const at::Tensor x = random(rows, 650, dtype), y = random(rows, 130, dtype);
-      at::Tensor out = at::empty({rows, 130}, dtype), expected = at::empty({rows, 130}, dtype);
-      product_by_packed_into(x, packed(weight.t()), out, bias);
-      product_into(x, weight.t(), expected, false, bias);
-      EXPECT_TRUE(same_bits(out, expected));
-      out = at::empty({rows, 650}, dtype);
-      product_by_packed_into(y, packed(weight), out);
-      EXPECT_TRUE(same_bits(out, product(y, weight, dtype)));
+// Deeper than what is packed at once: few rows and many, more columns and rows than are added up at once, a
+// last slice that is shorter.
+TEST_F(Gemm, MultipliesDeepFactors) {
+  for (const auto& [M, N, K] :
+       {std::tuple(5, 33, 20000), std::tuple(100, 40, 20000), std::tuple(130, 40, 20000),
+        std::tuple(3, 9000, 4200), std::tuple(125, 510, 8320), std::tuple(1100, 17, 4161)}) {
+    for (const at::ScalarType dtype : kTypes) {
+      for (const int layout : {0, 3}) {
+        const at::Tensor a = random(M, K, dtype, layout & 1), b = random(K, N, dtype, layout & 2);
+        const at::Tensor bias = at::randn({N}).to(dtype), before = at::randn({M, N}).to(dtype);
+        const at::Tensor out = before.clone();
+        at::set_num_threads(1);
+        product_into(a, b, out, /*accumulate=*/true, bias);
+        if (layout == 0) {
+          const at::Tensor plain = a.to(at::kDouble).mm(b.to(at::kDouble));
+          EXPECT_LT(error(out, plain + bias + before), tolerance(dtype)) << M << ' ' << N << ' ' << K;
+          // The same sums, rounded once.
+          EXPECT_TRUE(same_bits(product(a, b, at::kBFloat16), product(a, b, at::kFloat).to(at::kBFloat16)))
+              << M << ' ' << N << ' ' << K;
+        }
+        for (const int threads : {2, 3}) {
+          at::set_num_threads(threads);
+          const at::Tensor again = before.clone();
+          product_into(a, b, again, /*accumulate=*/true, bias);
+          EXPECT_TRUE(same_bits(again, out)) << M << ' ' << N << ' ' << K << " threads " << threads;
+        }
+        // Rows are what they are alone.
+        if (dtype == at::kFloat) {
+          EXPECT_TRUE(same_bits(product(a.narrow(0, 1, 2), b, dtype), product(a, b, dtype).narrow(0, 1, 2)));
+        }
+      }
     }
   }
+}
+
+// Slices leave the sums as they are: in float32, block of the depth by block, the last one shorter.
+TEST_F(Gemm, AddsUpADeepProductInTheOrderOfItsBlocks) {
+  constexpr int64_t kDepth = 320, kAll = 32 * kDepth + 100;  // as the depth is cut
+  for (const int64_t rows : {20, 150}) {
+    const at::Tensor a = at::randn({rows, kAll}), b = at::randn({kAll, 40});
+    at::Tensor sums = at::zeros({rows, 40});
+    for (int64_t begin = 0; begin < kAll; begin += kDepth) {
+      const int64_t depth = std::min(kDepth, kAll - begin);
+      product_into(a.narrow(1, begin, depth), b.narrow(0, begin, depth), sums, /*accumulate=*/true);
+    }
+    EXPECT_TRUE(same_bits(product(a, b, at::kFloat), sums)) << rows;
+  }
+}
+
+// However deep, wide or many products are: of threads that have multiplied nothing before.
+TEST_F(Gemm, KeepsLittleMemory) {
+  const int64_t of_thread = most_kept_bytes(2) - most_kept_bytes(1);
+  const auto multiply = [](int64_t M, int64_t N, int64_t K, at::ScalarType dtype) {
+    product(at::ones({1, K}, dtype).expand({M, K}), at::ones({K, 1}, dtype).expand({K, N}), dtype);
+  };
+  const auto in_another_thread = [&](auto f) {
+    std::thread([&] {
+      at::set_num_threads(2);
+      EXPECT_EQ(kept_bytes(), 0);
+      f();
+      EXPECT_GT(kept_bytes(), 0);
+      EXPECT_LE(kept_bytes(), most_kept_bytes(1));
+      at::parallel_for(0, 2, 1, [&](int64_t, int64_t) {
+        if (at::get_thread_num() > 0) {
+          EXPECT_LE(kept_bytes(), of_thread);
+        }
+      });
+    }).join();
+  };
+  for (const at::ScalarType dtype : kTypes) {
+    in_another_thread([&] { multiply(100, 200, 60000, dtype); });   // left factors
+    in_another_thread([&] { multiply(130, 256, 60000, dtype); });   // right ones
+    in_another_thread([&] { multiply(10000, 600, 4170, dtype); });  // sums of all threads
+    in_another_thread([&] { multiply(120, 20000, 4170, dtype); });  // and of each
+    in_another_thread([&] {
+      const at::Tensor out = at::empty({4, 130, 256}, dtype);
+      product_into(at::ones({4, 1, 20000}, dtype).expand({4, 130, 20000}),
+                   at::ones({4, 20000, 1}, dtype).expand({4, 20000, 256}), out);
+    });
+  }
+  EXPECT_LE(most_kept_bytes(16), 100 << 20);
 }
 
 TEST_F(Gemm, MultipliesFactorsThatAreReady) {
