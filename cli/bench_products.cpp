@@ -1,9 +1,11 @@
 // caldera bench products: how fast this processor multiplies matrices, beside its peak and LibTorch's own products, in one run
 // (CALDERA_CPU holds all of them to less). Speeds are medians; contenders take turns.
 #include <ATen/Parallel.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <functional>
 #include <vector>
 
