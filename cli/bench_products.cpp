@@ -21,7 +21,9 @@ namespace {
 template <class V>
 CALDERA_INLINE float multiply_adds(int64_t count) {
   const V factor = V{} + 0.999f, term = V{} + 1e-3f;
-  V a = term, b = term, c = term, d = term, e = term, f = term, g = term, h = term, i = term, j = term;
+  // (Each begins elsewhere: the compiler makes one of those that are equal.)
+  V a = term, b = a + term, c = b + term, d = c + term, e = d + term, f = e + term, g = f + term, h = g + term, i = h + term,
+    j = i + term;
   for (int64_t n = 0; n < count; ++n) {
     a = a * factor + term, b = b * factor + term, c = c * factor + term, d = d * factor + term, e = e * factor + term;
     f = f * factor + term, g = g * factor + term, h = h * factor + term, i = i * factor + term, j = j * factor + term;
