@@ -119,8 +119,8 @@ TEST(ShortRows, ErrByHalfAStepOfTheirScale) {
 }
 
 // Exact sums of whole numbers, the same from all instructions.
-void expect_exact(const std::vector<float>& x, const std::vector<int8_t>& weight, int64_t N, int64_t I,
-                  int64_t O) {
+void expect_exact(const std::vector<float>& x, [[maybe_unused]] const std::vector<int8_t>& weight, int64_t N, int64_t I,
+                  [[maybe_unused]] int64_t O) {
   const ShortRows rows = short_rows(x.data(), N, I);
 #ifdef __x86_64__
   if (cpu().avx2) {
