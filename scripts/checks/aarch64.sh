@@ -6,8 +6,8 @@
 #   scripts/checks/aarch64.sh configure    these and CMake's configuration
 #
 # Needs Debian with g++-aarch64-linux-gnu and qemu-user, beside what scripts/setup.sh installs; 500 MB to download, 5 GB on disk. Debian's
-# arm64 packages are unpacked below build-aarch64/, and this machine's own packages stay as they are. On two cores the build takes an hour,
-# and so do the tests.
+# arm64 packages are unpacked below build-aarch64/, and this machine's own packages stay as they are. On two cores all of it takes
+# some twenty minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . scripts/versions.env
@@ -89,6 +89,9 @@ cmake --build "$build/cmake" -j "$(nproc)"
 
 # Each test program by itself: ctest would stop those that take more than ten minutes where emulated.
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 build sysroot
+# (A limit on addresses would hold the emulator, not the program.)
+but=CpuAllocator.DoesWithoutAnArenaWhereAddressesAreLimited
+export but
 emulated() {
   local began=$SECONDS name log
   name=$(basename "$1") log=$build/$(basename "$1").log
@@ -103,6 +106,6 @@ emulated() {
 export -f emulated
 emulated "$build/cmake/caldera" --version
 cat "$build/caldera.log"
-ls "$build"/cmake/{base,data,model}_tests | xargs -P "$(nproc)" -I PROGRAM bash -c 'emulated PROGRAM' ||
+ls "$build"/cmake/{base,data,model}_tests | xargs -P "$(nproc)" -I PROGRAM bash -c 'emulated PROGRAM --gtest_filter=-$but' ||
   fail "some tests failed, see above"
 echo "aarch64: all passed"

@@ -19,8 +19,8 @@ CLASSES = ["x86-64-v2", "avx2", "avx512", "avx512_bf16"]  # what CALDERA_CPU may
 EMULATED = {"Nehalem": "x86-64-v2", "Haswell": "avx2", "EPYC-Milan": "avx2"}
 OPERATIONS = r"model/(\w*ops|matmul|gemm|few_rows|attend_one|product_way|recompute|decoder|nf4|float8|adamw\w*)$"
 # Twenty seconds and more where emulated. What is new and slow ends at the limit below, and belongs here.
-SLOW = ["Ops.LinearCrossEntropyInChunks", "Ops.PackedAttention", "Ops.PackedAttentionOfAnyShape",
-        "WidenedProduct.IsRoundedOnceWhateverItsBlocks", "Llama.EachHalfThatRecomputesKeepsWhatItIsSaidTo"]
+SLOW = ["Gemm.KeepsLittleMemory", "Gemm.MultipliesDeepFactors", "Ops.LinearCrossEntropyInChunks", "Ops.PackedAttention",
+        "Ops.PackedAttentionOfAnyShape", "WidenedProduct.IsRoundedOnceWhateverItsBlocks", "Llama.EachHalfThatRecomputesKeepsWhatItIsSaidTo"]
 LIMIT_S = 240  # of one program; of --all's, six hours
 ROUNDING = {"float32": 1e-4, "bfloat16": 1e-2}  # relative, of a loss
 
