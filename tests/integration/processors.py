@@ -8,7 +8,7 @@ Emulated (qemu-x86_64, Debian's package qemu-user): an old processor, one with A
 tests of operations but for the slowest, a step of both stages, and two tokens. QEMU knows no AVX-512. The program must not start again there (as
 it does for CALDERA_CPU, and where cores are busy): the second start would not be emulated.
 
-What is not there (a class above this machine's, QEMU) is told and skipped. Two to five minutes; --all emulates every test of base, data, model and
+What is not there (a class above this machine's, QEMU) is told and skipped. Three to five minutes; --all emulates every test of base, data, model and
 train, which takes hours. --only names classes and processors, e.g. avx2 Haswell."""
 import argparse, json, pathlib, platform, re, shutil, subprocess, sys, tempfile, time
 
