@@ -16,6 +16,10 @@
 
 #define CALDERA_INLINE [[gnu::always_inline]] inline
 #define CALDERA_ALWAYS __attribute__((always_inline))  // of lambdas
+// The same of code that is written for AVX2, in its own instructions.
+#define CALDERA_AVX2 __attribute__((target("avx2,fma")))
+#define CALDERA_AVX2_INLINE __attribute__((target("avx2,fma"), always_inline)) inline
+#define CALDERA_AVX2_ALWAYS __attribute__((target("avx2,fma"), always_inline))  // of lambdas
 
 namespace caldera::simd {
 

@@ -7,9 +7,7 @@
 #include <limits>
 #include <utility>
 
-#define CALDERA_AVX2 __attribute__((target("avx2,fma")))
-#define CALDERA_AVX2_INLINE __attribute__((target("avx2,fma"), always_inline)) inline
-#define CALDERA_AVX2_ALWAYS __attribute__((target("avx2,fma"), always_inline))  // of lambdas
+#include "base/simd_level.h"
 
 namespace caldera::avx2 {
 namespace {

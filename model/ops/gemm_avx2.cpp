@@ -4,12 +4,10 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "base/simd_level.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
-
-#define CALDERA_AVX2 __attribute__((target("avx2,fma")))
-#define CALDERA_AVX2_INLINE __attribute__((target("avx2,fma"), always_inline)) inline
 
 namespace caldera::gemm {
 namespace {
