@@ -128,8 +128,10 @@ at::Tensor apply_rotary(const at::Tensor& x_THK, const Rotary& rotary) {
   CALDERA_PROFILED("apply_rotary");
   const int64_t width = x_THK.size(2);
   CALDERA_ASSERT(width % 2 == 0 && rotary.cos_TK.size(0) == x_THK.size(0) && rotary.cos_TK.size(1) == width);
-  if (has_kernel(x_THK) && rotary.cos_TK.scalar_type() == at::kFloat)
+  if (has_kernel(x_THK) && rotary.cos_TK.scalar_type() == at::kFloat) {
+    if (!wants_grad(x_THK)) return rotated(x_THK, rotary.cos_TK, rotary.sin_TK, 1);
     return RotaryFunction::apply(x_THK, rotary.cos_TK, rotary.sin_TK);
+  }
   const at::Tensor low = x_THK.narrow(2, 0, width / 2), high = x_THK.narrow(2, width / 2, width / 2);
   const at::Tensor turned = at::cat({-high, low}, -1);
   return (x_THK * rotary.cos_TK.unsqueeze(1) + turned * rotary.sin_TK.unsqueeze(1)).to(x_THK.scalar_type());

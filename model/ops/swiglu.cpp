@@ -48,27 +48,31 @@ CALDERA_INLINE void swiglu_backward(const T* gate_up, const T* dy, T* d_gate_up,
   }
 }
 
+at::Tensor swiglu_of(const at::Tensor& gate_up) {
+  const int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
+  at::Tensor y = at::empty({rows, width}, gate_up.options());
+  if (y.is_cuda()) {
+    cuda::with_type(y, [&]<class T>(T*, cuda::Stream stream) {
+      cuda::swiglu_forward(cuda::in<T>(gate_up), cuda::out<T>(y), rows, width, stream);
+    });
+  } else {
+    with_cpu_type(y, [&]<class T>(T*) {
+      const T* x_data = gate_up.const_data_ptr<T>();
+      T* y_data = y.mutable_data_ptr<T>();
+      at::parallel_for(0, rows, row_grain(2 * width), [&](int64_t begin, int64_t end) {
+        simd::run<CALDERA_EACH_WIDTH(swiglu_forward, T)>(x_data + begin * 2 * width, y_data + begin * width,
+                                                         end - begin, width);
+      });
+    });
+  }
+  return y;
+}
+
 struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate_up_in) {
     const at::Tensor gate_up = gate_up_in.contiguous();
-    const int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
-    at::Tensor y = at::empty({rows, width}, gate_up.options());
-    if (y.is_cuda()) {
-      cuda::with_type(y, [&]<class T>(T*, cuda::Stream stream) {
-        cuda::swiglu_forward(cuda::in<T>(gate_up), cuda::out<T>(y), rows, width, stream);
-      });
-    } else {
-      with_cpu_type(y, [&]<class T>(T*) {
-        const T* x_data = gate_up.const_data_ptr<T>();
-        T* y_data = y.mutable_data_ptr<T>();
-        at::parallel_for(0, rows, row_grain(2 * width), [&](int64_t begin, int64_t end) {
-          simd::run<CALDERA_EACH_WIDTH(swiglu_forward, T)>(x_data + begin * 2 * width, y_data + begin * width,
-                                                           end - begin, width);
-        });
-      });
-    }
     ctx->save_for_backward({gate_up});
-    return y;
+    return swiglu_of(gate_up);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const at::Tensor gate_up = ctx->get_saved_variables()[0], dy = grads[0].contiguous();
@@ -99,7 +103,8 @@ struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
 at::Tensor swiglu(const at::Tensor& gate_up) {
   CALDERA_ASSERT(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0);
   CALDERA_PROFILED("swiglu");
-  if (has_kernel(gate_up)) return SwigluFunction::apply(gate_up);
+  if (has_kernel(gate_up))
+    return wants_grad(gate_up) ? SwigluFunction::apply(gate_up) : swiglu_of(gate_up.contiguous());
   const std::vector<at::Tensor> halves = gate_up.chunk(2, -1);
   return at::silu(halves[0]) * halves[1];
 }
