@@ -59,8 +59,8 @@ Planned parse_fault(const std::string& text) {
     else
       throw ConfigError(fmt::format("CALDERA_FAULT: \"{}\": unknown \"{}\"", text, parts[i]));
   }
-  const std::vector<std::string> kinds = {"sigkill", "sigstop", "abort", "exit0",  "throw",
-                                          "hang",    "slow",    "nan",   "enospc", "eio"};
+  const std::vector<std::string> kinds = {"sigkill", "sigstop", "abort",  "exit0", "throw",  "hang",
+                                          "slow",    "nan",     "enospc", "eio",   "enolck", "enosys"};
   CALDERA_CHECK(std::find(kinds.begin(), kinds.end(), fault.kind) != kinds.end(), ConfigError,
                 "CALDERA_FAULT: unknown kind \"{}\"{}", fault.kind, suggestion(fault.kind, kinds));
   return fault;
@@ -93,6 +93,8 @@ Fault act_out(const Planned& fault) {
   if (fault.kind == "nan") return Fault::kNan;
   if (fault.kind == "enospc") return Fault::kNoSpace;
   if (fault.kind == "eio") return Fault::kIoError;
+  if (fault.kind == "enolck") return Fault::kNoLocks;
+  if (fault.kind == "enosys") return Fault::kNoSystemCall;
   return Fault::kNone;
 }
 
@@ -135,6 +137,8 @@ std::optional<int> pass_io_point(const char* point) {
   if (fault == Fault::kNone && g_saving > 0) fault = pass_fault_point("save");
   if (fault == Fault::kNoSpace) return ENOSPC;
   if (fault == Fault::kIoError) return EIO;
+  if (fault == Fault::kNoLocks) return ENOLCK;
+  if (fault == Fault::kNoSystemCall) return ENOSYS;
   return std::nullopt;
 }
 

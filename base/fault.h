@@ -2,10 +2,11 @@
 // "KIND@POINT:COUNT[,rank=R][,attempt=A]", several apart by ";". The COUNT-th time (from 1) that this process
 // passes POINT, the fault happens.
 //
-//   points  step, micro_batch, write, fsync, rename, and save: each write, fsync or rename while a checkpoint
-//   is saved kinds   sigkill, sigstop, abort, exit0, throw, hang; slow (half a second from then on, each
-//   time); nan (of a loss);
-//           enospc, eio (of a system call)
+//   points  step, micro_batch, write, fsync, rename, exchange (the swap by which a folder replaces another),
+//           lock (the flock() of a folder), and save: each write, fsync, rename or exchange while a
+//           checkpoint is saved
+//   kinds   sigkill, sigstop, abort, exit0, throw, hang; slow (half a second from then on, each time); nan
+//           (of a loss); enospc, eio, enolck, enosys (of a system call; the last two: there is none)
 //
 // Without the variable a point costs one comparison.
 #pragma once
@@ -20,7 +21,7 @@ void plan_faults(const std::string& text);
 // Which rank of which attempt this process is; a fault that names others passes it by.
 void set_fault_rank(int rank, int attempt);
 
-enum class Fault { kNone, kNan, kNoSpace, kIoError };
+enum class Fault { kNone, kNan, kNoSpace, kIoError, kNoLocks, kNoSystemCall };
 // Passes a point. Faults that the caller has to act out are returned; of the others this does not return, or
 // throws Error.
 Fault pass_fault_point(const char* point);

@@ -15,6 +15,8 @@
 
 #include "base/error.h"
 #include "base/fault.h"
+#include "base/headway.h"
+#include "base/log.h"
 
 namespace caldera {
 namespace {
@@ -41,7 +43,7 @@ int do_rename(const fs::path& from, const fs::path& to) {
 }
 // Swaps two paths in one step. False where the file system cannot.
 bool do_exchange(const fs::path& one, const fs::path& other) {
-  if (const auto reason = pass_io_point("rename")) return errno = *reason, false;
+  if (const auto reason = pass_io_point("exchange")) return errno = *reason, false;
   return ::renameat2(AT_FDCWD, one.c_str(), AT_FDCWD, other.c_str(), RENAME_EXCHANGE) == 0;
 }
 
@@ -51,6 +53,7 @@ void flush_path(const fs::path& path, int flags) {
   const int result = do_fsync(descriptor);
   ::close(descriptor);
   if (result != 0) fail("flush", path);
+  note_headway();
 }
 
 void flush_folder(const fs::path& folder) {
@@ -70,10 +73,38 @@ void flush_tree(const fs::path& folder) {
     const int result = ::syncfs(descriptor);
     ::close(descriptor);
     if (result != 0) fail("flush", folder);
-    return;
+    return note_headway();
   }
   for (const fs::path& file : files) flush_path(file, O_RDONLY);
   for (const fs::path& path : folders) flush_folder(path);
+}
+
+// As fs::remove_all(), with headway: the blocks of a long file take their time to be given back.
+void remove_tree(const fs::path& path) {
+  if (fs::is_directory(fs::symlink_status(path))) {
+    const std::vector<fs::path> inside(fs::directory_iterator(path), {});
+    for (const fs::path& entry : inside) remove_tree(entry);
+  }
+  fs::remove(path);
+  note_headway();
+}
+
+constexpr std::string_view kLeftover = ".tmp-", kReplaced = ".tmp-old-";
+
+// A folder was to be replaced in two renames, and a crash came between them: its place is empty, beside it lie
+// the old folder and the new one. The old one goes back; of several, the youngest.
+void restore_replaced(std::vector<fs::path> old_folders) {
+  std::sort(old_folders.begin(), old_folders.end(), [](const fs::path& one, const fs::path& other) {
+    return fs::last_write_time(one) > fs::last_write_time(other);
+  });
+  for (const fs::path& old : old_folders) {
+    const std::string name = old.string();
+    const fs::path place = name.substr(0, name.rfind(kReplaced));
+    if (fs::exists(place)) continue;
+    if (do_rename(old, place) != 0) fail("put back in place", place);
+    flush_folder(place.parent_path());
+    log_info("{}: put back, after a crash while another was to replace it", place.string());
+  }
 }
 
 fs::path temporary_name(const fs::path& path) { return fmt::format("{}.tmp-{}", path.string(), ::getpid()); }
@@ -94,6 +125,7 @@ std::string read_file(const fs::path& path) {
     if (done == bytes.size()) bytes.resize(2 * bytes.size());
     count = ::read(descriptor, bytes.data() + done, bytes.size() - done);
     if (count > 0) done += static_cast<size_t>(count);
+    note_headway();
   } while (count > 0 || (count < 0 && errno == EINTR));
   const int reason = errno;
   ::close(descriptor);
@@ -139,6 +171,7 @@ void AtomicFile::write_out(const char* bytes, size_t num_bytes) {
     }
     bytes += count;
     num_bytes -= static_cast<size_t>(count);
+    note_headway();
   }
 }
 
@@ -162,6 +195,7 @@ void AtomicFile::commit() {
   if (is_direct_ && !set_direct(false)) fail("write", path_);  // the end is no whole block
   write_out(piece_.get(), std::exchange(num_in_piece_, 0));
   if (do_fsync(descriptor_) != 0) fail("flush", path_);
+  note_headway();
   const int result = ::close(descriptor_);
   descriptor_ = -1;
   if (result != 0 || do_rename(temporary_, path_) != 0) {
@@ -182,7 +216,7 @@ void write_file_atomic(const fs::path& path, std::string_view bytes) {
 void write_folder_atomic(const fs::path& named, const std::function<void(const fs::path&)>& fill) {
   const fs::path path = named.has_filename() ? named : named.parent_path();  // beside "out/" is not in it
   const fs::path temporary = temporary_name(path);
-  fs::remove_all(temporary);
+  remove_tree(temporary);
   fs::create_directories(temporary);
   try {
     fill(temporary);
@@ -191,14 +225,21 @@ void write_folder_atomic(const fs::path& named, const std::function<void(const f
       if (do_rename(temporary, path) != 0) fail("put in place", path);
     } else if (!do_exchange(temporary, path)) {
       // Where the file system cannot swap: a folder cannot replace a full one, so it takes two renames.
-      // Between them `path` is absent, never mixed.
+      // Between them `path` is absent, and remove_leftovers() puts the old one back.
       if (errno != EINVAL && errno != ENOSYS) fail("put in place", path);
-      const fs::path old = fmt::format("{}.tmp-old-{}", path.string(), ::getpid());
-      if (do_rename(path, old) != 0 || do_rename(temporary, path) != 0) fail("put in place", path);
-      fs::rename(old, temporary);
+      const fs::path old = fmt::format("{}{}{}", path.string(), kReplaced, ::getpid());
+      if (do_rename(path, old) != 0) fail("put in place", path);
+      if (do_rename(temporary, path) != 0) {
+        const int reason = errno;
+        ::rename(old.c_str(), path.c_str());
+        errno = reason;
+        fail("put in place", path);
+      }
+      // Half removed under its old name, it would be put back once `path` is gone.
+      if (do_rename(old, temporary) != 0) fail("remove", old);
     }
     flush_folder(path.parent_path());
-    fs::remove_all(temporary);  // what was there before, if anything
+    remove_tree(temporary);  // what was there before, if anything
   } catch (...) {
     std::error_code ignored;
     fs::remove_all(temporary, ignored);
@@ -209,13 +250,20 @@ void write_folder_atomic(const fs::path& named, const std::function<void(const f
 void remove_folder(const fs::path& path) {
   const fs::path temporary = fmt::format("{}.tmp-gone-{}", path.string(), ::getpid());
   if (do_rename(path, temporary) != 0) fail("remove", path);
-  fs::remove_all(temporary);
+  remove_tree(temporary);
 }
 
 void remove_leftovers(const fs::path& folder) {
   if (!fs::is_directory(folder)) return;
-  for (const auto& entry : fs::directory_iterator(folder))
-    if (entry.path().filename().string().find(".tmp-") != std::string::npos) fs::remove_all(entry.path());
+  const auto all = [&](std::string_view mark) {
+    std::vector<fs::path> found(fs::directory_iterator(folder), {});
+    std::erase_if(found, [&](const fs::path& path) {
+      return path.filename().string().find(mark) == std::string::npos;
+    });
+    return found;
+  };
+  restore_replaced(all(kReplaced));
+  for (const fs::path& path : all(kLeftover)) remove_tree(path);
 }
 
 MappedFile::MappedFile(const fs::path& path) : path_(path) {

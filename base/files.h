@@ -53,13 +53,15 @@ void write_file_atomic(const fs::path& path, std::string_view bytes);
 
 // Builds a folder beside its place: fill(temporary folder), flush every file in it, rename to `path`
 // (replacing what is there), flush the parent. After a crash `path` is the old folder, the new one, or
-// absent; never a mixture. A final '/' changes nothing.
+// absent; never a mixture. Where the file system cannot swap two folders it may be absent though there was an
+// old one: remove_leftovers() of the parent puts that back. A final '/' changes nothing.
 void write_folder_atomic(const fs::path& path, const std::function<void(const fs::path&)>& fill);
 
 // Removes a folder with all that is in it; killed in between, it is whole or gone.
 void remove_folder(const fs::path& path);
 
-// Removes what interrupted writes left in a folder ("*.tmp-*").
+// Removes what interrupted writes left in a folder ("*.tmp-*"). Before that, it puts back a folder that was
+// moved away for another that never came ("NAME.tmp-old-PID" where there is no NAME), and logs which.
 void remove_leftovers(const fs::path& folder);
 
 // A read-only memory map of a whole file; empty files map to an empty span.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/headway.h"
 
 namespace caldera {
 
@@ -29,8 +30,10 @@ std::string hash_file(const std::filesystem::path& path) {
   CALDERA_CHECK(file.is_open(), Error, "{}: cannot be read: {}", path.string(), std::strerror(errno));
   Hasher hasher;
   std::vector<char> piece(1 << 20);
-  while (file.read(piece.data(), std::ssize(piece)) || file.gcount() > 0)
+  while (file.read(piece.data(), std::ssize(piece)) || file.gcount() > 0) {
     hasher.add(piece.data(), static_cast<size_t>(file.gcount()));
+    note_headway();
+  }
   CALDERA_CHECK(file.eof(), Error, "{}: cannot be read: {}", path.string(), std::strerror(errno));
   return hasher.hex();
 }

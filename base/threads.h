@@ -12,6 +12,8 @@
 #include <thread>
 #include <vector>
 
+#include "base/headway.h"
+
 namespace caldera {
 
 // The calling thread works alone from here on. OpenMP counts the threads of all teams, of those that idle as well, until the
@@ -24,7 +26,8 @@ inline void work_without_a_team() {
 
 // A fixed set of threads, each of which works alone. submit() queues a job; its result or exception arrives through the
 // future, so the caller's order of get() is the order of results whatever the number of threads. The destructor drops
-// jobs not yet begun.
+// jobs not yet begun. The headway of a job goes to the counter of the thread that submitted it, which must outlive
+// the job or the pool.
 class ThreadPool {
  public:
   explicit ThreadPool(int num_threads) {
@@ -48,7 +51,10 @@ class ThreadPool {
     auto result = task->get_future();
     {
       const std::lock_guard lock(mutex_);
-      jobs_.emplace_back([task] { (*task)(); });
+      jobs_.emplace_back([task, counter = headway_counter()] {
+        const HeadwayScope scope(counter);
+        (*task)();
+      });
     }
     wake_.notify_one();
     return result;

@@ -1,10 +1,11 @@
 #include "base/files.h"
 
 #include <fcntl.h>
-#include <sys/resource.h>
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <array>
@@ -14,11 +15,13 @@
 
 #include "base/fault.h"
 #include "base/hash.h"
+#include "base/log.h"
 #include "tests/support.h"
 
 namespace caldera {
 namespace {
 
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 TEST(Files, AFileIsReadToItsEnd) {
@@ -122,6 +125,104 @@ TEST(Files, AFoldersNameMayEndInASlash) {
   }
   EXPECT_EQ(std::distance(fs::directory_iterator(folder.path()), {}), 1);
   EXPECT_EQ(std::distance(fs::directory_iterator(folder.path() / "out"), {}), 1);
+}
+
+// A file system that cannot swap two folders; the process is killed, or the disk fails, at each rename.
+class ReplacedFolders : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    previous_ = set_log_sink([this](LogLevel, const std::string& line) { log_ += line + "\n"; });
+    fill("old");
+  }
+  void TearDown() override { set_log_sink(previous_); }
+  void fill(const std::string& text) const {
+    write_folder_atomic(out_, [&](const fs::path& inside) {
+      for (const char* name : {"a", "b"}) write_file_atomic(inside / name, text);
+    });
+  }
+  // Replaces the folder in a process of its own. Returns how that ended, as waitpid gives it.
+  int replace_in_child(const std::string& fault) const {
+    const pid_t child = ::fork();
+    if (child == 0) {
+      plan_faults("enosys@exchange:1;" + fault);
+      try {
+        fill("new");
+      } catch (const Error&) {
+        ::_exit(1);
+      }
+      ::_exit(0);
+    }
+    int status = -1;
+    ::waitpid(child, &status, 0);
+    return status;
+  }
+  // What the whole folder holds; "none" without one.
+  std::string found() const {
+    if (!fs::exists(out_)) return "none";
+    const std::string text = read_file(out_ / "a");
+    return read_file(out_ / "b") == text ? text : "a mixture";
+  }
+  size_t num_entries() const {
+    return static_cast<size_t>(std::distance(fs::directory_iterator(folder_.path()), {}));
+  }
+
+  TemporaryFolder folder_;
+  fs::path out_ = folder_.path() / "out";
+  std::string log_;
+  LogSink previous_;
+};
+
+TEST_F(ReplacedFolders, KilledAtAnyRenameTheOldOrTheNewOneIsThereAfterTidying) {
+  std::vector<std::string> before, after;
+  for (int point = 1;; ++point) {
+    fill("old");
+    const int status = replace_in_child(fmt::format("sigkill@rename:{}", point));
+    if (WIFEXITED(status)) {
+      EXPECT_EQ(WEXITSTATUS(status), 0);
+      EXPECT_EQ(found(), "new");
+      EXPECT_EQ(num_entries(), 1u);
+      break;
+    }
+    ASSERT_EQ(WTERMSIG(status), SIGKILL);
+    before.push_back(found());
+    log_.clear();
+    remove_leftovers(folder_.path());
+    after.push_back(found());
+    EXPECT_EQ(num_entries(), 1u) << point;
+    const std::string line = out_.string() + ": put back, after a crash while another was to replace it\n";
+    EXPECT_EQ(log_, before.back() == "none" ? line : "") << point;
+  }
+  // Two files, then the old one out of the way, the new one in, the old one to be removed.
+  EXPECT_THAT(before, ElementsAre("old", "old", "old", "none", "new"));
+  EXPECT_THAT(after, ElementsAre("old", "old", "old", "old", "new"));
+}
+
+TEST_F(ReplacedFolders, OnADiskThatFailsTheOldOneStays) {
+  for (int point = 1; point <= 4; ++point) {
+    EXPECT_EQ(replace_in_child(fmt::format("eio@rename:{}", point)), 1 << 8) << point;
+    EXPECT_EQ(found(), "old") << point;
+    EXPECT_EQ(num_entries(), 1u) << point;
+  }
+}
+
+TEST_F(ReplacedFolders, WhatWasToBeRemovedStaysRemoved) {
+  const fs::path gone = out_.string() + ".tmp-gone-7", made = out_.string() + ".tmp-8";
+  fs::rename(out_, gone);
+  fs::create_directories(made / "inside");
+  remove_leftovers(folder_.path());
+  EXPECT_EQ(num_entries(), 0u);
+  EXPECT_EQ(log_, "");
+}
+
+TEST_F(ReplacedFolders, OfSeveralTheYoungestIsPutBack) {
+  const fs::path early = out_.string() + ".tmp-old-7", late = out_.string() + ".tmp-old-8";
+  fs::rename(out_, early);
+  fill("newer");
+  fs::rename(out_, late);
+  fs::last_write_time(early, fs::last_write_time(late) - std::chrono::hours(1));
+  remove_leftovers(folder_.path());
+  EXPECT_EQ(found(), "newer");
+  EXPECT_EQ(num_entries(), 1u);
 }
 
 }  // namespace

@@ -32,5 +32,17 @@ TEST(ThreadPool, ItsThreadsMakeNoTeams) {
   EXPECT_EQ(at::get_num_threads(), before);
 }
 
+TEST(ThreadPool, TheHeadwayOfAJobIsThatOfWhoSubmittedIt) {
+  std::atomic<int64_t> counter = 0;
+  ThreadPool pool(1);
+  {
+    const HeadwayScope scope(counter);
+    pool.submit([] { note_headway(); }).get();
+  }
+  EXPECT_EQ(counter, 1);
+  pool.submit([] { note_headway(); }).get();
+  EXPECT_EQ(counter, 1);
+}
+
 }  // namespace
 }  // namespace caldera
