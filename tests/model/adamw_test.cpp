@@ -35,8 +35,9 @@ constexpr AdamWStep kStep = {.learning_rate = 1e-2,
                              .grad_scale = 0.7,
                              .count = 5};
 
-// Under sanitizers the kernel is compiled without fused multiplication: terms as large as 0.5 are rounded once more.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+// Under sanitizers and on 64-bit ARM the kernel is compiled without fused multiplication: terms as large as 0.5 are rounded
+// once more.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || defined(__aarch64__)
 constexpr double kMomentBound = 3e-8;
 #else
 constexpr double kMomentBound = 1e-9;
