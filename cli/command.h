@@ -21,6 +21,8 @@
 
 namespace caldera {
 
+inline constexpr const char* kVersion = "caldera 0.1.0";
+
 struct Command {
   const char* name;
   const char* help;  // one line

@@ -1,292 +1,57 @@
 // caldera launch -n N [--nodes M --node-rank K --rendezvous HOST:PORT] [--max-restarts R] -- train ...
-// Starts the ranks of one machine and stays with them: the first rank's output on the terminal, each rank's
-// in its own file, signals passed on, and when one fails all end, with its name and message.
-#include <fcntl.h>
-#include <poll.h>
-#include <sys/prctl.h>
+// Starts the ranks of one machine and stays with them: the first one's output on the terminal, each rank's in its own file,
+// signals passed on, and when one fails all end, with its name and message.
+#include <sys/stat.h>
 #include <sys/wait.h>
-#include <unistd.h>
 
-#include <array>
-#include <chrono>
+#include <algorithm>
 #include <csignal>
-#include <cstdlib>
 #include <cstring>
-#include <fstream>
-#include <thread>
 
 #include "base/error.h"
 #include "base/files.h"
+#include "base/log.h"
 #include "base/strings.h"
+#include "cli/launch_machines.h"
+#include "cli/launch_ranks.h"
 #include "cli/train.h"
-#include "train/distributed/store_host.h"
-
-extern char** environ;
+#include "train/distributed/world.h"
 
 namespace caldera {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-// How long the others may take to end by themselves once a rank has failed; they look for the cause
-// meanwhile.
-constexpr auto kGrace = std::chrono::seconds(6);
-
-volatile std::sig_atomic_t g_signal_to_pass_on = 0;
-void pass_on_signal(int signal) { g_signal_to_pass_on = signal; }
+// Never forgotten: what the user ended is not started again.
+volatile std::sig_atomic_t g_last_signal = 0, g_num_signals = 0;
+void on_launcher_signal(int signal) {
+  g_last_signal = signal;
+  g_num_signals = g_num_signals + 1;
+}
 
 struct LaunchCommand {
   int num_ranks = 0;
   int num_nodes = 1, node_rank = 0;
   std::string rendezvous;  // HOST:PORT of the first machine
+  double node_timeout_s = 600;
   int max_restarts = 0;
   std::vector<std::string> command;  // train ...
 };
 
-// One rank's process, its output pipe and its log.
-struct Rank {
-  int rank = 0;
-  pid_t pid = -1;
-  int pipe = -1;
-  std::ofstream log;
-  std::string last_error;     // the last line that began with "error: "
-  std::string line;           // under way
-  std::optional<int> status;  // as waitpid gives it, once it has ended
-  bool was_killed_by_us = false;
-
-  bool is_on_terminal() const { return rank == 0; }
-  void take(std::string_view text);
-};
-
-void Rank::take(std::string_view text) {
-  log << text << std::flush;
-  if (is_on_terminal()) {
-    std::fwrite(text.data(), 1, text.size(), stderr);
-    std::fflush(stderr);
-  }
-  for (const char c : text) {
-    if (c != '\n') {
-      line.push_back(c);
-      continue;
-    }
-    if (line.starts_with("error: ")) last_error = line.substr(7);
-    line.clear();
-  }
-}
-
-class Attempt {
- public:
-  Attempt(const LaunchCommand& command, const fs::path& log_folder, int number, const std::string& address,
-          int port);
-  ~Attempt();
-  // Until all have ended.
-  void run();
-  const std::vector<Rank>& ranks() const { return ranks_; }
-  // Ranks in the order in which they ended.
-  const std::vector<size_t>& ended() const { return ended_; }
-
- private:
-  void start(Rank& rank, const LaunchCommand& command, int number, const std::string& address, int port);
-  void read_pipes(int timeout_ms);
-  void reap();
-  void send(int signal);
-
-  std::vector<Rank> ranks_;
-  std::vector<size_t> ended_;
-  std::optional<Clock::time_point> failed_at_;
-};
-
-Attempt::Attempt(const LaunchCommand& command, const fs::path& log_folder, int number,
-                 const std::string& address, int port)
-    : ranks_(static_cast<size_t>(command.num_ranks)) {
-  for (size_t i = 0; i < ranks_.size(); ++i) {
-    Rank& rank = ranks_[i];
-    rank.rank = command.node_rank * command.num_ranks + static_cast<int>(i);
-    const fs::path path = log_folder / fmt::format("rank-{}.log", rank.rank);
-    rank.log.open(path, std::ios::app);
-    CALDERA_CHECK(rank.log.good(), Error, "{}: cannot open for appending", path.string());
-    start(rank, command, number, address, port);
-  }
-}
-
-Attempt::~Attempt() {
-  send(SIGKILL);
-  for (Rank& rank : ranks_) {
-    if (rank.pid > 0 && !rank.status) ::waitpid(rank.pid, nullptr, 0);
-    if (rank.pipe >= 0) ::close(rank.pipe);
-  }
-}
-
-void Attempt::start(Rank& rank, const LaunchCommand& command, int number, const std::string& address,
-                    int port) {
-  const int local_rank = rank.rank - command.node_rank * command.num_ranks;
-  std::vector<std::string> variables = {
-      "CALDERA_LAUNCH=1",
-      fmt::format("RANK={}", rank.rank),
-      fmt::format("WORLD_SIZE={}", command.num_ranks * command.num_nodes),
-      fmt::format("LOCAL_RANK={}", local_rank),
-      fmt::format("LOCAL_WORLD_SIZE={}", command.num_ranks),
-      fmt::format("GROUP_RANK={}", command.node_rank),
-      fmt::format("MASTER_ADDR={}", address),
-      fmt::format("MASTER_PORT={}", port),
-      "TORCHELASTIC_USE_AGENT_STORE=True",
-      fmt::format("TORCHELASTIC_RESTART_COUNT={}", number),
-      fmt::format("TORCHELASTIC_MAX_RESTARTS={}", command.max_restarts),
-  };
-  // The ranks share the machine's cores, and threads that wait must not spin on them.
-  const int threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / command.num_ranks);
-  if (std::getenv("OMP_NUM_THREADS") == nullptr)
-    variables.push_back(fmt::format("OMP_NUM_THREADS={}", threads));
-  if (std::getenv("OMP_WAIT_POLICY") == nullptr) variables.push_back("OMP_WAIT_POLICY=passive");
-  for (char** variable = environ; *variable != nullptr; ++variable) {
-    const std::string name = std::string(*variable).substr(0, std::string(*variable).find('=') + 1);
-    if (std::none_of(variables.begin(), variables.end(),
-                     [&](const std::string& ours) { return ours.starts_with(name); }))
-      variables.emplace_back(*variable);
-  }
-  std::vector<std::string> words = {"caldera"};
-  words.insert(words.end(), command.command.begin(), command.command.end());
-  const auto pointers = [](std::vector<std::string>& texts) {
-    std::vector<char*> list;
-    for (std::string& text : texts) list.push_back(text.data());
-    list.push_back(nullptr);
-    return list;
-  };
-  const std::vector<char*> environment = pointers(variables), arguments = pointers(words);
-
-  std::array<int, 2> ends;
-  CALDERA_CHECK(::pipe2(ends.data(), O_CLOEXEC) == 0, Error, "cannot make a pipe: {}", std::strerror(errno));
-  const pid_t parent = ::getpid();
-  rank.pid = ::fork();
-  CALDERA_CHECK(rank.pid >= 0, Error, "cannot start a process: {}", std::strerror(errno));
-  if (rank.pid == 0) {
-    // A process group of its own: the terminal's Ctrl-C reaches the launcher, which passes it on once. If the
-    // launcher dies, the rank saves and ends.
-    ::setpgid(0, 0);
-    ::prctl(PR_SET_PDEATHSIG, SIGTERM);
-    if (::getppid() != parent) ::_exit(5);
-    ::dup2(ends[1], STDOUT_FILENO);
-    ::dup2(ends[1], STDERR_FILENO);
-    ::execve("/proc/self/exe", arguments.data(), environment.data());
-    ::_exit(127);
-  }
-  ::close(ends[1]);
-  rank.pipe = ends[0];
-}
-
-void Attempt::read_pipes(int timeout_ms) {
-  std::vector<pollfd> polled;
-  std::vector<Rank*> whose;
-  for (Rank& rank : ranks_) {
-    if (rank.pipe < 0) continue;
-    polled.push_back({.fd = rank.pipe, .events = POLLIN, .revents = 0});
-    whose.push_back(&rank);
-  }
-  if (::poll(polled.data(), polled.size(), timeout_ms) <= 0) return;
-  for (size_t i = 0; i < polled.size(); ++i) {
-    if (polled[i].revents == 0) continue;
-    std::array<char, 4096> buffer;
-    const ssize_t count = ::read(polled[i].fd, buffer.data(), buffer.size());
-    if (count > 0) {
-      whose[i]->take({buffer.data(), static_cast<size_t>(count)});
-    } else if (count == 0 || errno != EINTR) {
-      ::close(whose[i]->pipe);
-      whose[i]->pipe = -1;
-    }
-  }
-}
-
-void Attempt::reap() {
-  for (size_t i = 0; i < ranks_.size(); ++i) {
-    int status = 0;
-    if (ranks_[i].status || ::waitpid(ranks_[i].pid, &status, WNOHANG) != ranks_[i].pid) continue;
-    ranks_[i].status = status;
-    ended_.push_back(i);
-    if (status != 0 && !failed_at_) failed_at_ = Clock::now();
-  }
-}
-
-void Attempt::send(int signal) {
-  for (Rank& rank : ranks_) {
-    if (rank.pid <= 0 || rank.status) continue;
-    ::kill(rank.pid, signal);
-    rank.was_killed_by_us = rank.was_killed_by_us || signal == SIGKILL;
-  }
-}
-
-void Attempt::run() {
-  int passed_on = 0;
-  while (ended_.size() < ranks_.size()) {
-    read_pipes(100);
-    reap();
-    if (const int signal = g_signal_to_pass_on; signal != 0 && passed_on < 2) {
-      send(signal);
-      ++passed_on;
-      g_signal_to_pass_on = 0;
-    }
-    if (failed_at_ && Clock::now() - *failed_at_ > kGrace) send(SIGKILL);
-  }
-  for (int i = 0;
-       i < 100 && std::any_of(ranks_.begin(), ranks_.end(), [](const Rank& r) { return r.pipe >= 0; }); ++i)
-    read_pipes(20);
-}
-
-int exit_code_of(const Rank& rank) {
-  const int status = rank.status.value_or(0);
-  return WIFEXITED(status) ? WEXITSTATUS(status) : DistributedError("").exit_code();
-}
-
-// The rank that brought the others down: one that a signal killed, else one that failed by itself, else the
-// first to end.
-const Rank& culprit_of(const Attempt& attempt) {
-  const int victim = DistributedError("").exit_code();
-  const auto first = [&](auto is_it) -> const Rank* {
-    for (const size_t i : attempt.ended())
-      if (is_it(attempt.ranks()[i])) return &attempt.ranks()[i];
-    return nullptr;
-  };
-  if (const Rank* rank = first([](const Rank& r) { return WIFSIGNALED(*r.status) && !r.was_killed_by_us; }))
-    return *rank;
-  if (const Rank* rank = first([&](const Rank& r) {
-        return exit_code_of(r) != 0 && exit_code_of(r) != victim && !r.was_killed_by_us;
-      }))
-    return *rank;
-  if (const Rank* rank = first([](const Rank& r) { return r.was_killed_by_us; })) return *rank;
-  return *first([](const Rank&) { return true; });
-}
-
-std::string describe(const Rank& culprit, const Attempt& attempt, const StoreHost* store, int number) {
-  const std::string where = store != nullptr ? store->where(number, culprit.rank) : "";
-  const auto cause = store != nullptr ? store->cause(number) : std::nullopt;
-  const int status = *culprit.status;
-  std::string text = fmt::format("rank {}", culprit.rank);
-  if (culprit.was_killed_by_us)
-    text += " did not end when the others had to, and was killed";
-  else if (WIFSIGNALED(status))
-    text += fmt::format(" was killed by signal {} ({})", WTERMSIG(status), ::strsignal(WTERMSIG(status)));
-  else if (exit_code_of(culprit) == 0)
-    text += " left before the others";
-  else
-    text += " failed";
-  if (!where.empty()) text += fmt::format(" at {}", where);
-  if (!culprit.last_error.empty()) text += ": " + culprit.last_error;
-  // Where all that ended by themselves are victims, what they say of the culprit comes first.
-  const bool is_victim = !culprit.was_killed_by_us &&
-                         exit_code_of(culprit) == DistributedError("").exit_code() && !WIFSIGNALED(status);
-  if (cause && culprit.was_killed_by_us) text += ": " + *cause;
-  if (cause && is_victim) text = *cause;
-  if (attempt.ranks().size() > 1)
-    text += fmt::format(" (exit codes by rank: {})", [&] {
-      std::vector<std::string> codes;
-      for (const Rank& rank : attempt.ranks())
-        codes.push_back(WIFSIGNALED(*rank.status) ? fmt::format("signal {}", WTERMSIG(*rank.status))
-                                                  : std::to_string(exit_code_of(rank)));
-      return join(codes, ", ");
-    }());
-  return text;
+// HOST:PORT, or [ADDRESS]:PORT with colons in it.
+StoreAddress parse_rendezvous(const std::string& text) {
+  const size_t colon = text.rfind(':');
+  const std::string digits = colon == std::string::npos ? "" : text.substr(colon + 1);
+  std::string host = text.substr(0, colon);
+  const bool is_bracketed = host.size() > 2 && host.front() == '[' && host.back() == ']';
+  CALDERA_CHECK(!digits.empty() && digits.size() < 6 && digits.find_first_not_of("0123456789") == std::string::npos &&
+                    std::stoi(digits) < 65536 && !host.empty() &&
+                    (is_bracketed || host.find(':') == std::string::npos),
+                ConfigError, "--rendezvous {}: expected HOST:PORT, or [IPV6-ADDRESS]:PORT", text);
+  if (is_bracketed) host = host.substr(1, host.size() - 2);
+  return {.host = host, .port = std::stoi(digits), .secret = ""};
 }
 
 // What the ranks will do, read here first: a faulty command or recipe is said once, not N times.
-fs::path log_folder_of(const LaunchCommand& command) {
+Recipe recipe_of(const LaunchCommand& command) {
   CALDERA_CHECK(command.command.front() == "train", ConfigError, "launch starts \"train\" alone, got \"{}\"",
                 command.command.front());
   CLI::App app;
@@ -298,51 +63,157 @@ fs::path log_folder_of(const LaunchCommand& command) {
   } catch (const CLI::ParseError& error) {
     throw ConfigError(fmt::format("train: {}", error.what()));
   }
-  return fs::path(read_recipe(train.recipe, train.overrides).output) / "logs";
+  return read_recipe(train.recipe, train.overrides);
+}
+
+// What values in the run's store are signed with. On one machine a new one for each run, which its ranks alone are told.
+std::string choose_secret(const LaunchCommand& command, const fs::path& output) {
+  if (const std::string given = run_secret(); !given.empty()) return given;
+  if (command.num_nodes == 1) return random_id();
+  const fs::path file = output / ".run_secret";
+  struct stat status {};
+  if (::stat(file.c_str(), &status) == 0) {
+    CALDERA_CHECK((status.st_mode & 077) == 0, ConfigError, "{}: others may read it; say chmod 600 {}", file.string(),
+                  file.string());
+    std::string secret(strip(read_file(file)));
+    CALDERA_CHECK(!secret.empty(), ConfigError, "{}: empty: expected the run's secret", file.string());
+    return secret;
+  }
+  log_warning(
+      "whoever reaches port {} of machine 0 can end this run: set CALDERA_RUN_SECRET to the same text on all machines, or "
+      "write one into {} with mode 600",
+      parse_rendezvous(command.rendezvous).port, file.string());
+  return "";
+}
+
+struct Failure {
+  int code = 0;
+  std::string text;
+  bool is_victims = false;  // the cause lies with another machine's rank, or is not known here
+};
+
+Failure describe(const Attempt& attempt, Rendezvous& rendezvous, int number) {
+  const RankProcess& culprit = attempt.culprit();
+  const int status = *culprit.status, victims_code = DistributedError("").exit_code();
+  std::string where;
+  std::optional<std::string> cause;
+  try {
+    where = rendezvous.where(number, culprit.rank);
+    cause = rendezvous.cause(number);
+  } catch (const DistributedError&) {
+    // The store has gone with its host: what the ranks said is all that is known.
+  }
+  std::string text = fmt::format("rank {}", culprit.rank);
+  if (culprit.was_killed_by_us)
+    text += " did not end when the others had to, and was killed";
+  else if (WIFSIGNALED(status))
+    text += fmt::format(" was killed by signal {} ({})", WTERMSIG(status), ::strsignal(WTERMSIG(status)));
+  else if (culprit.exit_code() == 0)
+    text += " left before the others";
+  else
+    text += " failed";
+  if (!where.empty()) text += fmt::format(" at {}", where);
+  if (!culprit.error.empty()) text += ": " + culprit.error;
+  // Where all that ended by themselves are victims, what they say of the culprit comes first.
+  const bool is_victim =
+      !culprit.was_killed_by_us && culprit.exit_code() == victims_code && !WIFSIGNALED(status);
+  if (cause && culprit.was_killed_by_us) text += ": " + *cause;
+  if (cause && is_victim) text = *cause;
+  if (attempt.ranks().size() > 1) {
+    std::vector<std::string> codes;
+    for (const RankProcess& rank : attempt.ranks())
+      codes.push_back(WIFSIGNALED(*rank.status) ? fmt::format("signal {}", WTERMSIG(*rank.status))
+                                                : std::to_string(rank.exit_code()));
+    text += fmt::format(" (exit codes by rank: {})", join(codes, ", "));
+  }
+  return {.code = culprit.exit_code() == 0 ? victims_code : culprit.exit_code(),
+          .text = text,
+          .is_victims = is_victim || culprit.was_killed_by_us};
+}
+
+// Ranks that were told to end, by a signal: not started again. None where that is not so.
+std::optional<RunEnd> end_as_asked(const Attempt& attempt, const Failure& failure, Rendezvous& rendezvous) {
+  const RankProcess& culprit = attempt.culprit();
+  const bool has_saved = failure.code > 128 && WIFEXITED(*culprit.status);
+  if (const int signal = g_last_signal) {
+    if (has_saved) return RunEnd{failure.code, culprit.error};
+    if (WIFSIGNALED(*culprit.status) && !culprit.was_killed_by_us)
+      return RunEnd{128 + signal, fmt::format("stopped by signal {} while there was nothing to save; the same command goes on", signal)};
+    return RunEnd{failure.code, failure.text};
+  }
+  // By a signal that another machine's launcher passed on. Or that one has died, which its ranks are told by a signal as
+  // well; then it is a failure as others.
+  if (has_saved && rendezvous.all_are_alive()) return RunEnd{failure.code, culprit.error};
+  return std::nullopt;
 }
 
 void launch(const LaunchCommand& command) {
+  for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) std::signal(signal, on_launcher_signal);
   CALDERA_CHECK(command.node_rank < command.num_nodes, ConfigError, "--node-rank {}: expected 0 to {}",
                 command.node_rank, command.num_nodes - 1);
   CALDERA_CHECK(command.num_nodes == 1 || !command.rendezvous.empty(), ConfigError,
                 "--nodes {}: also give --rendezvous HOST:PORT, where HOST is the first machine",
                 command.num_nodes);
-  std::string address = "127.0.0.1";
-  int port = 0;
-  if (!command.rendezvous.empty()) {
-    const size_t colon = command.rendezvous.rfind(':');
-    const std::string digits = colon == std::string::npos ? "" : command.rendezvous.substr(colon + 1);
-    CALDERA_CHECK(!digits.empty() && digits.size() < 6 &&
-                      digits.find_first_not_of("0123456789") == std::string::npos &&
-                      std::stoi(digits) < 65536,
-                  ConfigError, "--rendezvous {}: expected HOST:PORT", command.rendezvous);
-    address = command.rendezvous.substr(0, colon);
-    port = std::stoi(digits);
-  }
-  const fs::path logs = log_folder_of(command);
+  survive_broken_connections();
+  quiet_c10d();
+  StoreAddress address = command.rendezvous.empty() ? StoreAddress{} : parse_rendezvous(command.rendezvous);
+  const Recipe recipe = recipe_of(command);
+  const fs::path logs = fs::path(recipe.output) / "logs";
   fs::create_directories(logs);
-  std::unique_ptr<StoreHost> store;
-  if (command.node_rank == 0) {
-    store = std::make_unique<StoreHost>(port);
-    port = store->port();
-  }
-  for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) std::signal(signal, pass_on_signal);
-  for (int number = 0;; ++number) {
-    Attempt attempt(command, logs, number, address, port);
-    attempt.run();
-    const auto failed = [](const Rank& rank) { return *rank.status != 0; };
-    if (std::none_of(attempt.ranks().begin(), attempt.ranks().end(), failed)) return;
-    const Rank& culprit = culprit_of(attempt);
-    const int code = exit_code_of(culprit) == 0 ? DistributedError("").exit_code() : exit_code_of(culprit);
-    if (code > 128 && !WIFSIGNALED(*culprit.status))
-      throw Error(culprit.last_error, code);  // stopped as asked, after saving
-    const std::string message =
-        fmt::format("{}; logs: {}", describe(culprit, attempt, store.get(), number), logs.string());
+  address.secret = choose_secret(command, recipe.output);
+  const Machines machines{.count = command.num_nodes,
+                          .index = command.node_rank,
+                          .ranks_each = command.num_ranks,
+                          .timeout_s = recipe.distributed.timeout_s,
+                          .node_timeout_s = command.node_timeout_s};
+  const auto stop_signal = [] { return static_cast<int>(g_last_signal); };
+  std::unique_ptr<Rendezvous> rendezvous;
+  for (int num_failures = 0;; ++num_failures) {
+    if (!rendezvous) rendezvous = std::make_unique<Rendezvous>(machines, address, stop_signal);
+    const std::optional<int> number = rendezvous->gather();
+    if (!number) return;
+    Attempt attempt({.first_rank = command.node_rank * command.num_ranks,
+                     .count = command.num_ranks,
+                     .command = command.command,
+                     .variables = {{"CALDERA_LAUNCH", "1"},
+                                   {"CALDERA_RUN_ID", rendezvous->run_id()},
+                                   {"CALDERA_RUN_SECRET", address.secret},
+                                   {"WORLD_SIZE", std::to_string(command.num_ranks * command.num_nodes)},
+                                   {"GROUP_RANK", std::to_string(command.node_rank)},
+                                   {"MASTER_ADDR", rendezvous->address().host},
+                                   {"MASTER_PORT", std::to_string(rendezvous->address().port)},
+                                   {"TORCHELASTIC_USE_AGENT_STORE", "True"},
+                                   {"TORCHELASTIC_RESTART_COUNT", std::to_string(*number)},
+                                   {"TORCHELASTIC_MAX_RESTARTS", std::to_string(command.max_restarts)}},
+                     .logs = logs});
+    attempt.run([] { return static_cast<int>(g_num_signals); }, stop_signal,
+                [&] { return rendezvous->is_over(*number); });
+    if (!attempt.has_failed()) {
+      if (command.node_rank == 0) return rendezvous->end({});
+      if (rendezvous->wait_for_end(*number)) return;
+      continue;
+    }
+    Failure failure = describe(attempt, *rendezvous, *number);
+    if (const auto end = end_as_asked(attempt, failure, *rendezvous)) {
+      rendezvous->end(*end);
+      throw Error(end->message, end->code);
+    }
+    failure.text += fmt::format("; logs: {}", logs.string());
     // A faulty recipe, data or weights do not get better.
-    const bool may_help = code != 2 && code != 3 && code != 4;
-    if (number >= command.max_restarts || !may_help) throw Error(message, code);
-    fmt::print(stderr, "warning: {}\nstarting again from the last checkpoint ({} of {})\n", message,
-               number + 1, command.max_restarts);
+    const bool may_help = failure.code != 2 && failure.code != 3 && failure.code != 4;
+    if (std::max(*number, num_failures) >= command.max_restarts || !may_help) {
+      // The machine whose rank it was knows more.
+      const std::optional<RunEnd> word = failure.is_victims ? rendezvous->wait_for_word() : std::nullopt;
+      if (word && word->code != 0) throw Error(word->message, word->code);
+      rendezvous->end({failure.code, failure.text});
+      throw Error(failure.text, failure.code);
+    }
+    fmt::print(stderr, "warning: {}\nstarting again from the last checkpoint ({} of {})\n", failure.text,
+               std::max(*number, num_failures) + 1, command.max_restarts);
+    if (command.node_rank > 0 && rendezvous->has_lost_store())
+      rendezvous.reset();  // machine 0's launcher has gone, and may come back
+    else
+      rendezvous->begin_next(*number);
   }
 }
 
@@ -358,6 +229,11 @@ void setup_launch(CLI::App& command) {
   command.add_option("--node-rank", options->node_rank, "which machine this is, from 0")
       ->check(CLI::Range(0, 65535));
   command.add_option("--rendezvous", options->rendezvous, "HOST:PORT of the first machine, where all meet");
+  command
+      .add_option("--node-timeout", options->node_timeout_s,
+                  "seconds to wait for the other machines, at the start and at each restart")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   command
       .add_option("--max-restarts", options->max_restarts,
                   "how often a failed run starts again from its last checkpoint")

@@ -26,8 +26,6 @@
 namespace caldera {
 namespace {
 
-constexpr const char* kVersion = "caldera 0.1.0";
-
 constexpr std::array kCommands = {
     Command{"train", "train the stages of a recipe", setup_train},
     Command{"launch", "train with several processes", setup_launch},

@@ -2,12 +2,17 @@
 // One process, or one of the ranks that caldera launch, torchrun, mpirun or srun started.
 #include "cli/train.h"
 
+#include <time.h>
+
 #include <algorithm>
+#include <atomic>
 #include <csignal>
 #include <cstdlib>
+#include <optional>
 
 #include "base/error.h"
 #include "base/files.h"
+#include "base/folder_lock.h"
 #include "base/strings.h"
 #include "cli/command.h"
 #include "cli/train_profile.h"
@@ -20,11 +25,23 @@ namespace caldera {
 namespace {
 
 volatile std::sig_atomic_t g_signal = 0;
+std::atomic<int64_t> g_signal_ms = 0;  // when it came
+static_assert(std::atomic<int64_t>::is_always_lock_free);
 
-// The first signal asks for a checkpoint at the end of the step; a second one ends the process as signals do.
+// The first signal asks for a checkpoint at the end of the step. Schedulers and launchers send it to every process of a job, so
+// it may come twice; only Ctrl-C that is pressed again some seconds later ends the process at once.
 void on_signal(int signal) {
-  g_signal = signal;
-  std::signal(signal, SIG_DFL);
+  constexpr int64_t kRepeats_ms = 3000;
+  timespec time{};
+  ::clock_gettime(CLOCK_MONOTONIC, &time);
+  const int64_t now_ms = time.tv_sec * 1000 + time.tv_nsec / 1000000;
+  if (g_signal == 0) {
+    g_signal_ms = now_ms;
+    g_signal = signal;
+  } else if (signal == SIGINT && now_ms - g_signal_ms > kRepeats_ms) {
+    std::signal(SIGINT, SIG_DFL);
+    ::raise(SIGINT);
+  }
 }
 
 // What the run measured on held-out data, for the terminal; results.json and report.html say more.
@@ -66,11 +83,21 @@ void print_summary(const Recipe& recipe, const HeldoutResult& result) {
   std::_Exit(DistributedError("").exit_code());
 }
 
+// The run's folder, for this process alone. Where another has it, all ranks say so.
+void lock_output(const Recipe& recipe, World& world, std::optional<FolderLock>& lock) {
+  try {
+    lock.emplace(recipe.output, "output");
+  } catch (const std::exception&) {
+    world.fail(std::current_exception());
+  }
+}
+
 void train(const TrainCommand& command) {
+  for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) std::signal(signal, on_signal);
   Recipe recipe = read_recipe(command.recipe, command.overrides);
   const WorldSpec spec = world_from_environment();
   tune_allocator();
-  for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) std::signal(signal, on_signal);
+  std::optional<FolderLock> lock;  // until the evaluation's last file
   Outcome outcome;
   int stop_signal = 0;
   {
@@ -80,6 +107,8 @@ void train(const TrainCommand& command) {
                 abort_rank);
     RunOptions run = command.run;
     run.world = &world;
+    run.version = kVersion;
+    if (world.is_first()) lock_output(recipe, world, lock);
     recipe = choose_dtypes(std::move(recipe), run);
     ProfiledSteps profiled(recipe, command.profile_steps, spec.size, progress);
     const bool is_profiled = command.profile_steps > 0 && spec.rank == 0;
@@ -94,6 +123,9 @@ void train(const TrainCommand& command) {
   if (!command.run.only_stage.empty() && command.run.only_stage != recipe.stages.back().name) return;
   if (spec.rank > 0) return;
   for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) std::signal(signal, SIG_DFL);
+  if (const int signal = g_signal)
+    throw Error(fmt::format("stopped by signal {} after training; the same command goes on with the evaluation", signal),
+                128 + signal);
   if (const std::optional<HeldoutResult> result = evaluate_run(recipe, progress_line()))
     print_summary(recipe, *result);
 }

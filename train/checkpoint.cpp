@@ -61,6 +61,14 @@ Json write_share(const fs::path& folder, const CheckpointShare& share, Snapshot&
   return files;
 }
 
+// Writes "latest" or "best"; where there is no such checkpoint, there is no such file.
+void point_to(const fs::path& file, const std::optional<fs::path>& checkpoint) {
+  if (checkpoint)
+    write_file_atomic(file, checkpoint->filename().string() + "\n");
+  else
+    fs::remove(file);
+}
+
 // Every rank does its part and hears of the others': what `work` returns, by rank. Where it threw on a rank,
 // the others throw PeerError with its message.
 std::vector<std::string> together(World& world, const std::function<std::string()>& work) {
@@ -78,6 +86,7 @@ std::vector<std::string> together(World& world, const std::function<std::string(
 void write(const fs::path& stage_folder, const CheckpointShare& share, Snapshot& masters, Snapshot& moments,
            const KeptCheckpoints& kept, World& world) {
   const SavingScope saving;
+  const SavingLane lane(world, share.state.step);
   const fs::path parent = stage_folder / "checkpoints";
   const std::string name = step_name(share.state.step);
   // 1. The first rank makes the folder, beside its place; 2. each rank writes its files there; 3. the first
@@ -102,15 +111,9 @@ void write(const fs::path& stage_folder, const CheckpointShare& share, Snapshot&
     remove_leftovers(parent);
     write_folder_atomic(parent / name, fill);
     write_file_atomic(stage_folder / "latest", name + "\n");
-    // The run went back to an earlier one: it would be taken for the newest, and push this one out.
-    for (const fs::path& folder : step_folders(stage_folder))
-      if (folder.filename().string() > name) remove_folder(folder);
     // All that were the best once it came are still there, so the best of these is the best of all.
     const std::optional<fs::path> best = kept.save_best ? best_checkpoint(stage_folder) : std::nullopt;
-    if (best)
-      write_file_atomic(stage_folder / "best", best->filename().string() + "\n");
-    else
-      fs::remove(stage_folder / "best");
+    point_to(stage_folder / "best", best);
     const std::vector<fs::path> folders = step_folders(stage_folder);
     for (auto i = static_cast<size_t>(kept.save_total_limit); kept.save_total_limit > 0 && i < folders.size();
          ++i)
@@ -219,6 +222,28 @@ std::optional<fs::path> best_checkpoint(const fs::path& stage_folder) {
     }
   }
   return best;
+}
+
+void set_later_checkpoints_aside(const fs::path& stage_folder, const std::optional<fs::path>& checkpoint) {
+  std::vector<fs::path> later = step_folders(stage_folder);  // the newest first
+  const auto own = std::find_if(later.begin(), later.end(), [&](const fs::path& folder) {
+    return checkpoint && fs::equivalent(folder, *checkpoint);
+  });
+  const std::optional<fs::path> newest = own == later.end() ? std::nullopt : std::optional(*own);
+  later.erase(own, later.end());
+  if (later.empty()) return;
+  const bool has_best = fs::exists(stage_folder / "best");
+  int number = 1;
+  const auto aside = [&] { return stage_folder / fmt::format("checkpoints.old-{}", number); };
+  while (fs::exists(aside())) ++number;
+  fs::create_directory(aside());
+  point_to(stage_folder / "latest", newest);
+  for (const fs::path& folder : later) fs::rename(folder, aside() / folder.filename());
+  point_to(stage_folder / "best", has_best ? best_checkpoint(stage_folder) : std::nullopt);
+  std::vector<std::string> names;
+  for (const fs::path& folder : later) names.push_back(folder.filename().string());
+  log_info("the stage goes on from {}: moved its {} to {}", checkpoint ? checkpoint->string() : "its start",
+           fmt::join(names, ", "), aside().string());
 }
 
 CheckpointState read_checkpoint_state(const fs::path& folder) {

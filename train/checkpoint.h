@@ -9,6 +9,7 @@
 //     caldera.json           how to build the model around it (BuildSpec, ModelCard)
 //     manifest.json          size and XXH3-128 of each of the above
 //   STAGE/latest, STAGE/best   names of the newest step's folder, and of the one with the lowest validation loss
+//   STAGE/checkpoints.old-1/   checkpoints of later steps, from before the run went back to an earlier one
 // clang-format on
 //
 // Any number of ranks, under any strategy, goes on from any of them.
@@ -50,10 +51,10 @@ struct KeptCheckpoints {
   bool save_best = false;
 };
 
-// Writes step-N below stage_folder/checkpoints, then "latest" and "best", and removes what is not to be kept:
-// those of later steps, which the run left behind when it went back, and the oldest. All ranks call it; when it
-// returns, the checkpoint stands. Throws Error naming the path where the disk does not take it, on every rank;
-// older checkpoints are then untouched.
+// Writes step-N below stage_folder/checkpoints, then "latest" and "best", and removes the oldest that are not
+// to be kept. There must be none of later steps (set_later_checkpoints_aside()). All ranks call it; when it
+// returns, the checkpoint stands. Throws Error naming the path where the disk does not take it, on every
+// rank; older checkpoints are then untouched.
 void write_checkpoint(const std::filesystem::path& stage_folder, const CheckpointShare& share,
                       const KeptCheckpoints& kept, World& world = World::alone());
 
@@ -88,6 +89,13 @@ class CheckpointWriter {
 std::optional<std::filesystem::path> newest_checkpoint(const std::filesystem::path& stage_folder);
 // The one of the lowest validation loss, of equal ones the earliest; none where none has a validation loss.
 std::optional<std::filesystem::path> best_checkpoint(const std::filesystem::path& stage_folder);
+// Before a stage goes on from `checkpoint`, in its own folder or elsewhere (none: it begins): its checkpoints
+// of later steps, broken ones too, would be taken for the newest and push out what is written from now on.
+// They are moved, whole, to STAGE/checkpoints.old-K, and all of them where `checkpoint` is none of them:
+// nothing is lost, and the log says so. "latest" and "best" then name what is left. One process calls it.
+// Throws std::filesystem_error or Error.
+void set_later_checkpoints_aside(const std::filesystem::path& stage_folder,
+                                 const std::optional<std::filesystem::path>& checkpoint);
 // Throws CheckpointError naming the first file that does not match the manifest.
 void verify_checkpoint(const std::filesystem::path& folder);
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <sstream>
+#include <utility>
 
 #include "base/cpu.h"
 #include "base/cpu_allocator.h"
@@ -12,6 +13,7 @@
 #include "base/log.h"
 #include "base/strings.h"
 #include "model/ops/product_way.h"
+#include "train/agreement.h"
 #include "train/checkpoint.h"
 
 namespace caldera {
@@ -137,15 +139,39 @@ void move_aside(const fs::path& folder) {
   log_info("moved {} to {}", folder.string(), name().string());
 }
 
+// What --resume asks for beyond "auto".
+struct ResumeTask {
+  bool starts_anew = false;
+  std::string checkpoint;  // to go back to; "": none
+  std::string stage;       // the checkpoint's; "": not known yet
+  // An earlier attempt of this run has done it: later checkpoints and finished stages are the run's own.
+  bool is_done = false;
+};
+
+ResumeTask resume_task(const Recipe& recipe, const RunOptions& options, const WorldSpec& spec) {
+  ResumeTask task;
+  if (options.resume == "auto") return task;
+  const bool is_never = options.resume == "never";
+  if (!is_never) task.checkpoint = options.resume;
+  const fs::path file = fs::path(recipe.output) / "resume.json";
+  if (spec.attempt > 0 && !spec.run_id.empty() && fs::exists(file)) {
+    const Json done = read_json(file);
+    task.is_done = done.value("run", "") == spec.run_id && done.value("resume", "") == options.resume;
+    if (task.is_done) task.stage = done.value("stage", "");
+  }
+  task.starts_anew = is_never && !task.is_done;
+  return task;
+}
+
 std::optional<fs::path> checkpoint_to_resume(const Recipe& recipe, const StageConfig& stage,
-                                             const std::string& resume, int64_t num_samples) {
+                                             const ResumeTask& task, int64_t num_samples) {
   const fs::path folder = fs::path(recipe.output) / stage.name;
+  const bool may_go_back = !task.checkpoint.empty() && task.stage == stage.name;
   std::optional<fs::path> checkpoint;
-  if (resume == "auto") {
-    checkpoint = newest_checkpoint(folder);
-  } else if (resume != "never") {
-    verify_checkpoint(resume);
-    checkpoint = resume;
+  if (!may_go_back || task.is_done) checkpoint = newest_checkpoint(folder);
+  if (!checkpoint && may_go_back) {
+    verify_checkpoint(task.checkpoint);
+    checkpoint = task.checkpoint;
   }
   if (!checkpoint) return std::nullopt;
   const CheckpointState state = read_checkpoint_state(*checkpoint);
@@ -165,15 +191,17 @@ std::string once(World& world, const std::function<std::string()>& work) {
 }
 
 // Of the stage that `options` go on with; "": none, it begins.
-std::string begun_dtype(const Recipe& recipe, const StageConfig& stage, const RunOptions& options) {
+std::string begun_dtype(const Recipe& recipe, const StageConfig& stage, const RunOptions& options,
+                        const WorldSpec& spec) {
+  const ResumeTask task = resume_task(recipe, options, spec);
   const bool is_asked_for = options.only_stage.empty() || stage.name == options.only_stage;
-  if (is_asked_for && options.resume == "never") return "";
+  if (is_asked_for && task.starts_anew) return "";
   if (const std::optional<Recipe> begun = recipe_of(fs::path(recipe.output) / stage.name))
     for (const StageConfig& old : begun->stages)
       if (old.name == stage.name && old.dtype != "auto") return old.dtype;
-  if (options.resume == "auto" || options.resume == "never") return "";
+  if (task.checkpoint.empty()) return "";
   // The checkpoint of another run, of one stage.
-  const std::vector<std::string> lines = split(read_checkpoint_state(options.resume).recipe, "\n");
+  const std::vector<std::string> lines = split(read_checkpoint_state(task.checkpoint).recipe, "\n");
   const auto is_named = [&](const std::string& line) { return strip(line).ends_with("name: " + stage.name); };
   if (std::none_of(lines.begin(), lines.end(), is_named)) return "";
   for (const std::string& line : lines)
@@ -189,6 +217,7 @@ struct StageInPlan {
 
 Outcome run_stages(const Recipe& recipe, const RunOptions& options, TrainingObserver& observer,
                    const std::function<int()>& stop_requested, World& world) {
+  agree_on_recipe(world, recipe, options);
   const fs::path output = recipe.output;
   std::vector<std::string> names;
   for (const StageConfig& stage : recipe.stages) names.push_back(stage.name);
@@ -206,6 +235,8 @@ Outcome run_stages(const Recipe& recipe, const RunOptions& options, TrainingObse
         stage.name);
 
   // What is there already, and what will be needed: all of it is looked at before the first step.
+  ResumeTask task;  // the first rank's
+  if (world.is_first()) task = resume_task(recipe, options, world.spec());
   std::vector<StageInPlan> to_do;
   for (size_t i = 0; i < recipe.stages.size(); ++i) {
     const StageConfig& stage = recipe.stages[i];
@@ -213,7 +244,8 @@ Outcome run_stages(const Recipe& recipe, const RunOptions& options, TrainingObse
     world.at(0, "looking for finished stages");
     const std::string finished = once(world, [&] {
       const fs::path folder = output / stage.name;
-      if (is_asked_for && options.resume == "never") move_aside(folder);
+      for (const fs::path& written : {folder, folder / "checkpoints"}) remove_leftovers(written);
+      if (is_asked_for && task.starts_anew) move_aside(folder);
       if (!fs::exists(folder / "final")) return std::string();
       check_finished(folder, recipe, stage);
       return (folder / "final").string();
@@ -222,17 +254,17 @@ Outcome run_stages(const Recipe& recipe, const RunOptions& options, TrainingObse
     if (is_asked_for && !finished.empty()) log_info("stage {} is finished: {}", stage.name, finished);
     if (stage.name == options.only_stage) break;
   }
-  std::string resume = options.resume;
+  if (!task.is_done && !to_do.empty()) task.stage = recipe.stages[to_do.front().index].name;
   for (StageInPlan& planned : to_do) {
     const StageConfig& stage = recipe.stages[planned.index];
     planned.data = prepare_data(recipe, stage, world);
+    agree_on_data(world, stage, planned.data);
     world.at(0, "looking for a checkpoint");
     planned.checkpoint = once(world, [&] {
-      return checkpoint_to_resume(recipe, stage, resume, std::ssize(*planned.data.records))
+      return checkpoint_to_resume(recipe, stage, task, std::ssize(*planned.data.records))
           .value_or("")
           .string();
     });
-    resume = "auto";  // a checkpoint's folder is one of the first
   }
   const bool will_evaluate = options.only_stage.empty() || options.only_stage == names.back();
   once(world, [&] {
@@ -245,16 +277,23 @@ Outcome run_stages(const Recipe& recipe, const RunOptions& options, TrainingObse
   });
 
   for (StageInPlan& planned : to_do) {
-    const fs::path folder = output / recipe.stages[planned.index].name;
+    const StageConfig& stage = recipe.stages[planned.index];
+    const fs::path folder = output / stage.name;
+    const auto checkpoint =
+        planned.checkpoint.empty() ? std::nullopt : std::optional<fs::path>(planned.checkpoint);
     once(world, [&] {
       fs::create_directories(folder);
       remove_leftovers(folder);
+      set_later_checkpoints_aside(folder, checkpoint);
       write_file_atomic(folder / "recipe.yaml", dump_recipe(recipe));
+      const std::string& run_id = world.spec().run_id;
+      if (options.resume != "auto" && !run_id.empty() && !std::exchange(task.is_done, true))
+        write_json(output / "resume.json",
+                   {{"run", run_id}, {"resume", options.resume}, {"stage", task.stage}});
       return std::string();
     });
-    Trainer trainer(recipe, planned.index, std::move(planned.data),
-                    planned.checkpoint.empty() ? std::nullopt : std::optional<fs::path>(planned.checkpoint),
-                    observer, stop_requested, world);
+    Trainer trainer(recipe, planned.index, std::move(planned.data), checkpoint, observer, stop_requested,
+                    world);
     try {
       if (trainer.run() == Outcome::kStopped) return Outcome::kStopped;
     } catch (const std::exception&) {
@@ -268,10 +307,13 @@ Outcome run_stages(const Recipe& recipe, const RunOptions& options, TrainingObse
 
 Recipe choose_dtypes(Recipe recipe, const RunOptions& options) {
   World& world = options.world != nullptr ? *options.world : World::alone();
+  // Where only some ranks had to be told, they would wait for what the others never send.
+  agree_on_recipe(world, recipe, options);
   for (StageConfig& stage : recipe.stages) {
     if (stage.dtype != "auto") continue;
     stage.dtype = once(world, [&] {
-      if (const std::string begun = begun_dtype(recipe, stage, options); !begun.empty()) return begun;
+      if (const std::string begun = begun_dtype(recipe, stage, options, world.spec()); !begun.empty())
+        return begun;
       const bool on_gpu = trains_on_gpu(recipe);
       const std::string chosen = on_gpu || trains_fastest_in() == at::kBFloat16 ? "bfloat16" : "float32";
       log_info("stages.{}.dtype: auto is {}, what {} computes fastest", stage.name, chosen,
@@ -287,6 +329,8 @@ Outcome run_recipe(const Recipe& recipe, const RunOptions& options, TrainingObse
   World& world = options.world != nullptr ? *options.world : World::alone();
   try {
     return run_stages(recipe, options, observer, stop_requested, world);
+  } catch (const ThrownByAll&) {
+    throw;
   } catch (const std::exception&) {
     world.fail(std::current_exception());
   }

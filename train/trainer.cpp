@@ -14,6 +14,7 @@
 #include "base/log.h"
 #include "base/rng.h"
 #include "model/ops/float8.h"
+#include "train/agreement.h"
 #include "train/checkpoint.h"
 #include "train/plan.h"
 #include "train/schedule.h"
@@ -69,6 +70,7 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
 #endif
   const MemoryChoices memory = choose_memory(recipe, stage_index, world_);
   model_ = build_llava(build_);
+  agree_on_weights(world_, *model_, checkpoint);  // while each rank has all of them, as they were read
   const int64_t num_parameters = count_parameters(model_->tensors());
   if (stage_.uses_4bit())
     for (Linear* linear : model_->language->linears()) linear->quantize_nf4(stage_.lora->double_quant, device);
@@ -151,7 +153,16 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
                       .num_trainable = num_trainable});
 }
 
+bool Trainer::stops_between_steps() {
+  world_.at(steps_done_, "asking for signals");
+  for (const std::string& signal : world_.exchange("main", std::to_string(stop_requested_())))
+    stop_signal_ = std::max(stop_signal_, std::stoi(signal));
+  if (stop_signal_ != 0) observer_.on_stop(stop_signal_);
+  return stop_signal_ != 0;
+}
+
 Outcome Trainer::run() {
+  if (stops_between_steps()) return Outcome::kStopped;  // it came while the model was built: nothing is new
   StepData data;
   while (steps_done_ < num_steps_) {
     const Clock::time_point start = Clock::now();
@@ -180,7 +191,7 @@ Outcome Trainer::run() {
   }
   announce_saved(checkpoints_->finish());
   save_final();
-  return Outcome::kFinished;
+  return stops_between_steps() ? Outcome::kStopped : Outcome::kFinished;
 }
 
 // Each supervised token weighs the same in the step (token_mean), or the same within its micro-batch
@@ -268,7 +279,7 @@ StepMetrics Trainer::step(const StepData& data, double data_wait_ms) {
   eval_loss_.reset();
 
   // 4. Say what happened.
-  if (const auto straggler = stragglers_.look_at(steps_done_, report.all_compute_ms);
+  if (const auto straggler = stragglers_.look_at(steps_done_, report.all_compute_ms, world_);
       straggler && world_.is_first())
     log_warning("{}", *straggler);
   const double step_ms = milliseconds_since(start) + data_wait_ms;

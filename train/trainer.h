@@ -57,17 +57,22 @@ enum class Outcome { kFinished, kStopped };
 class Trainer {
  public:
   // Builds the model, optimizer and loader, and resumes from the checkpoint folder if there is one.
-  // `stop_requested` is asked in each step; a signal's number on any rank saves a checkpoint and ends the
-  // run, 0 goes on. The observer hears the same on every rank; the first one alone writes metrics.
+  // `stop_requested` is asked in each step, before the first and after the last one's final/; a signal's
+  // number on any rank saves a checkpoint of what is not saved yet and ends the run, 0 goes on. The observer
+  // hears the same on every rank; the first one alone writes metrics. Throws the same CheckpointError on all
+  // ranks where their weights differ.
   Trainer(const Recipe& recipe, size_t stage_index, StageData data,
           std::optional<std::filesystem::path> checkpoint, TrainingObserver& observer,
           std::function<int()> stop_requested, World& world);
 
-  // Trains to the end, then writes final/. Throws Error naming the samples where a loss or gradient is not
-  // finite, on all ranks in the same step; the weights are then those before the step.
+  // Trains to the end, then writes final/. kStopped: a signal ended it, maybe behind final/. Throws Error
+  // naming the samples where a loss or gradient is not finite, on all ranks in the same step; the weights are
+  // then those before the step.
   Outcome run();
 
  private:
+  // Whether any rank was told to stop; the observer then hears of it. All ranks ask together.
+  bool stops_between_steps();
   StepMetrics step(const StepData& data, double data_wait_ms);
   double forward_and_backward(const StepData& data);  // returns this rank's share of the loss
   StepReport report_step(const StepData& data, double loss, double compute_ms);

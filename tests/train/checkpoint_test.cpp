@@ -104,13 +104,19 @@ TEST_F(CheckpointTest, KeepsTheBestBesideTheNewest) {
   EXPECT_FALSE(fs::exists(folder_ / "best"));
 }
 
-// Of the run as it was before it went back, nothing later is left: it would push out what is written now.
-TEST_F(CheckpointTest, GoingBackToAnEarlierOneAbandonsTheLater) {
+// Of the run as it was before it went back, nothing later is in the way: it would push out what is written
+// now.
+TEST_F(CheckpointTest, GoingBackToAnEarlierOneMovesTheLaterAside) {
   write(5, {.save_best = true}, 2.0);
   write(10, {.save_best = true}, 1.0);
   write_file_atomic(step(10) / "model.safetensors", "damaged");
   EXPECT_EQ(newest_checkpoint(folder_), step(5));
   fs::create_directories(folder_ / "checkpoints" / "step-00000009-mine");
+  set_later_checkpoints_aside(folder_, step(5));
+  EXPECT_EQ(read_file(folder_ / "latest"), "step-00000005\n");
+  EXPECT_EQ(read_file(folder_ / "best"), "step-00000005\n");
+  EXPECT_TRUE(fs::exists(folder_ / "checkpoints.old-1" / "step-00000010" / "optimizer.safetensors"));
+  EXPECT_THAT(log_, HasSubstr("moved its step-00000010 to " + (folder_ / "checkpoints.old-1").string()));
   write(7, {.save_total_limit = 1, .save_best = true}, 1.5);
   EXPECT_EQ(newest_checkpoint(folder_), step(7));
   EXPECT_EQ(read_file(folder_ / "latest"), "step-00000007\n");
@@ -118,6 +124,28 @@ TEST_F(CheckpointTest, GoingBackToAnEarlierOneAbandonsTheLater) {
   EXPECT_FALSE(fs::exists(step(10)));
   EXPECT_FALSE(fs::exists(step(5)));
   EXPECT_TRUE(fs::exists(folder_ / "checkpoints" / "step-00000009-mine"));  // not ours
+  set_later_checkpoints_aside(folder_, step(7));                            // nothing is later
+  EXPECT_FALSE(fs::exists(folder_ / "checkpoints.old-2"));
+  EXPECT_EQ(read_file(folder_ / "best"), "step-00000007\n");
+}
+
+TEST_F(CheckpointTest, ACheckpointFromElsewhereOrNoneMovesAllAside) {
+  for (const bool from_elsewhere : {true, false}) {
+    write(1);
+    write(2, {.save_best = true}, 1.0);
+    const fs::path other = folder_ / "elsewhere" / "step-00000001";
+    if (from_elsewhere) {
+      fs::create_directories(other.parent_path());
+      fs::copy(step(1), other, fs::copy_options::recursive);
+    }
+    set_later_checkpoints_aside(folder_, from_elsewhere ? std::optional(other) : std::nullopt);
+    EXPECT_EQ(newest_checkpoint(folder_), std::nullopt);
+    EXPECT_FALSE(fs::exists(folder_ / "latest"));
+    EXPECT_FALSE(fs::exists(folder_ / "best"));
+    const fs::path aside = folder_ / (from_elsewhere ? "checkpoints.old-1" : "checkpoints.old-2");
+    for (const char* name : {"step-00000001", "step-00000002"})
+      EXPECT_NO_THROW(verify_checkpoint(aside / name));
+  }
 }
 
 TEST_F(CheckpointTest, EveryFlippedByteIsFoundAndTheOneBeforeIsUsed) {

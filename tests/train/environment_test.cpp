@@ -35,6 +35,8 @@ class Environment {
                                         "MASTER_PORT",
                                         "CALDERA_LAUNCH",
                                         "CALDERA_GROUP_OF_ONE",
+                                        "CALDERA_RUN_ID",
+                                        "TORCHELASTIC_RUN_ID",
                                         "TORCHELASTIC_USE_AGENT_STORE",
                                         "TORCHELASTIC_RESTART_COUNT",
                                         "OMPI_COMM_WORLD_RANK",
@@ -153,6 +155,40 @@ TEST(WorldFromEnvironment, SrunTakesTheFirstNode) {
   variables.erase("SLURM_STEP_ID");  // the batch script itself
   const Environment environment(variables);
   EXPECT_EQ(world_from_environment().size, 1);
+}
+
+// A single node's own name may lead nowhere.
+TEST(WorldFromEnvironment, SrunOnOneNodeMeetsAtTheLoopback) {
+  std::map<std::string, std::string> variables = {
+      {"SLURM_STEP_ID", "0"},          {"SLURM_STEP_NUM_TASKS", "2"}, {"SLURM_STEP_NUM_NODES", "1"},
+      {"SLURM_PROCID", "1"},           {"SLURM_LOCALID", "1"},        {"SLURM_JOB_ID", "77"},
+      {"SLURM_STEP_NODELIST", "gpu03"}};
+  {
+    const Environment environment(variables);
+    EXPECT_EQ(world_from_environment().address, "127.0.0.1");
+  }
+  variables["MASTER_ADDR"] = "[fd77::10]";
+  const Environment environment(variables);
+  EXPECT_EQ(world_from_environment().address, "fd77::10");
+}
+
+TEST(WorldFromEnvironment, ARunHasAnIdOfItsOwn) {
+  const auto id_of = [](const std::map<std::string, std::string>& variables) {
+    const Environment environment(variables);
+    return world_from_environment().run_id;
+  };
+  std::map<std::string, std::string> variables = {
+      {"RANK", "0"}, {"WORLD_SIZE", "2"}, {"MASTER_PORT", "29500"}};
+  EXPECT_EQ(id_of({}), "");
+  EXPECT_EQ(id_of({{"SLURM_JOB_ID", "77"}}), "") << "a single process in a job";
+  EXPECT_EQ(id_of(variables), "");
+  variables["SLURM_JOB_ID"] = "77";
+  EXPECT_EQ(id_of(variables), "slurm:77");
+  variables["MASTER_ADDR"] = "node0";
+  variables["TORCHELASTIC_RUN_ID"] = "none";
+  EXPECT_EQ(id_of(variables), "torchrun:none:node0:29500");
+  variables["CALDERA_RUN_ID"] = "12ab";
+  EXPECT_EQ(id_of(variables), "12ab");
 }
 
 TEST(WorldFromEnvironment, WhatContradictsItselfIsRefused) {

@@ -11,12 +11,14 @@
 #include <cerrno>
 #include <chrono>
 #include <csignal>
+#include <future>
 #include <thread>
 
 #include "base/error.h"
+#include "base/headway.h"
 #include "base/rng.h"
 #include "model/ops/ops.h"
-#include "train/distributed/store_host.h"
+#include "train/distributed/text_store.h"
 
 namespace caldera {
 namespace {
@@ -149,39 +151,68 @@ Result train_rank(World& world, const DistributedConfig& config, bool recomputes
   return result;
 }
 
-// Runs `work` as each of `size` ranks, of which `local_size` share a machine; the last one has what is left. Throws what the
-// first rank threw.
+// Of a run's ranks those that come to it; the last machine has what is left.
+struct Ranks {
+  int size, local_size;
+  std::vector<int> who;
+  double timeout_s = 20;
+  std::string interface = "lo";
+};
+
+// Runs `work(world)` as each of them; what each threw.
 template <class Work>
-std::vector<std::invoke_result_t<Work, World&>> as_ranks(int size, int local_size, const Work& work,
-                                                           double timeout_s = 20) {
-  ::setenv("GLOO_SOCKET_IFNAME", "lo", 1);
+std::vector<std::exception_ptr> errors_of(const Ranks& ranks, const Work& work,
+                                          const std::function<void(const StoreAddress&)>& before = {}) {
+  ::setenv("GLOO_SOCKET_IFNAME", ranks.interface.c_str(), 1);
   ::setenv("RES_OPTIONS", "timeout:1 attempts:1", 1);  // c10d asks for each connection's name, for its log
   // c10d's record of collectives is one a process, and not made for groups of several threads.
   ::setenv("TORCH_FR_BUFFER_SIZE", "0", 1);
-  StoreHost store(0);
-  std::vector<std::invoke_result_t<Work, World&>> results(static_cast<size_t>(size));
-  std::vector<std::exception_ptr> errors(static_cast<size_t>(size));
+  StoreAddress address{.secret = run_secret()};
+  const auto store = host_store(address, /*is_local=*/true, 20);
+  if (before) before(address);
+  std::vector<std::exception_ptr> errors(ranks.who.size());
   std::vector<std::thread> threads;
-  for (int rank = 0; rank < size; ++rank) {
-    threads.emplace_back([&, rank] {
-      const auto i = static_cast<size_t>(rank);
+  for (size_t i = 0; i < ranks.who.size(); ++i) {
+    threads.emplace_back([&, i, rank = ranks.who[i]] {
+      const int local_size = ranks.local_size;
       try {
         World world({.rank = rank,
-                     .size = size,
+                     .size = ranks.size,
                      .local_rank = rank % local_size,
-                     .local_size = std::min(local_size, size - rank / local_size * local_size),
-                     .port = store.port(),
+                     .local_size = std::min(local_size, ranks.size - rank / local_size * local_size),
+                     .port = address.port,
                      .store_is_hosted = true,
                      .started_by = "a test"},
-                    at::kCPU, timeout_s, [](const std::string& message) { throw Error(message); });
-        results[i] = work(world);
+                    at::kCPU, ranks.timeout_s, [](const std::string&) {});
+        work(world);
       } catch (const std::exception&) {
         errors[i] = std::current_exception();
       }
     });
   }
   for (std::thread& thread : threads) thread.join();
-  for (const std::exception_ptr& error : errors)
+  return errors;
+}
+
+std::string message_of(const std::exception_ptr& error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const std::exception& thrown) {
+    return thrown.what();
+  }
+  return "";
+}
+
+// Runs `work` as each of `size` ranks, of which `local_size` share a machine. Throws what the first rank
+// threw.
+template <class Work>
+std::vector<std::invoke_result_t<Work, World&>> as_ranks(int size, int local_size, const Work& work,
+                                                         double timeout_s = 20) {
+  std::vector<std::invoke_result_t<Work, World&>> results(static_cast<size_t>(size));
+  Ranks ranks{.size = size, .local_size = local_size, .who = {}, .timeout_s = timeout_s};
+  for (int rank = 0; rank < size; ++rank) ranks.who.push_back(rank);
+  const auto run = [&](World& world) { results[static_cast<size_t>(world.rank())] = work(world); };
+  for (const std::exception_ptr& error : errors_of(ranks, run))
     if (error) std::rethrow_exception(error);
   return results;
 }
@@ -315,7 +346,7 @@ TEST(World, MachinesOfUnevenNumbersOfRanksCannotShareWithin) {
               testing::ThrowsMessage<ConfigError>(HasSubstr("the local ranks 0 of 2, 1 of 2, 0 of 1")));
 }
 
-// With a time-out of 3 s. What nobody waits for may take longer, and so may what the first rank does for all.
+// With a time-out of 3 s. What nobody waits for may take longer, and so may what makes headway.
 TEST(World, ARankIsStuckFromWhenOthersWaitForIt) {
   const auto run = [] {
     as_ranks(
@@ -325,7 +356,10 @@ TEST(World, ARankIsStuckFromWhenOthersWaitForIt) {
             world.at(step, "thinking");
             std::this_thread::sleep_for(std::chrono::milliseconds(ms));
           };
-          think(1, world.is_first() ? 4500 : 0);
+          for (int i = 0; world.is_first() && i < 45; ++i) {  // as one that reads a file
+            std::this_thread::sleep_for(std::chrono::milliseconds(100));
+            note_headway();
+          }
           world.from_first("");
           think(2, world.rank() == 1 ? 5000 : 3500);
           world.exchange("main", "");
@@ -337,6 +371,81 @@ TEST(World, ARankIsStuckFromWhenOthersWaitForIt) {
   };
   EXPECT_THAT(run, testing::ThrowsMessage<PeerError>(
                        HasSubstr("rank 1 is stuck: for 3 s at step 3, thinking, while others have to wait")));
+}
+
+// On the training thread or beside it. The others' training goes on meanwhile, or waits, too.
+TEST(World, ARankThatHangsWhileSavingIsStuckThere) {
+  for (const bool in_background : {false, true}) {
+    std::promise<void> over;
+    const std::shared_future<void> is_over = over.get_future().share();
+    const auto save = [&](World& world) {
+      const SavingLane lane(world, 12);
+      if (world.rank() == 1) return is_over.wait();
+      world.exchange("save", "");
+    };
+    const auto errors =
+        errors_of({.size = 3, .local_size = 3, .who = {0, 1, 2}, .timeout_s = 2}, [&](World& world) {
+          world.at(12, "saving a checkpoint");
+          try {
+            if (in_background)
+              std::async(std::launch::async, save, std::ref(world)).get();
+            else
+              save(world);
+          } catch (const PeerError&) {
+            if (world.is_first()) over.set_value();
+            throw;
+          }
+        });
+    EXPECT_EQ(errors[1], nullptr);
+    for (const size_t r : {0, 2})
+      EXPECT_THAT(message_of(errors[r]),
+                  testing::AllOf(HasSubstr("rank 1 is stuck: for"),
+                                 HasSubstr("s at step 12, saving a checkpoint, while others have to wait")));
+  }
+}
+
+TEST(World, NamesTheMachinesWhereThereAreSeveral) {
+  const auto names = as_ranks(2, 1, [](World& world) { return world.who(1) + " of " + world.hosts().at(1); });
+  const std::string host = names[0].substr(names[0].find(" of ") + 4);
+  EXPECT_EQ(names[0], "rank 1 (" + host + ") of " + host);
+  EXPECT_EQ(as_ranks(2, 2, [](World& world) { return world.who(1); }).front(), "rank 1");
+}
+
+TEST(World, RanksThatDoNotComeAreNamedByAll) {
+  const auto nothing = [](World&) {};
+  for (const auto& error : errors_of({.size = 4, .local_size = 4, .who = {0, 2}, .timeout_s = 1}, nothing))
+    EXPECT_EQ(message_of(error),
+              "only 2 of 4 ranks have come within 1 s: ranks 1, 3 are missing; start them, or give them more "
+              "time (distributed.timeout_s)");
+  for (const auto& error : errors_of({.size = 3, .local_size = 3, .who = {1, 2}, .timeout_s = 1}, nothing))
+    EXPECT_THAT(message_of(error), HasSubstr("rank 0 has not come within that time; start it"));
+}
+
+TEST(World, AFailureEndsTheJoiningOfAll) {
+  const std::string failure = "rank 1 (node1) failed at step 0, joining: no such interface";
+  const auto tell = [&](const StoreAddress& address) {
+    connect_store(address, "caldera/0", 5)->set("failure", failure);
+  };
+  for (const auto& error : errors_of(
+           {.size = 3, .local_size = 3, .who = {0, 2}}, [](World&) {}, tell))
+    EXPECT_EQ(message_of(error), failure);
+  for (const auto& error :
+       errors_of({.size = 2, .local_size = 1, .who = {0, 1}, .interface = "nosuch0"}, [](World&) {}))
+    EXPECT_THAT(message_of(error),
+                testing::AllOf(HasSubstr("join"), HasSubstr("(GLOO_SOCKET_IFNAME=nosuch0)"),
+                               HasSubstr("set GLOO_SOCKET_IFNAME to the interface")));
+}
+
+TEST(World, ARankWithAnotherSecretIsNotHeard) {
+  ::setenv("CALDERA_RUN_SECRET", "this run's", 1);
+  const auto stranger = [](const StoreAddress& address) {
+    connect_store({address.host, address.port, "another"}, "caldera/0", 5)->set("join/1", "{}");
+  };
+  const auto errors = errors_of(
+      {.size = 2, .local_size = 2, .who = {0}, .timeout_s = 1}, [](World&) {}, stranger);
+  ::unsetenv("CALDERA_RUN_SECRET");
+  EXPECT_THAT(message_of(errors[0]),
+              testing::AllOf(HasSubstr("rank 1 is missing"), HasSubstr("is CALDERA_RUN_SECRET the same")));
 }
 
 TEST(World, CollectivesAmongAMachineAndAmongPeers) {

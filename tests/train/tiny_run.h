@@ -2,6 +2,7 @@
 #pragma once
 #include <gtest/gtest.h>
 
+#include <csignal>
 #include <functional>
 #include <vector>
 
@@ -12,8 +13,13 @@
 namespace caldera {
 
 struct Recorder : TrainingObserver {
-  void on_step(const StepMetrics& metrics) override { losses.push_back(metrics.loss); }
+  void on_step(const StepMetrics& metrics) override {
+    losses.push_back(metrics.loss);
+    is_stopped = is_stopped || (stop && stop());
+  }
   void on_stage(const StageStart& start) override { num_trainable = start.num_trainable; }
+  std::function<bool()> stop;  // asked after each step: whether a signal has come
+  bool is_stopped = false;
   std::vector<double> losses;
   int64_t num_trainable = 0;
 };
@@ -65,7 +71,8 @@ class TinyRunTest : public testing::Test {
   std::vector<double> train(
       const Recipe& recipe, const std::function<bool()>& stop = [] { return false; }) {
     Recorder recorder;
-    run_recipe(recipe, {.resume = "auto"}, recorder, stop);
+    recorder.stop = stop;
+    run_recipe(recipe, {.resume = "auto"}, recorder, [&] { return recorder.is_stopped ? SIGTERM : 0; });
     num_trainable_ = recorder.num_trainable;
     return recorder.losses;
   }

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "base/error.h"
+#include "base/fault.h"
 #include "model/weights/safetensors.h"
 #include "tests/train/tiny_run.h"
 
@@ -20,14 +21,50 @@ class TrainerTest : public testing::Test {
 
   Recipe recipe(const std::string& output) const { return six_step_recipe(folder_.path(), output); }
 
+  // `stop`, asked after each step, is a signal's arrival.
   std::vector<double> train(
       const Recipe& recipe, const std::string& resume = "auto",
-      const std::function<bool()>& stop = [] { return false; }) {
-    Recorder recorder;
-    outcome_ = run_recipe(recipe, {.resume = resume}, recorder, stop);
+      const std::function<bool()>& stop = [] { return false; }, World& world = World::alone()) {
+    struct Stopper : Recorder {
+      void on_step(const StepMetrics& metrics) override {
+        Recorder::on_step(metrics);
+        if (stop()) signal = kSignal;
+      }
+      void on_stop(int number) override { heard.push_back(number); }
+      std::function<bool()> stop;
+      int signal = 0;
+      std::vector<int> heard;
+    } recorder;
+    recorder.stop = stop;
+    outcome_ =
+        run_recipe(recipe, {.resume = resume, .world = &world}, recorder, [&] { return recorder.signal; });
+    EXPECT_EQ(recorder.heard, std::vector<int>(outcome_ == Outcome::kStopped ? 1 : 0, kSignal));
     return recorder.losses;
   }
+  static WorldSpec spec_of(int attempt, const std::string& run_id) {
+    WorldSpec spec;
+    spec.attempt = attempt;
+    spec.run_id = run_id;
+    return spec;
+  }
+  // One of a run's attempts, as launchers start them.
+  std::vector<double> train_attempt(int number, const std::string& run_id, const Recipe& recipe,
+                                    const std::string& resume, int stop_after = 0) {
+    World world(spec_of(number, run_id), at::kCPU, 20, {});
+    set_fault_rank(0, 0);  // faults of other tests are of the first attempt
+    int steps = 0;
+    return train(
+        recipe, resume, [&] { return ++steps == stop_after; }, world);
+  }
+  static std::vector<std::string> names_in(const fs::path& folder) {
+    std::vector<std::string> names;
+    for (const auto& entry : fs::directory_iterator(folder))
+      names.push_back(entry.path().filename().string());
+    std::sort(names.begin(), names.end());
+    return names;
+  }
 
+  static constexpr int kSignal = 15;
   TemporaryFolder folder_;
   Outcome outcome_ = Outcome::kFinished;
 };
@@ -85,6 +122,97 @@ TEST_F(TrainerTest, StoppedAfterAnyStepItGoesOnBitForBit) {
       EXPECT_EQ(final_weights(stopped), final_weights(straight)) << at;
     }
   }
+}
+
+TEST_F(TrainerTest, ASignalInAStagesLastStepStopsBehindItsModel) {
+  Recipe two = recipe("a");
+  two.stages.push_back(two.stages[0]);
+  two.stages[1].name = "second";
+  const fs::path output = two.output;
+  int steps = 0;
+  EXPECT_EQ(train(two, "auto", [&] { return ++steps == 6; }).size(), 6u);
+  EXPECT_EQ(outcome_, Outcome::kStopped);
+  EXPECT_TRUE(fs::exists(output / "finetune" / "final"));
+  EXPECT_FALSE(fs::exists(output / "second"));
+  steps = 0;
+  EXPECT_EQ(train(two, "auto", [&] { return ++steps == 6; }).size(), 6u);
+  EXPECT_EQ(outcome_, Outcome::kStopped) << "the run's last step, too";
+  EXPECT_TRUE(fs::exists(output / "second" / "final"));
+  EXPECT_EQ(train(two).size(), 0u);
+  EXPECT_EQ(outcome_, Outcome::kFinished);
+}
+
+TEST_F(TrainerTest, ASignalWhileTheModelIsBuiltStopsBeforeTheFirstStep) {
+  const Recipe stopped = recipe("a");
+  Recorder recorder;
+  const auto start = [&] { return run_recipe(stopped, {}, recorder, [] { return kSignal; }); };
+  EXPECT_EQ(start(), Outcome::kStopped);
+  EXPECT_FALSE(fs::exists(fs::path(stopped.output) / "finetune" / "checkpoints"));
+  int steps = 0;
+  train(stopped, "auto", [&] { return ++steps == 2; });
+  EXPECT_EQ(start(), Outcome::kStopped);  // what is there is saved already
+  EXPECT_TRUE(recorder.losses.empty());
+  EXPECT_EQ(train(stopped).size(), 4u);
+}
+
+TEST_F(TrainerTest, FurtherAttemptsOfARunDoNotStartAnewAgain) {
+  const Recipe anew = recipe("a");
+  const fs::path output = anew.output;
+  train(anew);
+  EXPECT_EQ(train_attempt(0, "run", anew, "never", 2).size(), 2u);
+  EXPECT_EQ(train_attempt(1, "run", anew, "never").size(), 4u);
+  EXPECT_EQ(train_attempt(2, "run", anew, "never").size(), 0u);
+  EXPECT_FALSE(fs::exists(output / "finetune.old-2"));
+  EXPECT_EQ(final_weights(anew), read_file(output / "finetune.old-1" / "final" / "model.safetensors"));
+  // An attempt that nothing is known of, and another run.
+  EXPECT_EQ(train_attempt(1, "other", anew, "never").size(), 6u);
+  EXPECT_TRUE(fs::exists(output / "finetune.old-2" / "final"));
+  EXPECT_EQ(train_attempt(0, "other", anew, "never").size(), 6u);
+  EXPECT_TRUE(fs::exists(output / "finetune.old-3" / "final"));
+}
+
+TEST_F(TrainerTest, FurtherAttemptsOfARunDoNotGoBackAgain) {
+  Recipe back = recipe("a");
+  back.stages[0].save_steps = 1;
+  back.stages[0].save_total_limit = 10;
+  const fs::path stage = fs::path(back.output) / "finetune", checkpoints = stage / "checkpoints";
+  int steps = 0;
+  train(back, "auto", [&] { return ++steps == 5; });
+  const std::string second = (checkpoints / "step-00000002/").string();
+  EXPECT_EQ(train_attempt(0, "run", back, second, 1).size(), 1u);
+  EXPECT_EQ(names_in(checkpoints),
+            (std::vector<std::string>{"step-00000001", "step-00000002", "step-00000003"}));
+  EXPECT_EQ(names_in(stage / "checkpoints.old-1"),
+            (std::vector<std::string>{"step-00000003", "step-00000004", "step-00000005"}));
+  EXPECT_EQ(train_attempt(1, "run", back, second).size(), 3u);
+  EXPECT_EQ(train_attempt(2, "run", back, second).size(), 0u);
+  EXPECT_FALSE(fs::exists(stage / "checkpoints.old-2"));
+}
+
+// Until its first save, the run's only checkpoint is where it was told to go on from; and another stage never
+// goes on from it.
+TEST_F(TrainerTest, FurtherAttemptsStartFromACheckpointElsewhereUntilTheyHaveTheirOwn) {
+  Recipe two = recipe("a");
+  two.stages.push_back(two.stages[0]);
+  two.stages[1].name = "second";
+  int steps = 0;
+  train(two, "auto", [&] { return ++steps == 4; });
+  const std::string elsewhere = (fs::path(two.output) / "finetune/checkpoints/step-00000004").string();
+  two.output = recipe("b").output;
+  steps = 0;
+  train(two, "auto", [&] { return ++steps == 3; });  // in the way
+  const auto fails_at_once = [&] {
+    World world(spec_of(0, "run"), at::kCPU, 20, {});
+    Recorder recorder;
+    run_recipe(two, {.resume = elsewhere, .world = &world}, recorder, [] { return kSignal; });
+  };
+  fails_at_once();
+  EXPECT_EQ(names_in(fs::path(two.output) / "finetune/checkpoints.old-1"),
+            std::vector<std::string>{"step-00000003"});
+  EXPECT_EQ(train_attempt(1, "run", two, elsewhere, 1).size(), 1u);
+  EXPECT_EQ(train_attempt(2, "run", two, elsewhere, 1).size(), 1u);
+  EXPECT_TRUE(fs::exists(fs::path(two.output) / "finetune/final"));
+  EXPECT_EQ(train_attempt(3, "run", two, elsewhere).size(), 6u);
 }
 
 TEST_F(TrainerTest, OnlyWhatTrainsChanges) {
@@ -210,6 +338,7 @@ TEST_F(TrainerTest, ACheckpointsFolderIsOfTheFirstStageThatIsNotFinished) {
   const fs::path step = fs::path(two.output) / "finetune" / "checkpoints" / "step-00000002";
   EXPECT_EQ(train(two, step.string()).size(), 4u + 6u);
   EXPECT_EQ(outcome_, Outcome::kFinished);
+  EXPECT_TRUE(fs::exists(fs::path(two.output) / "finetune" / "checkpoints.old-1" / "step-00000003"));
 }
 
 TEST_F(TrainerTest, DataOfAnotherLengthIsNotResumed) {

@@ -41,8 +41,26 @@ std::string first_host(const std::string& list) {
   return list.substr(0, bracket) + list.substr(bracket + 1, end - bracket - 1);
 }
 
+// MASTER_ADDR; an IPv6 address may stand in brackets there, as in "[fd77::10]".
+std::optional<std::string> address_of_master() {
+  std::optional<std::string> address = text("MASTER_ADDR");
+  if (address && address->size() > 2 && address->front() == '[' && address->back() == ']')
+    return address->substr(1, address->size() - 2);
+  return address;
+}
+
+// torchrun's own number may be "none" for all runs; two that go on at the same time meet at different places.
+std::string run_id_of(const std::string& started_by) {
+  if (const auto id = text("CALDERA_RUN_ID")) return *id;
+  if (const auto id = text("TORCHELASTIC_RUN_ID"))
+    return fmt::format("torchrun:{}:{}:{}", *id, text("MASTER_ADDR").value_or(""),
+                       text("MASTER_PORT").value_or(""));
+  const auto job = text("SLURM_JOB_ID");
+  return job && !started_by.empty() ? "slurm:" + *job : "";
+}
+
 void take_address(WorldSpec& spec, const std::string& job) {
-  if (const auto address = text("MASTER_ADDR"))
+  if (const auto address = address_of_master())
     spec.address = *address;
   else
     CALDERA_CHECK(spec.local_size == spec.size, DistributedError,
@@ -64,7 +82,7 @@ WorldSpec from_variables() {
     spec.local_size = number("LOCAL_WORLD_SIZE").value_or(spec.size);
     spec.attempt = number("TORCHELASTIC_RESTART_COUNT").value_or(0);
     spec.store_is_hosted = text("TORCHELASTIC_USE_AGENT_STORE") == "True";
-    spec.address = text("MASTER_ADDR").value_or(spec.address);
+    spec.address = address_of_master().value_or(spec.address);
     spec.port = spec.size > 1 || spec.group_of_one ? needed("MASTER_PORT", spec.started_by) : 0;
   } else if (text("OMPI_COMM_WORLD_SIZE")) {
     spec.started_by = "mpirun";
@@ -89,12 +107,15 @@ WorldSpec from_variables() {
     const int num_nodes = number("SLURM_STEP_NUM_NODES").value_or(number("SLURM_NNODES").value_or(1));
     spec.local_size =
         num_nodes == 1 ? spec.size : number("SLURM_NTASKS_PER_NODE").value_or(spec.size / num_nodes);
-    spec.address =
-        text("MASTER_ADDR").value_or(first_host(text("SLURM_STEP_NODELIST").value_or("127.0.0.1")));
+    // One machine's own name may lead nowhere.
+    const std::string first =
+        num_nodes == 1 ? "127.0.0.1" : first_host(text("SLURM_STEP_NODELIST").value_or("127.0.0.1"));
+    spec.address = address_of_master().value_or(first);
     spec.port = number("MASTER_PORT")
                     .value_or(port_of_job(text("SLURM_JOB_ID").value_or("0") + "." + *text("SLURM_STEP_ID")));
     spec.attempt = number("SLURM_RESTART_COUNT").value_or(0);
   }
+  spec.run_id = run_id_of(spec.started_by);
   return spec;
 }
 

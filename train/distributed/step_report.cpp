@@ -53,7 +53,8 @@ void check_finite(int64_t step, const StepReport& report, const StepData& data) 
                   fmt::join(suspects, ", ")));
 }
 
-std::optional<std::string> Stragglers::look_at(int64_t step, const std::vector<double>& compute_ms) {
+std::optional<std::string> Stragglers::look_at(int64_t step, const std::vector<double>& compute_ms,
+                                               const World& world) {
   if (compute_ms.size() < 2) return std::nullopt;
   mean_ms_.resize(compute_ms.size(), 0);
   for (size_t r = 0; r < compute_ms.size(); ++r)
@@ -71,8 +72,8 @@ std::optional<std::string> Stragglers::look_at(int64_t step, const std::vector<d
   }
   if (++num_slow_ % 100 != 5) return std::nullopt;
   return fmt::format(
-      "step {}: rank {} is a straggler: {:.0f} ms a step, the others {:.0f} ms; it costs {:.0f} ms a step",
-      step, slowest - mean_ms_.begin(), *slowest, median, *slowest - median);
+      "step {}: {} is a straggler: {:.0f} ms a step, the others {:.0f} ms; it costs {:.0f} ms a step", step,
+      world.who(static_cast<int>(slowest - mean_ms_.begin())), *slowest, median, *slowest - median);
 }
 
 }  // namespace caldera

@@ -33,7 +33,7 @@ void check_finite(int64_t step, const StepReport& report, const StepData& data);
 class Stragglers {
  public:
   // A message for the log, at the fifth slow step and again every hundred.
-  std::optional<std::string> look_at(int64_t step, const std::vector<double>& compute_ms);
+  std::optional<std::string> look_at(int64_t step, const std::vector<double>& compute_ms, const World& world);
 
  private:
   std::vector<double> mean_ms_;

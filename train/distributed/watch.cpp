@@ -2,7 +2,7 @@
 
 #include <fmt/format.h>
 
-#include <algorithm>
+#include "base/error.h"
 
 namespace caldera {
 namespace {
@@ -15,26 +15,37 @@ double seconds_since(Clock::time_point start) {
 // How long a process that is to end may take to do so by itself.
 constexpr double kGraceSeconds = 3;
 
-std::vector<std::string> beat_keys(int first, int last) {
-  std::vector<std::string> keys;
-  for (int r = first; r < last; ++r) keys.push_back(fmt::format("beat/{}", r));
-  return keys;
+std::string beat_key(int rank) { return fmt::format("beat/{}", rank); }
+
+// "" for a rank that has not come yet.
+std::vector<std::string> all_beats(TextStore& store, int size) {
+  std::vector<std::string> beats;
+  for (int r = 0; r < size; ++r) beats.push_back(store.find(beat_key(r)).value_or(""));
+  return beats;
 }
 
 }  // namespace
 
-std::string place_of(const Json& beat) {
-  return fmt::format("step {}, {}", beat.value("step", int64_t{0}), beat.value("phase", std::string("?")));
+Json Watch::LaneNow::describe() const {
+  return {{"step", step.load()},
+          {"phase", phase.load()},
+          {"place", place.load()},
+          {"state", static_cast<int>(state.load())}};
 }
 
-Watch::Watch(int rank, int size, double timeout_s, std::unique_ptr<TextStore> store,
+Watch::Waits::Waits(Watch& watch, Lane lane)
+    : watch_(watch), lane_(lane), before_(watch.lane(lane).state.exchange(LaneState::kWaiting)) {}
+
+Watch::Waits::~Waits() {
+  ++watch_.lane(lane_).place;
+  watch_.lane(lane_).state = before_;
+}
+
+Watch::Watch(const WatchSpec& spec, std::unique_ptr<TextStore> store,
              std::function<void(const std::string&)> on_abort)
-    : rank_(rank),
-      size_(size),
-      timeout_s_(timeout_s),
-      store_(std::move(store)),
-      on_abort_(std::move(on_abort)),
-      seen_(static_cast<size_t>(size)) {
+    : spec_(spec), store_(std::move(store)), on_abort_(std::move(on_abort)), judge_(spec.timeout_s) {
+  lane(Lane::kTraining).state = LaneState::kWorking;
+  lane(Lane::kSaving).phase = "saving a checkpoint";
   beat(false);
   thread_ = std::thread([this] { run(); });
 }
@@ -54,9 +65,10 @@ Watch::~Watch() {
 }
 
 void Watch::at(int64_t step, const char* phase) {
-  step_ = step;
-  phase_ = phase;
-  ++place_;
+  LaneNow& training = lane(Lane::kTraining);
+  training.step = step;
+  training.phase = phase;
+  ++training.place;
   {
     const std::lock_guard lock(mutex_);
     moved_ = true;
@@ -64,21 +76,35 @@ void Watch::at(int64_t step, const char* phase) {
   wake_.notify_all();
 }
 
-// A wait that ends is headway, as a new phase is: a long phase has many.
-void Watch::set_waiting(Waiting waiting) {
-  waiting_ = waiting;
-  if (waiting == Waiting::kNo) ++place_;
+// One of the two lanes is on at any time, for the rank to be judged by.
+void Watch::begin_saving(int64_t step, bool on_training_thread) {
+  LaneNow& saving = lane(Lane::kSaving);
+  saving.step = step;
+  ++saving.place;
+  saving.state = LaneState::kWorking;
+  if (on_training_thread) lane(Lane::kTraining).state = LaneState::kOff;
 }
 
-std::string Watch::where() const { return fmt::format("step {}, {}", step_.load(), phase_.load()); }
+void Watch::end_saving(bool on_training_thread) {
+  if (on_training_thread) {
+    ++lane(Lane::kTraining).place;
+    lane(Lane::kTraining).state = LaneState::kWorking;
+  }
+  lane(Lane::kSaving).state = LaneState::kOff;
+}
+
+std::string Watch::where() const {
+  const LaneNow& training = lane(Lane::kTraining);
+  return fmt::format("step {}, {}", training.step.load(), training.phase.load());
+}
 
 void Watch::beat(bool done) {
-  store_->set(fmt::format("beat/{}", rank_), json_line({{"beat", beats_++},
-                                                        {"step", step_.load()},
-                                                        {"phase", phase_.load()},
-                                                        {"place", place_.load()},
-                                                        {"waiting", static_cast<int>(waiting_.load())},
-                                                        {"done", done}}));
+  Json json = lane(Lane::kTraining).describe();
+  json["beat"] = beats_++;
+  json["host"] = spec_.host;
+  json["done"] = done;
+  json["saving"] = lane(Lane::kSaving).describe();
+  store_->set(beat_key(spec_.rank), json_line(json));
 }
 
 void Watch::run() {
@@ -90,101 +116,48 @@ void Watch::run() {
       if (stop_) return;
       moved_ = false;
     }
+    std::optional<std::string> end;
     try {
       beat(false);
       answered_at = Clock::now();
-      if (seconds_since(looked_at) < 0.5) continue;
+      const double elapsed_s = seconds_since(looked_at);
+      if (elapsed_s < 0.5) continue;
       looked_at = Clock::now();
-      look_around();
-    } catch (const std::exception& error) {
-      // The store is gone: with it rank 0, or the launcher.
+      end = look_around(elapsed_s);
+    } catch (const DistributedError& error) {  // it does not answer, and all the time there was is over
+      end = fmt::format("{} at {}: {}", name_of(spec_.rank, spec_.host), where(), error.what());
+    } catch (const std::exception&) {  // it is gone: the training thread may know more of that
       if (seconds_since(answered_at) > kGraceSeconds)
-        on_abort_(fmt::format(
-            "rank {} ({}): the store of the run no longer answers: rank 0 or the launcher has gone", rank_,
-            where()));
+        end = fmt::format(
+            "{} at {}: the store of the run is gone: the launcher or rank 0, whichever kept it, has ended",
+            name_of(spec_.rank, spec_.host), where());
     }
+    if (!end) continue;
+    {
+      const std::lock_guard lock(mutex_);
+      if (stop_) return;
+    }
+    return on_abort_(*end);
   }
 }
 
-void Watch::look_around() {
-  if (doomed_at_) {
-    if (seconds_since(*doomed_at_) < kGraceSeconds) return;
-    on_abort_(store_->find("verdict").value_or(store_->find("failure").value_or("another rank failed")));
-  }
-  if (store_->find("verdict") || store_->find("failure")) {
-    doomed_at_ = Clock::now();
-    return;
+std::optional<std::string> Watch::look_around(double elapsed_s) {
+  const std::optional<std::string> failure = store_->find("failure"), verdict = store_->find("verdict");
+  if (failure || verdict) {
+    if (!doomed_at_) doomed_at_ = Clock::now();
+    return seconds_since(*doomed_at_) < kGraceSeconds ? std::nullopt : verdict ? verdict : failure;
   }
   // Rank 0 watches all, rank 1 watches rank 0.
-  if (rank_ == 0) judge(0, size_);
-  if (rank_ == 1) judge(0, 1);
-}
-
-void Watch::judge(int first, int last) {
-  const std::vector<std::string> keys = beat_keys(first, last);
+  if (spec_.rank > 1) return std::nullopt;
+  std::vector<std::string> keys;
+  for (int r = 0; r < (spec_.rank == 0 ? spec_.size : 1); ++r) keys.push_back(beat_key(r));
   if (!all_here_) {
     for (const std::string& key : keys)
-      if (!store_->find(key)) return;
+      if (!store_->find(key)) return std::nullopt;
     all_here_ = true;
   }
-  const std::vector<std::string> beats = store_->get_all(keys);
-  const Clock::time_point now = Clock::now();
-  int64_t num_waiting = 0;
-  Clock::time_point waited_from = now;
-  for (size_t i = 0; i < beats.size(); ++i) {
-    Seen& seen = seen_[static_cast<size_t>(first) + i];
-    seen.json = Json::parse(beats[i], nullptr, /*allow_exceptions=*/false);
-    if (!seen.json.is_object()) continue;
-    const auto beat = seen.json.value("beat", int64_t{0}), place = seen.json.value("place", int64_t{0});
-    if (beat != seen.beat) seen.beat_at = now;
-    const auto waiting = static_cast<Waiting>(seen.json.value("waiting", 0));
-    if (place != seen.place) seen.place_at = now;
-    if (place != seen.place || waiting != seen.waiting) seen.waiting_at = now;
-    seen.beat = beat;
-    seen.place = place;
-    seen.waiting = waiting;
-    if (waiting != Waiting::kForOthers) continue;
-    ++num_waiting;
-    waited_from = std::min(waited_from, seen.waiting_at);
-  }
-  for (int r = first; r < last; ++r) {
-    const Seen& seen = seen_[static_cast<size_t>(r)];
-    if (r == rank_ || seen.beat < 0 || seen.json.value("done", false)) continue;
-    if (const double silent = seconds_since(seen.beat_at); silent > timeout_s_) {
-      store_->set_once(
-          "verdict",
-          fmt::format("rank {} has given no sign of life for {:.0f} s (stopped or dead), last at {}\n{}", r,
-                      silent, place_of(seen.json), everybody()));
-      return;
-    }
-  }
-  // Somebody waits, and the one who does not wait makes no headway. What nobody waits for may take as long as it does, so
-  // the time counts from the wait on.
-  for (int r = first; r < last && num_waiting > 0; ++r) {
-    const Seen& seen = seen_[static_cast<size_t>(r)];
-    if (seen.beat < 0 || seen.waiting != Waiting::kNo || seen.json.value("done", false)) continue;
-    if (const double stuck = seconds_since(std::max(seen.place_at, waited_from)); stuck > timeout_s_) {
-      store_->set_once(
-          "verdict", fmt::format("rank {} is stuck: for {:.0f} s at {}, while {} wait\n{}", r, stuck,
-                                 place_of(seen.json), num_waiting == 1 ? "another has to" : "others have to",
-                                 everybody()));
-      return;
-    }
-  }
-}
-
-std::string Watch::everybody() const {
-  std::string text = "where each rank is:";
-  for (size_t r = 0; r < seen_.size() && r < 64; ++r) {
-    if (seen_[r].beat < 0) continue;
-    text += fmt::format("\n  rank {}: {}{}, no headway for {:.1f} s, last heard of {:.1f} s ago", r,
-                        place_of(seen_[r].json),
-                        seen_[r].waiting == Waiting::kForOthers   ? " (waiting for others)"
-                        : seen_[r].waiting == Waiting::kPatiently ? " (waiting for the first)"
-                                                                  : "",
-                        seconds_since(seen_[r].place_at), seconds_since(seen_[r].beat_at));
-  }
-  return text;
+  if (const auto blame = judge_.look(store_->get_all(keys), elapsed_s)) store_->set_once("verdict", *blame);
+  return std::nullopt;
 }
 
 std::string find_cause(TextStore& store, int rank, int size) {
@@ -192,20 +165,22 @@ std::string find_cause(TextStore& store, int rank, int size) {
     if (auto failure = store.find("failure")) return failure;
     return store.find("verdict");
   };
-  const std::vector<std::string> keys = beat_keys(0, size), before = store.get_all(keys);
+  const std::vector<std::string> before = all_beats(store, size);
   for (int i = 0; i < 20; ++i) {
     if (auto text = known()) return *text;
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
   }
-  const std::vector<std::string> after = store.get_all(keys);
+  const std::vector<std::string> after = all_beats(store, size);
   std::vector<std::string> silent;
   for (size_t r = 0; r < after.size(); ++r) {
     const Json beat = Json::parse(after[r], nullptr, /*allow_exceptions=*/false);
-    if (static_cast<int>(r) == rank || !beat.is_object()) continue;
-    if (beat.value("done", false))
-      silent.push_back(fmt::format("rank {} has left early, at {}", r, place_of(beat)));
+    const auto other = static_cast<int>(r);
+    if (other == rank || !beat.is_object()) continue;
+    if (beat.value("done", Json()) == true)
+      silent.push_back(fmt::format("{} has left early, at {}", name_of_beat(other, beat), place_of(beat)));
     else if (before[r] == after[r])
-      silent.push_back(fmt::format("rank {} has died without a word, last at {}", r, place_of(beat)));
+      silent.push_back(
+          fmt::format("{} has died without a word, last at {}", name_of_beat(other, beat), place_of(beat)));
   }
   const std::string text = silent.empty() ? "a connection between ranks broke though all of them live"
                                           : fmt::format("{}", fmt::join(silent, "; "));

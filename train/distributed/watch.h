@@ -1,6 +1,7 @@
 // The watch over the ranks of a run, through the store alone: heartbeats, failures, and the verdict on who is
 // to blame.
 #pragma once
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -11,64 +12,74 @@
 #include <optional>
 #include <string>
 #include <thread>
-#include <vector>
 
-#include "base/json.h"
+#include "train/distributed/judge.h"
+#include "train/distributed/text_store.h"
 
 namespace caldera {
 
-// What the watch needs of a store: c10d's, or a test's. Calls return at once, or throw when the store is
-// gone.
-class TextStore {
- public:
-  virtual ~TextStore() = default;
-  virtual void set(const std::string& key, const std::string& value) = 0;
-  virtual std::optional<std::string> find(const std::string& key) = 0;
-  virtual std::vector<std::string> get_all(const std::vector<std::string>& keys) = 0;  // keys that are there
-  // Sets the key where it is absent; what it holds afterwards.
-  virtual std::string set_once(const std::string& key, const std::string& value) = 0;
+struct WatchSpec {
+  int rank = 0, size = 1;
+  std::string host;  // this rank's machine, for messages; "" where all ranks are on one
+  double timeout_s = 0;
 };
 
-// Whom a rank waits for. Patiently: for work that the first rank does for all, which may take any time.
-enum class Waiting { kNo, kForOthers, kPatiently };
-
-// Keys: beat/RANK {"beat", "step", "phase", "place", "waiting", "done"}, "failure" the first rank's own error,
-// "verdict" what all say.
+// Keys: beat/RANK a rank's heartbeat (see Judge), "failure" the first rank's own error, "verdict" what all
+// say.
 class Watch {
  public:
-  // `on_abort`: see World. Heartbeats begin at once: twice a second, and with each at().
-  Watch(int rank, int size, double timeout_s, std::unique_ptr<TextStore> store,
+  // `on_abort`: see World; the watch ends with it. Heartbeats begin at once: twice a second, and with each
+  // at(). `store` is the watch's own. Where it gives no answer (DistributedError) this process has to end at
+  // once; where it is gone, after the few seconds in which the training thread may do so by itself.
+  Watch(const WatchSpec& spec, std::unique_ptr<TextStore> store,
         std::function<void(const std::string&)> on_abort);
   // The last heartbeat says that this rank is done: it is missed by nobody.
   ~Watch();
 
+  // Where the training lane is.
   void at(int64_t step, const char* phase);
-  void set_waiting(Waiting waiting);
-  std::string where() const;  // "step 12, backward"
+  // While it lives, a lane waits for other ranks. That the wait ends is headway, as a new phase is: a long
+  // phase has many.
+  class Waits {
+   public:
+    Waits(Watch& watch, Lane lane);
+    ~Waits();
+    Waits(const Waits&) = delete;
+    Waits& operator=(const Waits&) = delete;
 
-  // Runs on the watching thread; called by it twice a second.
-  void look_around();
+   private:
+    Watch& watch_;
+    const Lane lane_;
+    const LaneState before_;
+  };
+  // The saving lane is on from here to end_saving(). Where the training thread itself writes the training
+  // lane is off.
+  void begin_saving(int64_t step, bool on_training_thread);
+  void end_saving(bool on_training_thread);
+  // A counter for HeadwayScope.
+  std::atomic<int64_t>& headway(Lane lane) { return this->lane(lane).place; }
+  std::string where() const;  // "step 12, backward", of the training lane
 
  private:
-  struct Seen {
-    int64_t beat = -1, place = -1;
-    Waiting waiting = Waiting::kNo;
-    std::chrono::steady_clock::time_point beat_at, place_at, waiting_at;  // when each was last seen to change
-    Json json;
+  struct LaneNow {
+    std::atomic<int64_t> step = 0, place = 0;
+    std::atomic<const char*> phase = "starting";
+    std::atomic<LaneState> state = LaneState::kOff;
+    Json describe() const;
   };
+  LaneNow& lane(Lane lane) { return lanes_[static_cast<size_t>(lane)]; }
+  const LaneNow& lane(Lane lane) const { return lanes_[static_cast<size_t>(lane)]; }
   void run();
   void beat(bool done);
-  void judge(int first, int last);
-  std::string everybody() const;  // where each rank is, a line each
+  // Why this process has to end, if it has to.
+  std::optional<std::string> look_around(double elapsed_s);
 
-  const int rank_, size_;
-  const double timeout_s_;
+  const WatchSpec spec_;
   const std::unique_ptr<TextStore> store_;
   const std::function<void(const std::string&)> on_abort_;
-  std::atomic<int64_t> step_ = 0, place_ = 0, beats_ = 0;
-  std::atomic<const char*> phase_ = "starting";
-  std::atomic<Waiting> waiting_ = Waiting::kNo;
-  std::vector<Seen> seen_;
+  std::array<LaneNow, kNumLanes> lanes_;
+  int64_t beats_ = 0;
+  Judge judge_;
   bool all_here_ = false;
   std::optional<std::chrono::steady_clock::time_point> doomed_at_;
   std::mutex mutex_;
@@ -77,11 +88,8 @@ class Watch {
   std::thread thread_;  // last: it uses all of the above
 };
 
-// Of a heartbeat: "step 12, backward".
-std::string place_of(const Json& beat);
-
 // For a rank that lost contact: the failure or verdict that is there or comes within two seconds, else which
-// ranks' hearts have stopped.
+// ranks' hearts have stopped. Throws what the store throws.
 std::string find_cause(TextStore& store, int rank, int size);
 
 }  // namespace caldera

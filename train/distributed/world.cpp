@@ -1,27 +1,24 @@
 #include "train/distributed/world.h"
 
-#define USE_C10D_GLOO 1
-#include <dlfcn.h>
+#include <c10/util/Logging.h>
+#include <unistd.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
-#include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
-#include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <limits>
 #include <map>
 #include <mutex>
-#include <optional>
 #include <thread>
 #include <utility>
 
 #include "base/fault.h"
-#include "base/files.h"
 #include "model/ops/streams.h"
-#include "train/distributed/nccl_module.h"
-#include "train/distributed/store_host.h"
+#include "train/distributed/backend.h"
+#include "train/distributed/packed_texts.h"
 #include "train/distributed/watch.h"
 
 namespace caldera {
@@ -29,84 +26,35 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-std::vector<uint8_t> bytes_of(const std::string& text) { return {text.begin(), text.end()}; }
-std::string text_of(const std::vector<uint8_t>& bytes) { return {bytes.begin(), bytes.end()}; }
+constexpr double kForever_s = std::numeric_limits<double>::infinity();
 
-// One connection to the store. c10d locks each call; none of those here waits for a key.
-class C10dStore : public TextStore {
- public:
-  explicit C10dStore(c10::intrusive_ptr<c10d::Store> store) : store_(std::move(store)) {}
-  void set(const std::string& key, const std::string& value) override { store_->set(key, bytes_of(value)); }
-  std::optional<std::string> find(const std::string& key) override {
-    if (!store_->check({key})) return std::nullopt;
-    return text_of(store_->get(key));
-  }
-  std::vector<std::string> get_all(const std::vector<std::string>& keys) override {
-    std::vector<std::string> values;
-    for (const auto& value : store_->multiGet(keys)) values.push_back(text_of(value));
-    return values;
-  }
-  std::string set_once(const std::string& key, const std::string& value) override {
-    return text_of(store_->compareSet(key, {}, bytes_of(value)));
-  }
-
- private:
-  c10::intrusive_ptr<c10d::Store> store_;
-};
-
-std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
-
-// Texts in one: each as "LENGTH:BYTES".
-std::string pack_texts(const std::vector<std::string>& texts) {
-  std::string packed;
-  for (const std::string& text : texts) packed += fmt::format("{}:{}", text.size(), text);
-  return packed;
-}
-std::vector<std::string> unpack_texts(const std::string& packed) {
-  std::vector<std::string> texts;
-  for (size_t at = 0; at < packed.size();) {
-    const size_t colon = packed.find(':', at), length = std::stoull(packed.substr(at, colon - at));
-    texts.push_back(packed.substr(colon + 1, length));
-    at = colon + 1 + length;
-  }
-  return texts;
+std::string this_machine() {
+  std::array<char, 256> name{};
+  return ::gethostname(name.data(), name.size() - 1) == 0 ? name.data() : "?";
 }
 
-// For one of `size` ranks, which are all on this machine or not.
-c10::intrusive_ptr<c10d::Backend> make_backend(const c10::intrusive_ptr<c10d::Store>& store, int rank,
-                                               int size, bool is_local, at::Device device,
-                                               std::chrono::milliseconds timeout) {
-  if (device.is_cuda()) {
-    const std::string file = (fs::read_symlink("/proc/self/exe").parent_path() / "libcaldera_nccl.so").string();
-    void* const library = ::dlopen(file.c_str(), RTLD_NOW | RTLD_GLOBAL);
-    CALDERA_CHECK(library != nullptr, DistributedError,
-                  "several ranks on GPUs need NCCL, and its part of this program does not open: {}; it is built where "
-                  "NCCL's headers are, and belongs beside the program",
-                  ::dlerror());
-    c10::intrusive_ptr<c10d::Backend> group;
-    reinterpret_cast<decltype(&caldera_make_nccl_group)>(::dlsym(library, "caldera_make_nccl_group"))(
-        store, rank, size, device, timeout, group);
-    return group;
-  }
-  auto options = c10d::ProcessGroupGloo::Options::create(timeout);
-  // The machine's own name may lead nowhere; where all ranks are on one machine the loop-back is right.
-  const char* interface = std::getenv("GLOO_SOCKET_IFNAME");
-  options->devices.push_back(interface != nullptr
-                                 ? c10d::ProcessGroupGloo::createDeviceForInterface(interface)
-                             : is_local ? c10d::ProcessGroupGloo::createDeviceForHostname("127.0.0.1")
-                                        : c10d::ProcessGroupGloo::createDefaultDevice());
-  return c10::make_intrusive<c10d::ProcessGroupGloo>(store, rank, size, options);
+Lane lane_of(const std::string& channel) { return channel == "save" ? Lane::kSaving : Lane::kTraining; }
+
+// What a rank tells the others as it joins.
+std::string greeting(const std::string& host, const Route& route) {
+  return json_line({{"host", host}, {"pid", ::getpid()}, {"address", route.own}, {"peer", route.peer}});
 }
 
 }  // namespace
 
 struct World::Group {
+  int rank = 0, size = 1;
+  std::string name;  // of this rank, in messages
   std::string backend_name;
+  c10::intrusive_ptr<c10d::Store> hosted;  // by this rank
   c10::intrusive_ptr<c10d::Store> store;
-  std::unique_ptr<C10dStore> texts;
+  std::unique_ptr<TextStore> texts;
   std::unique_ptr<Watch> watch;
+  std::thread::id training_thread = std::this_thread::get_id();
+  std::optional<HeadwayScope> headway;                        // of the training thread
   std::array<c10::intrusive_ptr<c10d::Backend>, 3> backends;  // by Among; none where it was not asked for
   at::Device device = at::kCPU;
+  std::string machine, address;  // this machine's name, and what the others reach it by
   std::chrono::milliseconds timeout{};
   std::mutex mutex;
   std::map<std::string, int64_t> num_exchanges;  // by channel
@@ -114,10 +62,42 @@ struct World::Group {
   bool has_failed = false;                       // and the others were told
   std::atomic<bool> is_broken = false;           // a collective or exchange failed: no farewell
 
-  std::string await(const std::string& key, std::optional<Clock::time_point> deadline);
-  void connect(Among among, const std::string& name, int rank, int size, bool is_local) {
-    backends[static_cast<size_t>(among)] = make_backend(c10::make_intrusive<c10d::PrefixStore>(name, store),
-                                                        rank, size, is_local, device, timeout);
+  ~Group();
+  // With the store; that it does not answer is told with this rank's name and place.
+  template <class Call>
+  auto talk(const Call& call) {
+    try {
+      return call(*texts);
+    } catch (const DistributedError& error) {
+      is_broken = true;
+      throw DistributedError(fmt::format("{} at {}: {}", name, where(), error.what()));
+    } catch (const std::exception& error) {
+      is_broken = true;
+      throw PeerError(fmt::format("the run's store is gone: {}", without_trace(error)));
+    }
+  }
+  std::optional<std::string> find(const std::string& key) {
+    return talk([&](TextStore& to) { return to.find(key); });
+  }
+  void set(const std::string& key, const std::string& text) {
+    talk([&](TextStore& to) { to.set(key, text); });
+  }
+  void remove(const std::string& key) {
+    talk([&](TextStore& to) { to.remove(key); });
+  }
+  std::optional<std::string> await(const std::string& key, double limit_s = kForever_s);
+  std::string where() const { return watch ? watch->where() : "step 0, joining"; }
+  void connect(Among among, const std::string& prefix, int place, int num_places,
+               const std::string& own_address) {
+    const Watch::Waits waits(*watch, Lane::kTraining);
+    backends[static_cast<size_t>(among)] =
+        make_backend({.rank = place,
+                      .size = num_places,
+                      .device = device,
+                      .machine = machine,
+                      .address = own_address,
+                      .timeout = timeout},
+                     c10::make_intrusive<c10d::PrefixStore>(prefix, store));
   }
   c10d::Backend& backend(Among among) const {
     CALDERA_ASSERT(backends[static_cast<size_t>(among)] != nullptr);
@@ -125,21 +105,53 @@ struct World::Group {
   }
 };
 
-// The key's text once it is there; another rank's failure ends the wait.
-std::string World::Group::await(const std::string& key, std::optional<Clock::time_point> deadline) {
+// The connections first: whoever waits at one learns by that. Then the store, which others read why this rank
+// left from.
+World::Group::~Group() {
+  for (auto& backend : backends) backend.reset();
+  headway.reset();
+  watch.reset();
+  try {
+    const auto key = [](int other) { return fmt::format("left/{}", other); };
+    if (texts) texts->set(key(rank), "");
+    const Clock::time_point deadline = Clock::now() + std::chrono::seconds(2);
+    for (int r = 0; r < size && texts && hosted; ++r)
+      while (!texts->find(key(r)) && Clock::now() < deadline)
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  } catch (const std::exception&) {
+    // The store is gone, and with it whoever would read it.
+  }
+}
+
+// The key's text once it is there; none where it does not come within `limit_s`. Another rank's failure ends
+// the wait.
+std::optional<std::string> World::Group::await(const std::string& key, double limit_s) {
+  const Clock::time_point since = Clock::now();
   for (auto pause = std::chrono::milliseconds(1);;
        pause = std::min(2 * pause, std::chrono::milliseconds(32))) {
-    if (auto text = texts->find(key)) return *text;
+    if (auto text = find(key)) return text;
     for (const char* cause : {"failure", "verdict"}) {
-      if (const auto text = texts->find(cause)) {
+      if (const auto text = find(cause)) {
         is_broken = true;
         throw PeerError(*text);
       }
     }
-    CALDERA_CHECK(!deadline || Clock::now() < *deadline, DistributedError, "no word from {} in time", key);
+    if (std::chrono::duration<double>(Clock::now() - since).count() >= limit_s) return std::nullopt;
     std::this_thread::sleep_for(pause);
   }
 }
+
+void quiet_c10d() {
+  static const bool is_done [[maybe_unused]] = [] {  // once: threads of c10d may read it by now
+    if (std::getenv("TORCH_CPP_LOG_LEVEL") != nullptr)
+      c10::initLogging();  // which reads it
+    else
+      FLAGS_caffe2_log_level = c10::GLOG_FATAL;
+    return true;
+  }();
+}
+
+World::World() : hosts_{this_machine()} {}
 
 World& World::alone() {
   static World world;
@@ -148,64 +160,119 @@ World& World::alone() {
 
 World::World(const WorldSpec& spec, at::Device device, double timeout_s,
              std::function<void(const std::string&)> on_abort)
-    : spec_(spec), timeout_s_(timeout_s) {
+    : spec_(spec), timeout_s_(timeout_s), hosts_(static_cast<size_t>(spec.size)) {
+  const std::string& machine = hosts_[static_cast<size_t>(spec.rank)] = this_machine();
   set_fault_rank(spec.rank, spec.attempt);
   if (spec.size == 1 && !spec.group_of_one) return;
   survive_broken_connections();
-  const auto timeout = std::chrono::milliseconds(static_cast<int64_t>(timeout_s * 1000));
+  quiet_c10d();
   group_ = std::make_unique<Group>();
+  group_->rank = spec.rank;
+  group_->size = spec.size;
+  group_->name = who(spec.rank);
+  group_->machine = machine;
   group_->backend_name = device.is_cuda() ? "nccl" : "gloo";
   group_->device = device;
-  const std::string prefix = fmt::format("caldera/{}", spec.attempt);
-  const auto connect = [&](bool is_server) {
-    c10d::TCPStoreOptions options;
-    options.port = static_cast<uint16_t>(spec.port);
-    options.isServer = is_server;
-    options.waitWorkers = false;
-    options.timeout = timeout;
-    return c10::make_intrusive<c10d::PrefixStore>(prefix,
-                                                  c10::make_intrusive<c10d::TCPStore>(spec.address, options));
-  };
   try {
-    group_->store = connect(spec.rank == 0 && !spec.store_is_hosted);
-    group_->texts = std::make_unique<C10dStore>(group_->store);
-    group_->watch = std::make_unique<Watch>(spec.rank, spec.size, timeout_s,
-                                            std::make_unique<C10dStore>(connect(false)), std::move(on_abort));
-    group_->watch->at(0, "joining");
-    exchange("join", "");
-    // The watch speaks first: its message says more than the group's own time-out.
-    group_->timeout = 2 * timeout;
-    group_->connect(Among::kAll, "group", spec.rank, spec.size, spec.local_size == spec.size);
-  } catch (const Error&) {
+    connect(fmt::format("caldera/{}", spec.attempt), std::move(on_abort));
+  } catch (const PeerError&) {
     throw;
   } catch (const std::exception& error) {
-    throw DistributedError(fmt::format("rank {} of {} cannot join the others at {}:{}: {}", spec.rank,
-                                       spec.size, spec.address, spec.port, first_line(error.what())));
+    const DistributedError own(fmt::format("cannot join the others as rank {} of {}: {}", spec.rank,
+                                           spec.size, without_trace(error)));
+    if (!group_->texts) throw own;
+    fail(std::make_exception_ptr(own));
   }
+}
+
+void World::connect(const std::string& prefix, std::function<void(const std::string&)> on_abort) {
+  StoreAddress address{spec_.address, spec_.port, run_secret()};
+  const bool is_local = spec_.local_size == spec_.size;
+  if (is_local && !spec_.store_is_hosted) address.host = "127.0.0.1";
+  if (is_first() && !spec_.store_is_hosted) group_->hosted = host_store(address, is_local, timeout_s_);
+  group_->texts = connect_store(address, prefix, timeout_s_);
+  group_->watch = std::make_unique<Watch>(
+      WatchSpec{
+          .rank = rank(), .size = size(), .host = is_local ? "" : group_->machine, .timeout_s = timeout_s_},
+      connect_store(address, prefix, timeout_s_), std::move(on_abort));
+  group_->headway.emplace(group_->watch->headway(Lane::kTraining));
+  at(0, "joining");
+  const Route own = is_local ? Route{"127.0.0.1", "127.0.0.1"} : route_to(address.host, address.port);
+  std::vector<Route> routes;
+  for (const std::string& text : join(greeting(group_->machine, own))) {
+    const Json other = parse_json(text, "what a rank said as it joined");
+    hosts_.at(routes.size()) = other.value("host", "?");
+    routes.push_back({other.value("address", ""), other.value("peer", "")});
+  }
+  group_->address = address_among(routes, rank());
+  group_->store = connect_c10d_store(address, prefix, timeout_s_);
+  // The watch speaks first: its message says more than the group's own time-out.
+  group_->timeout = 2 * std::chrono::milliseconds(static_cast<int64_t>(timeout_s_ * 1000));
+  group_->connect(Among::kAll, "group", rank(), size(), group_->address);
+}
+
+// An exchange with an end: who has not come by then is missing.
+std::vector<std::string> World::join(const std::string& mine) {
+  const Watch::Waits waits(*group_->watch, Lane::kTraining);
+  const auto key = [](int r) { return fmt::format("join/{}", r); };
+  // The first to say so says it for all.
+  const auto give_up = [this](std::string text) {
+    if (group_->texts->num_rejected() > 0)
+      text +=
+          "; values signed with another secret were seen: is CALDERA_RUN_SECRET the same on all machines?";
+    group_->is_broken = true;
+    throw PeerError(group_->texts->set_once("failure", text));
+  };
+  if (!is_first()) {
+    group_->set(key(rank()), mine);
+    auto all = group_->await("join/all", timeout_s_);
+    // The first rank may have come late, and now waits for the others as long.
+    if (!all && group_->find(key(0))) all = group_->await("join/all", timeout_s_);
+    if (!all)
+      give_up(fmt::format(
+          "{} has waited for {:.0f} s: rank 0 has not come within that time; start it, or give it more "
+          "time (distributed.timeout_s)",
+          group_->name, timeout_s_));
+    return unpack_texts(*all);
+  }
+  group_->set(key(0), mine);
+  const Clock::time_point since = Clock::now();
+  std::vector<std::string> all = {mine};
+  std::vector<int> missing;
+  for (int r = 1; r < size(); ++r) {
+    const double waited_s = std::chrono::duration<double>(Clock::now() - since).count();
+    if (const auto text = group_->await(key(r), timeout_s_ - waited_s))
+      all.push_back(*text);
+    else
+      missing.push_back(r);
+  }
+  if (!missing.empty()) {
+    const bool is_one = missing.size() == 1;
+    give_up(fmt::format(
+        "only {} of {} ranks have come within {:.0f} s: rank{} {} {} missing; start {}, or give {} more time "
+        "(distributed.timeout_s)",
+        all.size(), size(), timeout_s_, is_one ? "" : "s", fmt::join(missing, ", "), is_one ? "is" : "are",
+        is_one ? "it" : "them", is_one ? "it" : "them"));
+  }
+  group_->set("join/all", pack_texts(all));
+  return all;
 }
 
 World::~World() {
   if (!group_) return;
-  // All leave together: rank 0 may host the store. A rank that failed does not wait.
+  // All leave together. A rank that failed does not wait.
   if (std::uncaught_exceptions() == 0 && !group_->is_broken) {
     try {
       exchange("leave", "");
-      // Who reads last must still find the store.
-      if (is_first() && !spec_.store_is_hosted) {
-        for (int r = 1; r < size(); ++r)
-          for (int i = 0; i < 100 && !group_->texts->find(fmt::format("left/{}", r)); ++i)
-            std::this_thread::sleep_for(std::chrono::milliseconds(20));
-      }
     } catch (const std::exception&) {
       // Those who have gone need no farewell.
     }
   }
-  group_->watch.reset();
-  try {
-    group_->texts->set(fmt::format("left/{}", rank()), "");
-  } catch (const std::exception&) {
-    // As above.
-  }
+}
+
+std::string World::who(int rank) const {
+  const bool is_one_machine = spec_.local_size == spec_.size;
+  return name_of(rank, is_one_machine ? "" : hosts_[static_cast<size_t>(rank)]);
 }
 
 std::string World::describe() const {
@@ -233,8 +300,9 @@ void World::split_by_machine() {
       fmt::join(places, ", "));
   if (local_size == 1 || local_size == size()) return;
   const int machine = rank() / local_size, place = spec_.local_rank;
-  group_->connect(Among::kMachine, fmt::format("machine/{}", machine), place, local_size, true);
-  group_->connect(Among::kPeers, fmt::format("peers/{}", place), machine, size() / local_size, false);
+  group_->connect(Among::kMachine, fmt::format("machine/{}", machine), place, local_size, "127.0.0.1");
+  group_->connect(Among::kPeers, fmt::format("peers/{}", place), machine, size() / local_size,
+                  group_->address);
 }
 
 // What a collective's caller holds. `tensors` live until it is through.
@@ -245,18 +313,17 @@ Wait World::begin(std::vector<at::Tensor> tensors, const Start& start) {
   num_bytes_ += static_cast<int64_t>(tensors.front().nbytes());
   const auto lost = [this](const std::exception& error) -> PeerError {
     group_->is_broken = true;
-    return PeerError(first_line(error.what()));
+    return PeerError(without_trace(error));
   };
   try {
     return [this, lost, tensors, work = start()] {
       const Clock::time_point since = Clock::now();
-      group_->watch->set_waiting(Waiting::kForOthers);
+      const Watch::Waits waits(*group_->watch, Lane::kTraining);
       try {
         work->wait();
       } catch (const std::exception& error) {
         throw lost(error);
       }
-      group_->watch->set_waiting(Waiting::kNo);
       waited_ms_ += std::chrono::duration<double, std::milli>(Clock::now() - since).count();
     };
   } catch (const std::exception& error) {
@@ -281,14 +348,13 @@ Wait World::all_gather(at::Tensor out, at::Tensor in, Among among) {
 
 void World::wait_for_device() {
   if (!group_ || group_->device.is_cpu()) return;
-  group_->watch->set_waiting(Waiting::kForOthers);
+  const Watch::Waits waits(*group_->watch, Lane::kTraining);
   current_stream(group_->device).synchronize();
-  group_->watch->set_waiting(Waiting::kNo);
 }
 
 double World::take_waited_ms() { return std::exchange(waited_ms_, 0); }
 
-std::vector<std::string> World::exchange(const std::string& channel, const std::string& mine, bool is_patient) {
+std::vector<std::string> World::exchange(const std::string& channel, const std::string& mine) {
   if (!group_) return {mine};
   int64_t number = 0;
   {
@@ -298,27 +364,17 @@ std::vector<std::string> World::exchange(const std::string& channel, const std::
   const auto key = [&](int64_t n, const std::string& what) {
     return fmt::format("{}/{}/{}", channel, n, what);
   };
-  const bool is_training_thread = channel != "save";
-  if (is_training_thread)
-    group_->watch->set_waiting(is_patient && !is_first() ? Waiting::kPatiently : Waiting::kForOthers);
-  const std::optional<Clock::time_point> deadline =
-      channel == "join"
-          ? std::optional(Clock::now() + std::chrono::milliseconds(static_cast<int64_t>(timeout_s_ * 1000)))
-          : std::nullopt;
-  std::vector<std::string> all;
-  if (is_first()) {
-    all.push_back(mine);
-    for (int r = 1; r < size(); ++r) all.push_back(group_->await(key(number, std::to_string(r)), deadline));
-    group_->texts->set(key(number, "all"), pack_texts(all));
-    // Everybody has come this far, so the exchange before has been read by all.
-    for (int r = 1; r < size() && number > 0; ++r)
-      group_->store->deleteKey(key(number - 1, std::to_string(r)));
-    if (number > 0) group_->store->deleteKey(key(number - 1, "all"));
-  } else {
-    group_->texts->set(key(number, std::to_string(rank())), mine);
-    all = unpack_texts(group_->await(key(number, "all"), deadline));
+  const Watch::Waits waits(*group_->watch, lane_of(channel));
+  if (!is_first()) {
+    group_->set(key(number, std::to_string(rank())), mine);
+    return unpack_texts(*group_->await(key(number, "all")));
   }
-  if (is_training_thread) group_->watch->set_waiting(Waiting::kNo);
+  std::vector<std::string> all = {mine};
+  for (int r = 1; r < size(); ++r) all.push_back(*group_->await(key(number, std::to_string(r))));
+  group_->set(key(number, "all"), pack_texts(all));
+  // Everybody has come this far, so the exchange before has been read by all.
+  for (int r = 1; r < size() && number > 0; ++r) group_->remove(key(number - 1, std::to_string(r)));
+  if (number > 0) group_->remove(key(number - 1, "all"));
   return all;
 }
 
@@ -335,7 +391,7 @@ void World::tell(std::exception_ptr error) {
     return;
   } catch (const std::exception& own) {
     const std::string text =
-        fmt::format("rank {} failed at {}: {}", rank(), group_->watch->where(), own.what());
+        fmt::format("{} failed at {}: {}", who(rank()), group_->where(), without_trace(own));
     try {
       is_first_failure = group_->texts->set_once("failure", text) == text;
     } catch (const std::exception&) {
@@ -361,12 +417,27 @@ void World::fail(std::exception_ptr error) {
     std::string cause;
     try {
       cause = find_cause(*group_->texts, rank(), size());
+    } catch (const DistributedError& silence) {
+      cause = silence.what();
     } catch (const std::exception&) {
-      cause = "rank 0 has died without a word, and with it the run's store";
+      cause = spec_.store_is_hosted ? "the run's store is gone: the launcher that kept it has ended"
+                                    : "rank 0 has died without a word, and with it the run's store";
     }
-    throw PeerError(fmt::format("{} (rank {} noticed at {}: {})", cause, rank(), group_->watch->where(),
-                                consequence.what()));
+    const std::string own = without_trace(consequence);
+    throw PeerError(fmt::format("{} ({} noticed at {}{})", cause, who(rank()), group_->where(),
+                                own == cause ? "" : ": " + own));
   }
+}
+
+SavingLane::SavingLane(World& world, int64_t step) : world_(world) {
+  if (!world_.group_) return;
+  on_training_thread_ = std::this_thread::get_id() == world_.group_->training_thread;
+  headway_.emplace(world_.group_->watch->headway(Lane::kSaving));
+  world_.group_->watch->begin_saving(step, on_training_thread_);
+}
+
+SavingLane::~SavingLane() {
+  if (world_.group_) world_.group_->watch->end_saving(on_training_thread_);
 }
 
 }  // namespace caldera

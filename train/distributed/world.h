@@ -4,7 +4,8 @@
 // Tensors go through one process group of LibTorch's c10d (Gloo on CPUs, NCCL on GPUs), which only the
 // training thread uses and in the same order on every rank. Texts (paths, manifests, errors) go through the
 // TCP store, which any thread may use. A thread of its own writes a heartbeat per rank into the store, with
-// the step and the phase it is in.
+// the step and the phase it is in. What the training thread reads, writes and hashes of files counts as
+// headway.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -12,10 +13,12 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "base/error.h"
+#include "base/headway.h"
 #include "train/distributed/environment.h"
 
 namespace caldera {
@@ -24,6 +27,10 @@ namespace caldera {
 struct PeerError : DistributedError {
   using DistributedError::DistributedError;
 };
+
+// Keeps c10d's own log lines from the terminal: what they say comes as an exception, too.
+// TORCH_CPP_LOG_LEVEL, where the user sets it, counts more.
+void quiet_c10d();
 
 // Waits for a collective that was begun. On a GPU the current stream waits, not the caller: see wait_for_device.
 using Wait = std::function<void()>;
@@ -36,10 +43,11 @@ class World {
  public:
   // A single process without a group: every operation is empty.
   static World& alone();
-  // Joins the others; returns when all are there. `timeout_s`: how long a rank may be silent, or stuck in one
-  // phase, before all stop with its name; also of joining. `on_abort` is called on the watching thread when
-  // this process must end although its training thread does not come back; it must not return. Throws
-  // DistributedError.
+  // Joins the others, who may come up to `timeout_s` later; returns when all are there. `timeout_s`: how long
+  // a rank may be silent, or make no headway while others wait for it, before all stop with its name; and how
+  // long the run's store may take to answer. `on_abort` is called on the watching thread when this process
+  // must end although its training thread does not come back; it must not return. Throws DistributedError;
+  // where another rank failed meanwhile, or is missing, PeerError.
   World(const WorldSpec& spec, at::Device device, double timeout_s,
         std::function<void(const std::string&)> on_abort);
   ~World();
@@ -51,6 +59,10 @@ class World {
   bool has_group() const { return group_ != nullptr; }
   bool is_first() const { return spec_.rank == 0; }
   const WorldSpec& spec() const { return spec_; }
+  // Each rank's machine, by rank.
+  const std::vector<std::string>& hosts() const { return hosts_; }
+  // A rank in messages: "rank 3 (node1)"; "rank 3" where all ranks are on one machine.
+  std::string who(int rank) const;
   // "4 ranks on 2 machines, gloo, started by torchrun".
   std::string describe() const;
 
@@ -74,13 +86,12 @@ class World {
   double take_waited_ms();  // spent in Wait since the last call
 
   // Every rank's text, in the order of ranks. Ranks call it in the same order per channel; a channel may be
-  // used by one thread at a time. Throws PeerError when a rank has failed meanwhile. `is_patient`: however long the first
-  // rank takes, it is not stuck.
-  std::vector<std::string> exchange(const std::string& channel, const std::string& mine, bool is_patient = false);
-  // After work that the first rank does for all, which may take long (checksums of a checkpoint, writing a model). That it
-  // died meanwhile is noticed as ever; that it hangs there is not.
-  std::string from_first(const std::string& text) { return exchange("main", text, /*is_patient=*/true).front(); }
-  void barrier() { exchange("main", "", /*is_patient=*/true); }
+  // used by one thread at a time: "save" by the one that writes a checkpoint, others by the training thread.
+  // Throws PeerError when a rank has failed meanwhile.
+  std::vector<std::string> exchange(const std::string& channel, const std::string& mine);
+  // After work that the first rank does for all.
+  std::string from_first(const std::string& text) { return exchange("main", text).front(); }
+  void barrier() { exchange("main", ""); }
 
   // Says where this rank is, for the watch and for messages.
   void at(int64_t step, const char* phase);
@@ -93,16 +104,36 @@ class World {
   [[noreturn]] void fail(std::exception_ptr error);
 
  private:
-  World() = default;
+  friend class SavingLane;
+  World();
   struct Group;
+  void connect(const std::string& prefix, std::function<void(const std::string&)> on_abort);
+  std::vector<std::string> join(const std::string& mine);
   template <class Start>
   Wait begin(std::vector<at::Tensor> tensors, const Start& start);
 
   WorldSpec spec_;
   double timeout_s_ = 0;
+  std::vector<std::string> hosts_;
   std::unique_ptr<Group> group_;  // none: alone
   int64_t num_collectives_ = 0, num_bytes_ = 0;
   double waited_ms_ = 0;
+};
+
+// While it lives, this thread writes the checkpoint of step `step` together with the other ranks: the watch
+// looks at that beside the training, or instead of it where this is the training thread. What the thread
+// reads, writes and hashes of files counts as headway.
+class SavingLane {
+ public:
+  SavingLane(World& world, int64_t step);
+  ~SavingLane();
+  SavingLane(const SavingLane&) = delete;
+  SavingLane& operator=(const SavingLane&) = delete;
+
+ private:
+  World& world_;
+  bool on_training_thread_ = false;
+  std::optional<HeadwayScope> headway_;
 };
 
 }  // namespace caldera
