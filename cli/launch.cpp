@@ -100,7 +100,7 @@ Failure describe(const Attempt& attempt, Rendezvous& rendezvous, int number) {
   try {
     where = rendezvous.where(number, culprit.rank);
     cause = rendezvous.cause(number);
-  } catch (const DistributedError&) {
+  } catch (const StoreError&) {
     // The store has gone with its host: what the ranks said is all that is known.
   }
   std::string text = fmt::format("rank {}", culprit.rank);
@@ -128,7 +128,7 @@ Failure describe(const Attempt& attempt, Rendezvous& rendezvous, int number) {
   }
   return {.code = culprit.exit_code() == 0 ? victims_code : culprit.exit_code(),
           .text = text,
-          .is_victims = is_victim || culprit.was_killed_by_us};
+          .is_victims = is_victim};
 }
 
 // Ranks that were told to end, by a signal: not started again. None where that is not so.
@@ -143,7 +143,11 @@ std::optional<RunEnd> end_as_asked(const Attempt& attempt, const Failure& failur
   }
   // By a signal that another machine's launcher passed on. Or that one has died, which its ranks are told by a signal as
   // well; then it is a failure as others.
-  if (has_saved && rendezvous.all_are_alive()) return RunEnd{failure.code, culprit.error};
+  try {
+    if (has_saved && rendezvous.all_are_alive()) return RunEnd{failure.code, culprit.error};
+  } catch (const StoreError&) {
+    // Its host's launcher has died.
+  }
   return std::nullopt;
 }
 
@@ -168,9 +172,21 @@ void launch(const LaunchCommand& command) {
                           .node_timeout_s = command.node_timeout_s};
   const auto stop_signal = [] { return static_cast<int>(g_last_signal); };
   std::unique_ptr<Rendezvous> rendezvous;
+  // Machine 0's launcher has gone, or the way to it: both may come back, while there are restarts left.
+  const auto meet_again = [&](const StoreError& error) {
+    if (command.node_rank == 0 || command.max_restarts == 0) throw error;
+    log_warning("{}", error.what());
+    rendezvous.reset();
+  };
   for (int num_failures = 0;; ++num_failures) {
-    if (!rendezvous) rendezvous = std::make_unique<Rendezvous>(machines, address, stop_signal);
-    const std::optional<int> number = rendezvous->gather();
+    std::optional<int> number;
+    try {
+      if (!rendezvous) rendezvous = std::make_unique<Rendezvous>(machines, address, stop_signal);
+      number = rendezvous->gather();
+    } catch (const StoreError& error) {
+      meet_again(error);
+      continue;
+    }
     if (!number) return;
     Attempt attempt({.first_rank = command.node_rank * command.num_ranks,
                      .count = command.num_ranks,
@@ -210,10 +226,11 @@ void launch(const LaunchCommand& command) {
     }
     fmt::print(stderr, "warning: {}\nstarting again from the last checkpoint ({} of {})\n", failure.text,
                std::max(*number, num_failures) + 1, command.max_restarts);
-    if (command.node_rank > 0 && rendezvous->has_lost_store())
-      rendezvous.reset();  // machine 0's launcher has gone, and may come back
-    else
+    try {
       rendezvous->begin_next(*number);
+    } catch (const StoreError& error) {
+      meet_again(error);
+    }
   }
 }
 

@@ -60,7 +60,7 @@ Rendezvous::Rendezvous(const Machines& machines, StoreAddress address, std::func
     check_stop("it waited for the run's store");
     try {
       store_ = connect_store(reached, "caldera", std::min(machines_.timeout_s, kTryConnect_s));
-    } catch (const UnreachableStore& error) {
+    } catch (const StoreGone& error) {
       CALDERA_CHECK(since(start) < machines_.node_timeout_s, DistributedError,
                     "{}; machine 0 has not come within {:.0f} s: start it, or wait longer by --node-timeout", error.what(),
                     machines_.node_timeout_s);
@@ -270,11 +270,6 @@ void Rendezvous::end(const RunEnd& end) {
 std::optional<RunEnd> Rendezvous::ended() const {
   const std::lock_guard lock(mutex_);
   return end_;
-}
-
-bool Rendezvous::has_lost_store() const {
-  const std::lock_guard lock(mutex_);
-  return lost_since_.has_value();
 }
 
 void Rendezvous::check_stop(const char* while_what) const {

@@ -63,7 +63,6 @@ class Rendezvous {
   void begin_next(int attempt);  // unless another has
   void end(const RunEnd& end);   // unless another has; waits until the others have heard of it
   std::optional<RunEnd> ended() const;
-  bool has_lost_store() const;
 
  private:
   void look_around();

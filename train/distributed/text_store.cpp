@@ -163,8 +163,13 @@ class SignedStore : public TextStore {
 
   template <class Call>
   auto call(Call call) -> decltype(call()) {
-    auto result = worker_.run(std::move(call), timeout_s_);
-    CALDERA_CHECK(result, DistributedError,
+    decltype(worker_.run(call, timeout_s_)) result;
+    try {
+      result = worker_.run(std::move(call), timeout_s_);
+    } catch (const std::exception& error) {
+      throw StoreGone(fmt::format("the run's store at {} is gone: {}", address_.text(), first_line(error.what())));
+    }
+    CALDERA_CHECK(result, StoreError,
                   "the run's store at {} has not answered for {:.0f} s: its launcher or rank 0 is stopped, its machine gone, "
                   "or the network between",
                   address_.text(), timeout_s_.load());
@@ -244,7 +249,7 @@ c10::intrusive_ptr<c10d::Store> connect_c10d_store(const StoreAddress& address, 
     return c10::make_intrusive<c10d::PrefixStore>(
         prefix, c10::make_intrusive<c10d::TCPStore>(address.host, options_of(address, timeout_s)));
   } catch (const std::exception& error) {
-    throw UnreachableStore(
+    throw StoreGone(
         fmt::format("cannot reach the run's store at {}: {}", address.text(), first_line(error.what())));
   }
 }

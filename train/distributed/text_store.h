@@ -16,12 +16,17 @@
 
 namespace caldera {
 
-// Nothing answers at the store's address: it may come yet.
-struct UnreachableStore : DistributedError {
+// The store cannot be talked to.
+struct StoreError : DistributedError {
   using DistributedError::DistributedError;
 };
+// Nothing listens at its address, any more or not yet.
+struct StoreGone : StoreError {
+  using StoreError::StoreError;
+};
 
-// Any thread may call. A call that gets no answer in time throws DistributedError, and so do all that follow.
+// Any thread may call. All calls throw StoreError: StoreGone at once, or where no answer comes in time, and then in all calls
+// that follow.
 class TextStore {
  public:
   virtual ~TextStore() = default;
@@ -54,7 +59,7 @@ void survive_broken_connections();
 // CALDERA_RUN_SECRET of the environment; "" where it is not set.
 std::string run_secret();
 
-// A connection to the store, whose keys are PREFIX/KEY, trying again until `timeout_s` is over. Throws UnreachableStore
+// A connection to the store, whose keys are PREFIX/KEY, trying again until `timeout_s` is over. Throws StoreGone
 // where nothing listens there, DistributedError where what listens is no store.
 std::unique_ptr<TextStore> connect_store(const StoreAddress& address, const std::string& prefix, double timeout_s);
 // The same for a process group. Its calls are c10d's own, without deadlines.

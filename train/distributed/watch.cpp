@@ -124,13 +124,13 @@ void Watch::run() {
       if (elapsed_s < 0.5) continue;
       looked_at = Clock::now();
       end = look_around(elapsed_s);
-    } catch (const DistributedError& error) {  // it does not answer, and all the time there was is over
-      end = fmt::format("{} at {}: {}", name_of(spec_.rank, spec_.host), where(), error.what());
-    } catch (const std::exception&) {  // it is gone: the training thread may know more of that
+    } catch (const StoreGone&) {  // the training thread may know more of that
       if (seconds_since(answered_at) > kGraceSeconds)
         end = fmt::format(
             "{} at {}: the store of the run is gone: the launcher or rank 0, whichever kept it, has ended",
             name_of(spec_.rank, spec_.host), where());
+    } catch (const std::exception& error) {  // it does not answer, and all the time there was is over
+      end = fmt::format("{} at {}: {}", name_of(spec_.rank, spec_.host), where(), error.what());
     }
     if (!end) continue;
     {

@@ -68,12 +68,12 @@ struct World::Group {
   auto talk(const Call& call) {
     try {
       return call(*texts);
-    } catch (const DistributedError& error) {
+    } catch (const StoreGone& error) {
+      is_broken = true;
+      throw PeerError(error.what());
+    } catch (const StoreError& error) {
       is_broken = true;
       throw DistributedError(fmt::format("{} at {}: {}", name, where(), error.what()));
-    } catch (const std::exception& error) {
-      is_broken = true;
-      throw PeerError(fmt::format("the run's store is gone: {}", without_trace(error)));
     }
   }
   std::optional<std::string> find(const std::string& key) {
