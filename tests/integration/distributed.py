@@ -6,7 +6,7 @@ stop or leave bring the others down with their name; a signal saves on all ranks
 Faults come at counted points (CALDERA_FAULT), never by the clock. --full: all combinations, a quarter of an hour."""
 import argparse, itertools, json, os, random, re, shutil, signal, subprocess, time
 
-from ranks import CLEAN, LORA, ROOT, Runs, run_tests
+from ranks import CLEAN, LORA, ROOT, Runs, Table, run_tests
 
 parser = argparse.ArgumentParser()
 parser.add_argument("caldera")
@@ -14,6 +14,7 @@ parser.add_argument("--full", action="store_true")
 parser.add_argument("--only", default="", help="tests whose name contains this")
 options = parser.parse_args()
 runs = Runs(options.caldera)
+table = Table()
 STEPS = 6  # a stage
 NODE = "zero3 within node"
 
@@ -199,7 +200,8 @@ def check_failure(kind, rank, n, point="step:3", strategy="zero1", **settings):
     error = text[text.rindex("error: "):]
     what = f"{kind} of rank {rank} of {n} at {point} under {strategy}"
     assert words.format(rank) in error and f"rank {rank}" in error, f"{what}: {text[-3000:]}"
-    print(f"  {what}: {runs.seconds:.1f} s: {text.strip().splitlines()[-1][:110]}", flush=True)
+    table.add(what, f"{kind}@{point}", runs.seconds)
+    print(f"    {text.strip().splitlines()[-1][:110]}", flush=True)
     shutil.rmtree(runs.work / name)
 
 
@@ -277,5 +279,6 @@ def test_mpirun_starts_it_unchanged():
 
 try:
     run_tests(dict(globals()), options)
+    table.show()
 finally:
     runs.remove()

@@ -1,7 +1,7 @@
 """Runs of the scenes recipe on a few pictures, by one process or several ranks, and how two of them compare.
 
 Needs nothing but Python. All runs lie in one temporary folder; data and outputs are named relative to it."""
-import filecmp, json, os, pathlib, shutil, socket, struct, subprocess, tempfile, time
+import filecmp, json, os, pathlib, shutil, signal, socket, struct, subprocess, tempfile, threading, time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STAGES = ("pretrain", "finetune")
@@ -20,7 +20,17 @@ class Runs:
                         "--seed", "3"], check=True, cwd=ROOT, stderr=subprocess.DEVNULL, env=CLEAN)
 
     def remove(self):
+        self.kill_all()
         shutil.rmtree(self.work, ignore_errors=True)
+
+    def processes(self):
+        """Of all runs into this folder, launchers and ranks."""
+        return [int(pid) for pid in filter(str.isdigit, os.listdir("/proc")) if str(self.work) in command_of(pid) and not is_over(pid)]
+
+    def kill_all(self):
+        for pid in self.processes():
+            send(signal.SIGKILL, pid)
+        wait_until(lambda: not self.processes(), "killed processes to end")
 
     def train(self, output, strategy="ddp", *more, timeout_s=60, **stage):
         """The words after `caldera` for a run to the folder `output`; `stage` are settings of both stages (None: the recipe's own)."""
@@ -55,9 +65,7 @@ class Runs:
 
     def run_on_two_machines(self, n, command, expect=0, fault="", limit=120):
         """The same on two machines with n ranks each, both of them this one; returns what the first wrote."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         machines = [subprocess.Popen([self.caldera, "launch", "-n", str(n), "--nodes", "2", "--node-rank", str(k), "--rendezvous", f"127.0.0.1:{port}",
                                       "--", *command], cwd=ROOT, env=environment(fault) | {"GLOO_SOCKET_IFNAME": "lo"}, stdout=subprocess.PIPE,
                                      stderr=subprocess.STDOUT, text=True, errors="replace") for k in (0, 1)]
@@ -73,6 +81,15 @@ class Runs:
     def metrics(self, output, stage):
         """The lines of metrics.jsonl without what depends on the clock or on the process."""
         return [{k: v for k, v in json.loads(line).items() if k not in BY_THE_CLOCK} for line in open(self.work / output / stage / "metrics.jsonl")]
+
+    def steps(self, output, stage="pretrain"):
+        """How many steps a run has done so far."""
+        path = self.work / output / stage / "metrics.jsonl"
+        return path.read_text().count('"loss"') if path.exists() else 0
+
+    def seconds_since_step(self, output):
+        """Since the last line of metrics, whichever stage's: about as long ago a fault in the next step happened."""
+        return time.time() - max(path.stat().st_mtime for path in (self.work / output).glob("*/metrics.jsonl"))
 
     def losses(self, output, stage):
         return [line["loss"] for line in self.metrics(output, stage) if "loss" in line]
@@ -110,17 +127,146 @@ class Runs:
             loss, weights = self.differences(one, two, stage)
             assert loss <= 1e-5 and weights <= 1e-4, f"{stage}: losses differ by {loss}, weights by {weights}"
 
-    def same_bits(self, one, two, stages=STAGES):
-        """Final weights, every checkpoint's tensors, which checkpoints are left, and metrics."""
+    def same_bits(self, one, two, stages=STAGES, is_same_saves=True):
+        """Final weights, every checkpoint's tensors, which checkpoints are left, and metrics. A run that a signal stopped has
+        saved at another step too: then only the checkpoints that both have."""
         for stage in stages:
             a, b = self.work / one / stage, self.work / two / stage
-            files = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")) for folder in (a, b)]
-            assert files[0] == files[1], f"{stage}: {files}"
-            assert "final/model.safetensors" in files[0] and any("optimizer" in name for name in files[0]), files[0]
-            names = files[0] + [name for name in ("latest", "best") if (a / name).exists()]
+            files = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*.safetensors") if ".old-" not in str(path.relative_to(folder)))
+                     for folder in (a, b)]
+            if is_same_saves:
+                assert files[0] == files[1], f"{stage}: {files}"
+                assert any("optimizer" in name for name in files[0]), files[0]
+                names = files[0] + [name for name in ("latest", "best") if (a / name).exists()]
+            else:
+                names = sorted(set(files[0]) & set(files[1]))
+            assert "final/model.safetensors" in names, files
             for name in names:
                 assert filecmp.cmp(a / name, b / name, shallow=False), f"{stage}: {name} differs"
             assert self.metrics(one, stage) == self.metrics(two, stage), f"{stage}: metrics differ"
+
+
+class Process:
+    """A command that runs while the test looks on. Commands that start ranks are launchers."""
+    def __init__(self, command, fault="", **variables):
+        self.text, self.began = "", time.monotonic()
+        self.process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(fault) | variables, stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        self.pid = self.process.pid
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.text += line
+
+    def code(self):
+        """As a shell says it, 128 + N after signal N; None while it runs."""
+        code = self.process.poll()
+        return 128 - code if code is not None and code < 0 else code
+
+    def ranks(self):
+        """rank -> process id of those that have been started and not reaped."""
+        found = {}
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            if state_of(pid)[1] != self.pid:
+                continue
+            variables = environment_of(pid)
+            if "RANK" in variables:
+                found[int(variables["RANK"])] = int(pid)
+        return dict(sorted(found.items()))
+
+    def wait_for(self, words, limit=60):
+        wait_until(lambda: words in self.text or self.code() is not None, f'"{words}"', limit)
+        self.process.poll() is None or self.reader.join(5)
+        assert words in self.text, f'ended with {self.code()} without "{words}":\n{self.text[-4000:]}'
+
+    def wait_until(self, condition, what, limit=60):
+        """As wait_until, but not beyond this process's end."""
+        wait_until(lambda: condition() or self.code() is not None, what, limit)
+        assert self.code() is None, f"ended with {self.code()} before {what}:\n{self.text[-4000:]}"
+
+    def end(self, expect=0, limit=120):
+        """Waits for its end, with one of these codes; returns what it wrote."""
+        try:
+            self.process.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"has not ended within {limit:.0f} s:\n{self.text[-4000:]}") from None
+        self.reader.join(5)
+        expect = expect if isinstance(expect, tuple) else (expect,)
+        assert self.code() in expect, f"exit code {self.code()}, expected {expect}:\n{self.text[-4000:]}"
+        return self.text
+
+    def kill(self):
+        """With all of its ranks, which could not tell anybody."""
+        send(signal.SIGKILL, self.pid, *self.ranks().values())
+        self.process.wait()
+
+
+def state_of(pid):
+    """State letter and parent of a process; ("X", 0) where there is none."""
+    try:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return "X", 0
+    return fields[0], int(fields[1])
+
+
+def send(number, *pids):
+    """A signal; processes that have ended already are passed over."""
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def command_of(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def is_over(pid):
+    return state_of(pid)[0] in "XZ"
+
+
+def environment_of(pid):
+    try:
+        pairs = pathlib.Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def wait_until(condition, what, limit=60):
+    """Seconds that it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < limit, f"waited {limit:.0f} s for {what}"
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Table:
+    """Rows of a table in Markdown: what failed, and how many seconds later everything had ended or gone on."""
+    def __init__(self):
+        self.rows = []
+
+    def add(self, what, how, seconds):
+        self.rows.append(f"| {what} | `{how}` | {seconds:.1f} |")
+        print(f"  {what}: {seconds:.1f} s", flush=True)
+
+    def show(self):
+        if self.rows:
+            print("\n| failure | by | seconds |\n| --- | --- | --- |\n" + "\n".join(self.rows), flush=True)
 
 
 def environment(fault=""):
