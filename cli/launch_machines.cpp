@@ -19,6 +19,7 @@ double since(Clock::time_point start) { return std::chrono::duration<double>(Clo
 
 constexpr auto kBeat = std::chrono::milliseconds(500);
 constexpr double kSilent_s = 4;      // a launcher without a beat for so long is not there
+constexpr double kWord_s = 2;       // what another launcher knows, it says within so long
 constexpr double kRefused_s = 3;     // how long a store that refuses calls may be on its way back
 constexpr double kTryConnect_s = 5;  // a single try
 
@@ -245,7 +246,7 @@ bool Rendezvous::all_are_alive() {
 
 std::optional<RunEnd> Rendezvous::wait_for_word() {
   const Clock::time_point start = Clock::now();
-  while (machines_.count > 1 && !ended() && since(start) < kSilent_s) pause();
+  while (machines_.count > 1 && !ended() && since(start) < kWord_s) pause();
   return ended();
 }
 
@@ -260,7 +261,7 @@ void Rendezvous::end(const RunEnd& end) {
     if (!hosted_) return;
     const Clock::time_point start = Clock::now();
     for (int m = 1; m < machines_.count; ++m)
-      while (!store_->find(fmt::format("launch/left/{}", m)) && since(start) < kSilent_s)
+      while (!store_->find(fmt::format("launch/left/{}", m)) && since(start) < kWord_s)
         std::this_thread::sleep_for(kBeat / 5);
   } catch (const std::exception&) {
     // The others find the store gone, and end by that.
