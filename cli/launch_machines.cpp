@@ -140,7 +140,22 @@ void Rendezvous::judge_own_ranks(int attempt) {
                                names_of({machines_.index}), who(mine_), longest));
 }
 
+// For a launcher that others do not hear.
+std::string Rendezvous::secret_hint() const {
+  return store_->num_rejected() == 0
+             ? ""
+             : "; messages signed with another secret have come: is CALDERA_RUN_SECRET the same on all machines?";
+}
+
 std::optional<int> Rendezvous::gather() {
+  try {
+    return meet();
+  } catch (const StoreGone& error) {
+    throw StoreGone(error.what() + secret_hint());
+  }
+}
+
+std::optional<int> Rendezvous::meet() {
   const Clock::time_point start = Clock::now();
   std::string said;
   store_->set_once("launch/attempt", "0");
@@ -179,10 +194,7 @@ std::optional<int> Rendezvous::gather() {
     CALDERA_CHECK(since(start) < machines_.node_timeout_s, DistributedError,
                   "waited {:.0f} s for {}: start caldera launch there, with the same --rendezvous and --nodes, or wait longer "
                   "by --node-timeout{}",
-                  since(start), names,
-                  store_->num_rejected() > 0 ? "; messages signed with another secret have come: is CALDERA_RUN_SECRET the "
-                                               "same on all machines?"
-                                             : "");
+                  since(start), names, secret_hint());
     if (names != said && since(start) > 1) log_info("waiting for {}", said = names);
     pause();
   }

@@ -67,6 +67,8 @@ class Rendezvous {
  private:
   void look_around();
   void judge_own_ranks(int attempt);
+  std::optional<int> meet();
+  std::string secret_hint() const;
   std::vector<int> missing(int attempt);
   void check_stop(const char* while_what) const;
   void pause();
