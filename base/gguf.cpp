@@ -5,6 +5,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "base/lfs_pointer.h"
 
 namespace caldera {
 namespace {
@@ -144,7 +145,9 @@ TensorEntry read_tensor_entry(Cursor& cursor) {
   GgufTensor& tensor = entry.tensor;
   tensor.name = cursor.string("a tensor's name");
   const auto num_dims = cursor.number<uint32_t>(tensor.name);
-  if (num_dims > 4) cursor.fail(fmt::format("{}: {} dimensions; at most 4 are known", tensor.name, num_dims));
+  // ggml's own writer makes none without dimensions either.
+  if (num_dims < 1 || num_dims > 4)
+    cursor.fail(fmt::format("{}: expected 1 to 4 dimensions, got {}", tensor.name, num_dims));
   uint64_t num_elements = 1, row = 1;
   for (uint32_t i = 0; i < num_dims; ++i) {
     const auto size = cursor.number<uint64_t>(tensor.name);
@@ -205,6 +208,7 @@ uint64_t read_alignment(const std::map<std::string, GgufValue>& metadata, const 
 }  // namespace
 
 GgufFile::GgufFile(const std::filesystem::path& path) : map_(path) {
+  refuse_lfs_pointer(map_.bytes(), path.string());
   Cursor cursor(map_.bytes(), path.string());
   if (map_.bytes().size() < 4 || std::memcmp(map_.bytes().data(), "GGUF", 4) != 0)
     throw CheckpointError(fmt::format("{}: not a GGUF file: it does not begin with \"GGUF\"", path.string()));

@@ -73,27 +73,44 @@ void check_tensors(const fs::path& file, const std::vector<GgufTensorToWrite>& t
     for (const int64_t size : tensor.shape)
       CALDERA_CHECK(size > 0, Error, "{}: {}: shape [{}] holds no elements", file.string(), tensor.name,
                     fmt::join(tensor.shape, ", "));
-    CALDERA_CHECK(tensor.type != GgmlType::kQ8_0 || tensor.shape.back() % kQ8BlockElements == 0, Error,
-                  "{}: {}: rows of {} elements are no multiple of q8_0's blocks of {}", file.string(),
-                  tensor.name, tensor.shape.back(), kQ8BlockElements);
+    const GgmlBlock block = ggml_block(tensor.type);
+    CALDERA_CHECK(tensor.shape.back() % block.elements == 0, Error,
+                  "{}: {}: rows of {} elements are no multiple of {}'s blocks of {}", file.string(),
+                  tensor.name, tensor.shape.back(), block.name, block.elements);
   }
 }
 
 }  // namespace
 
+GgmlBlock ggml_block(GgmlType type) {
+  switch (type) {
+    case GgmlType::kF32:
+      return {"f32", 1, 4};
+    case GgmlType::kF16:
+      return {"f16", 1, 2};
+    case GgmlType::kBF16:
+      return {"bf16", 1, 2};
+    case GgmlType::kQ5_0:
+      return {"q5_0", 32, 22};
+    case GgmlType::kQ5_1:
+      return {"q5_1", 32, 24};
+    case GgmlType::kQ8_0:
+      return {"q8_0", kQ8BlockElements, kQ8BlockBytes};
+    case GgmlType::kQ4_K:
+      return {"q4_k", 256, 144};
+    case GgmlType::kQ5_K:
+      return {"q5_k", 256, 176};
+    case GgmlType::kQ6_K:
+      return {"q6_k", 256, 210};
+  }
+  assert_failed("known GgmlType", __FILE__, __LINE__);
+}
+
 uint64_t ggml_bytes(const std::vector<int64_t>& shape, GgmlType type) {
   uint64_t elements = 1;
   for (const int64_t size : shape) elements *= static_cast<uint64_t>(size);
-  switch (type) {
-    case GgmlType::kF32:
-      return elements * 4;
-    case GgmlType::kF16:
-    case GgmlType::kBF16:
-      return elements * 2;
-    case GgmlType::kQ8_0:
-      return elements / kQ8BlockElements * kQ8BlockBytes;
-  }
-  assert_failed("known GgmlType", __FILE__, __LINE__);
+  const GgmlBlock block = ggml_block(type);
+  return elements / static_cast<uint64_t>(block.elements) * static_cast<uint64_t>(block.bytes);
 }
 
 void write_gguf(const std::filesystem::path& file, const GgufFields& fields,

@@ -1,4 +1,4 @@
-// caldera export --model DIR --format hf|llava|peft|gguf --out DIR [--dtype f32|f16|bf16|q8_0] [--part PART]
+// caldera export --model DIR --format hf|llava|peft|gguf --out DIR [--dtype f32|f16|bf16|q8_0|q6_k|q5_k_m|q4_k_m] [--part PART]
 #include "cli/export.h"
 
 #include <memory>
@@ -10,6 +10,7 @@
 #include "cli/command.h"
 #include "data/template.h"
 #include "eval/model_session.h"
+#include "model/weights/gguf_export.h"
 #include "model/weights/mapped_model.h"
 
 namespace caldera {
@@ -41,11 +42,9 @@ std::string formats_help() {
   return join(lines, "; ");
 }
 
-// The template's own Jinja form, else what the tokenizer came with.
 std::string chat_template_of(const ModelCard& card, const Tokenizer& tokenizer) {
   if (card.conversation_template.empty()) return tokenizer.chat_template();
-  const std::string jinja = find_template(card.conversation_template).jinja;
-  return jinja.empty() ? tokenizer.chat_template() : jinja;
+  return exported_chat_template(find_template(card.conversation_template), tokenizer);
 }
 
 void export_model(const ExportOptionsGiven& given) {
@@ -95,7 +94,7 @@ at::ScalarType float_dtype(const std::string& name) {
   if (name == "f16" || name == "float16") return at::kHalf;
   if (name == "bf16" || name == "bfloat16") return at::kBFloat16;
   throw ConfigError(fmt::format("--dtype {}: expected f32, f16 or bf16{}", name,
-                                name == "q8_0" ? "; q8_0 is a type of --format gguf" : ""));
+                                quantized_ggml_type(name) ? fmt::format("; {} is a type of --format gguf", name) : ""));
 }
 
 void check_part(const ExportOptionsGiven& given, const std::vector<std::string>& parts) {
@@ -110,7 +109,7 @@ void setup_export(CLI::App& command) {
       ->required();
   command.add_option("--format", options->format, formats_help())->capture_default_str();
   command.add_option("--out", options->out, "folder to write")->required();
-  command.add_option("--dtype", options->dtype, "of the weights: f32, f16 or bf16; gguf: q8_0 as well")
+  command.add_option("--dtype", options->dtype, "of the weights: f32, f16 or bf16; gguf: q8_0, q6_k, q5_k_m and q4_k_m as well")
       ->capture_default_str();
   command.add_option("--part", options->part,
                      "hf, gguf: vision_tower or language_model, that part alone, as a model of its own; "

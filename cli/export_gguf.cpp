@@ -9,7 +9,7 @@ namespace caldera {
 namespace {
 
 GgmlType type_of(const std::string& dtype) {
-  if (dtype == "q8_0") return GgmlType::kQ8_0;
+  if (const auto type = quantized_ggml_type(dtype)) return *type;
   switch (float_dtype(dtype)) {
     case at::kHalf:
       return GgmlType::kF16;
@@ -56,7 +56,8 @@ void write_gguf(const ExportJob& job, const std::filesystem::path& folder) {
     save_gguf_decoder(*model.language, options, folder / decoder_file);
   }
   if (with_tower) {
-    tower_file = fmt::format("mmproj-{}.gguf", job.given.dtype);
+    const bool has_same_type = mmproj_ggml_type(options.type) == options.type;
+    tower_file = fmt::format("mmproj-{}.gguf", has_same_type ? job.given.dtype : "f16");
     save_gguf_mmproj(model, options, folder / tower_file);
   }
   write_model_readme(model, job.loaded.card, gguf_usage(decoder_file, tower_file), folder);

@@ -19,6 +19,10 @@ GenerateOptions generate_options(const LlavaModel& model, const SampleFormat& fo
   generated.seed = options.seed;
   generated.stop_ids = stop_ids(*format.conversation, tokenizer);
   if (tokenizer.eos_id() >= 0) generated.stop_ids.push_back(tokenizer.eos_id());
+  // Llama 3 names several.
+  if (const Json ends = model.language->config().value("eos_token_id", Json()); ends.is_array())
+    for (const Json& id : ends)
+      if (id.is_number_integer()) generated.stop_ids.push_back(id.get<int64_t>());
   // Rows that only pad the vocabulary stand for no token.
   generated.allowed_vocab = std::min(tokenizer.vocab_size(), model.language->vocab_size());
   const int64_t placeholder = tokenizer.token_id(kImagePlaceholder);

@@ -26,8 +26,8 @@ double number_or(const Json& parameters, const char* key, double fallback) {
 // Both spellings as transformers 5's one object.
 Json rope_parameters(const Json& config) {
   Json given = Json::object();
-  for (const char* key : {"rope_parameters", "rope_scaling"}) {
-    if (!config.contains(key) || !config[key].is_object()) continue;
+  for (const char* key : {"rope_scaling", "rope_parameters"}) {
+    if (!config.contains(key) || !config[key].is_object() || config[key].empty()) continue;
     given = config[key];
     break;
   }

@@ -36,6 +36,7 @@ LoadedModel load_base(const fs::path& base, const fs::path& folder, const Adapte
                   [](const auto& named) { return named.first.starts_with("multi_modal_projector."); });
   CALDERA_CHECK(has_projector, CheckpointError, "{}: no projector: looked for non_lora_trainables.bin",
                 folder.string());
+  if (fs::is_directory(base) && !has_weights(base)) open_weights_folder(base);  // throws: no random base
   LoadedModel loaded;
   loaded.folder = base;
   loaded.card = read_model_card(folder);
@@ -47,6 +48,30 @@ LoadedModel load_base(const fs::path& base, const fs::path& folder, const Adapte
 }
 
 }  // namespace
+
+LoadedModel load_stage_1(const fs::path& folder, const Json& config, const fs::path& model_base) {
+  const std::string where = (folder / "config.json").string();
+  CALDERA_CHECK(!model_base.empty() && fs::exists(model_base), CheckpointError,
+                "{}: holds the projector alone (mm_projector.bin, the original LLaVA's stage 1); name the "
+                "decoder that it was "
+                "trained on with --model-base, got \"{}\"",
+                folder.string(), model_base.string());
+  const OriginalLlava original = read_original_llava(folder, config);
+  CALDERA_CHECK(!original.tower_folder.empty(), CheckpointError,
+                "{}: mm_vision_tower \"{}\" is no folder here, nor in HF's cache", where,
+                original.vision_tower);
+  if (fs::is_directory(model_base) && !has_weights(model_base))
+    open_weights_folder(model_base);  // throws: no random base
+  LoadedModel loaded;
+  loaded.folder = model_base;
+  loaded.card = read_model_card(folder);
+  loaded.model = build_llava({.vision_tower = original.tower_folder.string(),
+                              .language_model = model_base.string(),
+                              .mm_projector_type = original.mm_projector_type,
+                              .features = original.features,
+                              .overlays = {{(folder / "mm_projector.bin").string(), {"projector"}}}});
+  return loaded;
+}
 
 // The base with the adapter merged. A folder that this program wrote holds the base's build, others name a
 // folder.

@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "base/strings.h"
+#include "model/weights/checks.h"
 #include "model/weights/json_fields.h"
 
 namespace caldera {
@@ -25,6 +26,16 @@ std::string replaced_prefix(const std::string& name, std::span<const Rule> rules
   return name;
 }
 
+// The name without what wrappers put into it: torch.compile, FSDP, and PEFT's name of the adapter where a
+// training saved the model's own dictionary.
+std::string without_wrappers(const std::string& name) {
+  std::string plain = replace_all(name, "_orig_mod.", "");
+  plain = replace_all(std::move(plain), "_fsdp_wrapped_module.", "");
+  for (const char* matrix : {".lora_A", ".lora_B"})
+    plain = replace_all(std::move(plain), std::string(matrix) + ".default.", std::string(matrix) + ".");
+  return plain;
+}
+
 // A name of an adapter file as the classic one, whichever model it begins at.
 std::string classic_name(const std::string& name) {
   static constexpr Rule kWrapper[] = {{"base_model.model.", ""}};
@@ -34,7 +45,7 @@ std::string classic_name(const std::string& name) {
                                     {"model.vision_tower.", "vision_tower."},
                                     {"model.", "language_model.model."},
                                     {"lm_head.", "language_model.lm_head."}};
-  const std::string inner = replaced_prefix(name, kWrapper);
+  const std::string inner = replaced_prefix(without_wrappers(name), kWrapper);
   constexpr std::string_view kProjector = "model.mm_projector.";
   if (!inner.starts_with(kProjector)) return replaced_prefix(inner, kRules);
   // Layer k is child 2(k - 1) of a Sequential; an only layer is the projector itself.
@@ -68,8 +79,32 @@ LoraConfig lora_of_peft(const Json& config, const std::string& where) {
   CALDERA_CHECK(config.contains("peft_type") && config["peft_type"] == "LORA", CheckpointError,
                 "{}: peft_type: expected LORA, got {}", where, json_line(config.value("peft_type", Json())));
   refuse_unless(text_field(config, where, "bias", "none") == "none", "bias");
-  for (const char* key : {"use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"})
-    refuse_unless(is_off(key), key);
+  // Settings that change nothing once the weights are there. Any other may change what is computed (patterns
+  // of ranks, aLoRA's tokens, what a later PEFT brings), and must be off.
+  static const std::set<std::string> kHarmless = {"auto_mapping",
+                                                  "base_model_name_or_path",
+                                                  "bias",
+                                                  "eva_config",
+                                                  "exclude_modules",
+                                                  "inference_mode",
+                                                  "init_lora_weights",
+                                                  "layers_pattern",
+                                                  "layers_to_transform",
+                                                  "lora_alpha",
+                                                  "lora_dropout",
+                                                  "megatron_core",
+                                                  "modules_to_save",
+                                                  "peft_type",
+                                                  "peft_version",
+                                                  "qalora_group_size",
+                                                  "r",
+                                                  "revision",
+                                                  "runtime_config",
+                                                  "target_modules",
+                                                  "task_type",
+                                                  "use_rslora"};
+  for (const auto& [key, value] : config.items())
+    refuse_unless(kHarmless.contains(key) || is_off(key.c_str()), key.c_str());
   // PEFT changes the base's weights before it adds an adapter that began as PiSSA, OLoRA or LoftQ.
   static const std::set<std::string> kPlain = {"gaussian", "orthogonal", "eva"};
   const Json init = config.value("init_lora_weights", Json(true));
@@ -84,8 +119,27 @@ LoraConfig lora_of_peft(const Json& config, const std::string& where) {
 
 void append_tensors(Adapter& adapter, const fs::path& file) {
   const std::unique_ptr<TensorSource> source = open_weights_file(file);
-  for (const std::string& name : source->names())
-    adapter.tensors.emplace_back(classic_name(name), source->read(name).clone());
+  std::set<std::string> seen;
+  for (const auto& [name, tensor] : adapter.tensors) seen.insert(name);
+  for (const std::string& name : source->names()) {
+    const std::string classic = classic_name(name);
+    CALDERA_CHECK(seen.insert(classic).second, CheckpointError, "{}: {}: a second tensor for {}",
+                  file.string(), name, classic);
+    const at::Tensor value = source->read(name).clone();
+    check_finite(value, file.string(), name);
+    adapter.tensors.emplace_back(classic, value);
+  }
+}
+
+// Without a pair of matrices the base would be taken for the tuned model.
+void expect_matrices(const Adapter& adapter, const fs::path& file) {
+  const bool has_any = std::any_of(adapter.tensors.begin(), adapter.tensors.end(),
+                                   [](const auto& named) { return is_lora_name(named.first); });
+  CALDERA_CHECK(
+      has_any, CheckpointError,
+      "{}: holds no tensors of an adapter ({} tensors in all): expected names that end in lora_A.weight and "
+      "lora_B.weight; was it saved before the weights were gathered?",
+      file.string(), adapter.tensors.size());
 }
 
 Adapter read_peft(const fs::path& folder) {
@@ -96,7 +150,10 @@ Adapter read_peft(const fs::path& folder) {
   adapter.base_model = text_field(config, file.string(), "base_model_name_or_path", "");
   const bool is_pickle =
       !fs::exists(folder / "adapter_model.safetensors") && fs::exists(folder / "adapter_model.bin");
-  append_tensors(adapter, folder / (is_pickle ? "adapter_model.bin" : "adapter_model.safetensors"));
+  const fs::path weights = folder / (is_pickle ? "adapter_model.bin" : "adapter_model.safetensors");
+  adapter.where = weights.string();
+  append_tensors(adapter, weights);
+  expect_matrices(adapter, weights);
   if (fs::exists(folder / "non_lora_trainables.bin"))
     append_tensors(adapter, folder / "non_lora_trainables.bin");
   return adapter;
@@ -112,6 +169,7 @@ Adapter read_step(const fs::path& folder) {
                 folder.string());
   Adapter adapter{.lora = *spec.lora,
                   .base_model = spec.overlays.empty() ? "" : spec.overlays.back().path,
+                  .where = (folder / "model.safetensors").string(),
                   .tensors = {}};
   append_tensors(adapter, folder / "model.safetensors");
   return adapter;
@@ -143,6 +201,7 @@ Adapter adapter_of(LlavaModel& model, const BuildSpec& spec, const std::vector<s
   CALDERA_ASSERT(spec.lora);
   Adapter adapter{.lora = *spec.lora,
                   .base_model = spec.overlays.empty() ? "" : spec.overlays.back().path,
+                  .where = "the model's adapter",
                   .tensors = {}};
   for (const std::string& component : components)
     for (const NamedTensor& named : model.component_tensors(component))
@@ -160,17 +219,18 @@ void merge_adapter(LlavaModel& model, const Adapter& adapter) {
     const bool is_a = name.ends_with(kA), is_b = name.ends_with(kB);
     const std::string module = name.substr(0, name.size() - (is_a || is_b ? kA.size() : 0));
     const NamedTensor* named = find_tensor(weights, is_a || is_b ? module + ".weight" : name);
-    CALDERA_CHECK(named != nullptr, CheckpointError, "adapter: tensor {} has no place in the model", name);
+    CALDERA_CHECK(named != nullptr, CheckpointError, "{}: adapter: tensor {} has no place in the model",
+                  adapter.where, name);
     at::Tensor weight = named->value();
     if (!is_a && !is_b) {
       CALDERA_CHECK(tensor.sizes() == weight.sizes(), CheckpointError,
-                    "adapter: {}: expected shape [{}], got [{}]", name, fmt::join(weight.sizes(), ", "),
-                    fmt::join(tensor.sizes(), ", "));
+                    "{}: adapter: {}: expected shape [{}], got [{}]", adapter.where, name,
+                    fmt::join(weight.sizes(), ", "), fmt::join(tensor.sizes(), ", "));
       weight.copy_(tensor);
       continue;
     }
     const auto other = stored.find(module + std::string(is_a ? kB : kA));
-    CALDERA_CHECK(other != stored.end(), CheckpointError, "adapter: {} without {}", name,
+    CALDERA_CHECK(other != stored.end(), CheckpointError, "{}: adapter: {} without {}", adapter.where, name,
                   is_a ? "lora_B" : "lora_A");
     if (is_b) continue;  // its turn is A's
     const at::Tensor &a_RI = tensor, &b_OR = other->second;
@@ -178,8 +238,8 @@ void merge_adapter(LlavaModel& model, const Adapter& adapter) {
     CALDERA_CHECK(weight.dim() == 2 && a_RI.sizes() == at::IntArrayRef({r, weight.size(1)}) &&
                       b_OR.sizes() == at::IntArrayRef({weight.size(0), r}),
                   CheckpointError,
-                  "adapter: {}: lora_A [{}] and lora_B [{}] do not fit rank {} and the weight [{}]", module,
-                  fmt::join(a_RI.sizes(), ", "), fmt::join(b_OR.sizes(), ", "), r,
+                  "{}: adapter: {}: lora_A [{}] and lora_B [{}] do not fit rank {} and the weight [{}]",
+                  adapter.where, module, fmt::join(a_RI.sizes(), ", "), fmt::join(b_OR.sizes(), ", "), r,
                   fmt::join(weight.sizes(), ", "));
     const at::Tensor update_OI = at::mm(b_OR.to(at::kFloat), a_RI.to(at::kFloat)) * adapter.lora.scaling();
     weight.copy_(weight.to(at::kFloat) + update_OI.to(weight.device()));

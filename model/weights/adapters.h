@@ -11,6 +11,7 @@ namespace caldera {
 struct Adapter {
   LoraConfig lora;
   std::string base_model;  // the folder it belongs to; "" where unknown
+  std::string where;       // its file or folder, for messages
   // Classic names (see LlavaModel::tensors): MODULE.lora_A.weight, MODULE.lora_B.weight, and tensors that
   // trained as a whole (the projector), which replace the base's.
   TensorList tensors;
@@ -20,8 +21,10 @@ struct Adapter {
 bool is_adapter_folder(const std::filesystem::path& folder);
 // Reads an adapter folder, a final/ folder that keeps one in adapter/, or a step's checkpoint of a stage that
 // trains one. Names may begin at LlavaForConditionalGeneration (of transformers 4 or 5), at the decoder
-// alone, or be the original LLaVA's. Throws CheckpointError for what is none of these, and for kinds of
-// adapters other than plain LoRA.
+// alone, or be the original LLaVA's; what torch.compile, FSDP and PEFT put into names ("_orig_mod.",
+// "_fsdp_wrapped_module.", ".default") is left out. Throws CheckpointError for what is none of these, for
+// kinds of adapters other than plain LoRA (naming the setting that makes it one), and for files without an
+// adapter's tensors.
 Adapter read_adapter(const std::filesystem::path& folder);
 // The adapter that `model` carries, with the projector and the tower where `components` (a stage's trainable
 // parts) name them.

@@ -1,5 +1,9 @@
 // A model from its build specification: parts, then what was trained on top.
+#include <algorithm>
+#include <set>
+
 #include "base/error.h"
+#include "base/strings.h"
 #include "model/weights/json_fields.h"
 #include "model/weights/load.h"
 #include "model/weights/names.h"
@@ -17,10 +21,42 @@ std::unique_ptr<TensorSource> open_overlay(const fs::path& path) {
   return open_weights_folder(path);
 }
 
+// A projector that comes in part, or with layers too many, belongs to another mm_projector_type.
+void check_whole_projector(LlavaModel& model, const TensorSource& source) {
+  std::vector<std::string> missing, left;
+  std::set<std::string> used;
+  for (const NamedTensor& named : model.component_tensors("projector")) {
+    const std::string name = find_llava_name(named.name, source);
+    if (source.has(name))
+      used.insert(name);
+    else
+      missing.push_back(named.name);
+  }
+  for (const std::string& name : source.names()) {
+    const bool is_projector = name.find("mm_projector.") != std::string::npos ||
+                              name.find("multi_modal_projector.") != std::string::npos;
+    if (is_projector && !used.contains(name)) left.push_back(name);
+  }
+  const bool fits = missing.empty() && left.empty();
+  const bool has_none = used.empty() && left.empty();
+  const auto listed = [](const std::vector<std::string>& names) {
+    return names.empty() ? "none" : join(names, ", ");
+  };
+  CALDERA_CHECK(fits || has_none, CheckpointError,
+                "{}: not a projector of type {}: missing: {}; left over: {}. Set model.mm_projector_type to "
+                "what the file "
+                "holds, or name another file",
+                source.where(used.empty() ? left[0] : *used.begin()), model.mm_projector_type,
+                listed(missing), listed(left));
+}
+
 void lay_over(LlavaModel& model, const BuildSpec::Overlay& overlay) {
   const fs::path path = overlay.path;
   const std::unique_ptr<TensorSource> file = open_overlay(path);
   const UnpaddedVocabulary source(*file, fs::is_directory(path) ? read_model_card(path).vocab_size : 0);
+  const auto& components = overlay.components;
+  if (std::find(components.begin(), components.end(), "projector") != components.end())
+    check_whole_projector(model, source);
   NamedTensors held;
   for (const std::string& component : overlay.components)
     for (const NamedTensor& named : model.component_tensors(component))
@@ -103,6 +139,45 @@ ModelCard model_card_from_json(const Json& json, const std::string& where) {
   card.vocab_size = integer_field(json, where, "vocab_size", 0, 0, int64_t{1} << 31);
   if (json.contains("provenance")) card.provenance = Json(json["provenance"]);
   return card;
+}
+
+std::vector<std::string> random_parts(const BuildSpec& spec) {
+  const auto is_laid_over = [&spec](const std::string& part) {
+    return std::any_of(spec.overlays.begin(), spec.overlays.end(),
+                       [&part](const BuildSpec::Overlay& overlay) {
+                         return std::find(overlay.components.begin(), overlay.components.end(), part) !=
+                                overlay.components.end();
+                       });
+  };
+  std::vector<std::string> parts;
+  if (!has_weights(spec.vision_tower) && !is_laid_over("vision_tower")) parts.emplace_back("vision_tower");
+  if (spec.mm_projector_type != "identity" && !is_laid_over("projector")) parts.emplace_back("projector");
+  if (fs::is_directory(spec.language_model) && !has_weights(spec.language_model) &&
+      !is_laid_over("language_model"))
+    parts.emplace_back("language_model");
+  return parts;
+}
+
+std::string check_random_parts(const BuildSpec& spec, const std::vector<std::string>& trainable,
+                               const std::vector<std::string>& allowed) {
+  const auto is_in = [](const std::vector<std::string>& list, const std::string& part) {
+    return std::find(list.begin(), list.end(), part) != list.end();
+  };
+  std::vector<std::string> told;
+  for (const std::string& part : random_parts(spec)) {
+    const bool learns = is_in(trainable, part) && !(part == "language_model" && spec.lora);
+    const std::string why =
+        part == "projector" ? "model.pretrain_mm_mlp_adapter is not set, and no earlier stage trains it"
+                            : fmt::format("{} holds config.json and no weights",
+                                          part == "vision_tower" ? spec.vision_tower : spec.language_model);
+    CALDERA_CHECK(learns || is_in(allowed, part), ConfigError,
+                  "the {} begins at random ({}), and this stage does not train it{}: give it weights, add it "
+                  "to the stage's "
+                  "trainable, or, where that is meant, name it in model.random_parts: [{}]",
+                  part, why, is_in(trainable, part) ? " but for low-rank adapters" : "", part);
+    told.push_back(fmt::format("{} ({})", part, why));
+  }
+  return told.empty() ? "" : "begins at random: " + join(told, "; ");
 }
 
 std::unique_ptr<LlavaModel> build_llava(const BuildSpec& spec) {

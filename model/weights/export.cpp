@@ -1,4 +1,6 @@
 // Folders that other programs load.
+#include <algorithm>
+
 #include "base/error.h"
 #include "base/log.h"
 #include "model/weights/export_parts.h"
@@ -99,8 +101,25 @@ const char* dtype_name(at::ScalarType dtype) {
 }
 
 void put_special_ids(Json& config, int64_t bos, int64_t eos, int64_t pad) {
-  for (const auto& [key, id] : {std::pair("bos_token_id", bos), {"eos_token_id", eos}, {"pad_token_id", pad}})
-    if (id >= 0) config[key] = id;
+  for (const auto& [key, id] :
+       {std::pair("bos_token_id", bos), {"eos_token_id", eos}, {"pad_token_id", pad}}) {
+    if (id < 0) continue;
+    if (config.contains(key) &&
+        config[key].is_array()) {  // several end tokens: the tokenizer's is one of them
+      if (std::find(config[key].begin(), config[key].end(), id) == config[key].end())
+        config[key].push_back(id);
+    } else {
+      config[key] = id;
+    }
+  }
+}
+
+Json generation_config(const LanguageModel& language, int64_t bos, int64_t eos, int64_t pad) {
+  Json generation = {{"_from_model_config", true}};
+  const Json end = language.config().value("eos_token_id", Json());
+  if (end.is_array()) generation["eos_token_id"] = end;
+  put_special_ids(generation, bos, eos, pad);
+  return generation;
 }
 
 void save_hf_llava(LlavaModel& model, const ModelCard& card, const ExportOptions& options,
@@ -134,9 +153,9 @@ void save_hf_llava(LlavaModel& model, const ModelCard& card, const ExportOptions
               {"patch_size", patch_size_of(model)},
               {"num_additional_image_tokens", model.vision->has_class_token() ? 1 : 0},
               {"vision_feature_select_strategy", hf_select_strategy(model)}});
-  Json generation = {{"_from_model_config", true}};
-  put_special_ids(generation, options.bos_token_id, options.eos_token_id, options.pad_token_id);
-  write_json(folder / "generation_config.json", generation);
+  write_json(
+      folder / "generation_config.json",
+      generation_config(*model.language, options.bos_token_id, options.eos_token_id, options.pad_token_id));
   ModelCard written = card;
   if (written.vocab_size == 0) written.vocab_size = trained_vocab;
   write_json(folder / "caldera.json", {{"card", to_json(written)}});

@@ -2,6 +2,7 @@
 #include "base/error.h"
 #include "base/strings.h"
 #include "model/weights/adapters.h"
+#include "model/weights/checks.h"
 #include "model/weights/gguf_llava.h"
 #include "model/weights/json_fields.h"
 #include "model/weights/llava_config.h"
@@ -79,12 +80,15 @@ Json object_field(const Json& config, const std::string& where, const char* key)
 }
 
 std::unique_ptr<LlavaModel> load_hf_llava(const fs::path& folder, int64_t vocab_size) {
-  std::unique_ptr<LlavaModel> model = make_hf_llava(folder, vocab_size);
-  const bool tied = model->language->config().value("tie_word_embeddings", false);
   const std::unique_ptr<TensorSource> file = open_weights_folder(folder);
   const UnpaddedVocabulary source(*file, vocab_size);
-  const std::vector<std::string> leftovers = load_tensors(
-      model->tensors(), source, [&source](const std::string& name) { return find_llava_name(name, source); });
+  std::unique_ptr<LlavaModel> model = make_hf_llava(folder, vocab_size, source);
+  const bool tied = model->language->config().value("tie_word_embeddings", false);
+  const auto name_in_source = [&source](const std::string& name) { return find_llava_name(name, source); };
+  const std::vector<std::string> leftovers =
+      load_tensors(needed_of_tower(model->tensors(), *model->vision, model->features, source, name_in_source,
+                                   /*fill=*/true),
+                   source, name_in_source);
   refuse_leftovers(leftovers, source,
                    [tied](const std::string& name) { return tied && name.ends_with("lm_head.weight"); });
   return model;
@@ -93,6 +97,7 @@ std::unique_ptr<LlavaModel> load_hf_llava(const fs::path& folder, int64_t vocab_
 }  // namespace
 
 Json hf_text_config(const Json& config, const std::string& where) {
+  refuse_quantized(config, where);
   const Json given = object_field(config, where, "text_config");
   const std::string model_type = text_field(given, where, "model_type", "llama");
   Json text = find_language_model(model_type, where + ": text_config").class_defaults;
@@ -102,7 +107,8 @@ Json hf_text_config(const Json& config, const std::string& where) {
   return text;
 }
 
-std::unique_ptr<LlavaModel> make_hf_llava(const fs::path& folder, int64_t vocab_size) {
+std::unique_ptr<LlavaModel> make_hf_llava(const fs::path& folder, int64_t vocab_size,
+                                          const TensorSource& source) {
   const std::string where = (folder / "config.json").string();
   const Json config = read_config(folder / "config.json");
   const std::string model_type = text_field(config, where, "model_type", "");
@@ -132,6 +138,8 @@ std::unique_ptr<LlavaModel> make_hf_llava(const fs::path& folder, int64_t vocab_
 
   Json text = hf_text_config(config, where);
   if (vocab_size > 0) text["vocab_size"] = vocab_size;
+  keep_end_tokens(text, folder);
+  untie_differing_head(text, source);
   model->language =
       find_language_model(text_field(text, where, "model_type", ""), where + ": text_config").make(text);
   model->projector =
@@ -176,6 +184,7 @@ LoadedModel load_llava(const fs::path& dir, const fs::path& model_base) {
   loaded.card = read_model_card(loaded.folder);
   if (fs::exists(loaded.folder / "config.json")) {
     const Json config = read_config(loaded.folder / "config.json");
+    if (is_stage_1(loaded.folder, config)) return load_stage_1(loaded.folder, config, model_base);
     loaded.model = is_original_llava(config)
                        ? load_original_llava(loaded.folder, config, loaded.card.vocab_size)
                        : load_hf_llava(loaded.folder, loaded.card.vocab_size);

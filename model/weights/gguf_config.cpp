@@ -1,5 +1,6 @@
 #include "model/weights/gguf_config.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -64,13 +65,27 @@ class Reader {
  private:
   std::string key(const char* name) const { return fmt::format("{}.{}", architecture_.name, name); }
   int64_t size(const char* name, std::optional<int64_t> fallback = {}) const {
-    const int64_t value =
-        fallback ? file_.get_or<int64_t>(key(name), *fallback) : file_.get<int64_t>(key(name));
+    const int64_t value = fallback && !file_.has(key(name)) ? *fallback : number_of<int64_t>(key(name));
     CALDERA_CHECK(value > 0 && value <= (1 << 30), CheckpointError,
                   "{}: {}: expected a positive size, got {}", where_, key(name), value);
     return value;
   }
-  double number(const char* name, double fallback) const { return file_.get_or<double>(key(name), fallback); }
+  double number(const char* name, double fallback) const {
+    return file_.has(key(name)) ? number_of<double>(key(name)) : fallback;
+  }
+  // A number, or (as llama.cpp reads them) a list of one a layer, which must then be the same for all.
+  template <class T>
+  T number_of(const std::string& name) const {
+    const auto found = file_.metadata().find(name);
+    const auto* list =
+        found == file_.metadata().end() ? nullptr : std::get_if<std::vector<T>>(&found->second);
+    if (list == nullptr) return file_.get<T>(name);  // or it says what is wrong
+    CALDERA_CHECK(!list->empty() &&
+                      std::all_of(list->begin(), list->end(), [&](T value) { return value == (*list)[0]; }),
+                  CheckpointError, "{}: {}: expected one number, or the same for each layer, got [{}]",
+                  where_, name, fmt::join(*list, ", "));
+    return (*list)[0];
+  }
   const GgufTensor* find(const std::string& name) const {
     const auto found = tensors_.find(name);
     return found == tensors_.end() ? nullptr : found->second;
@@ -83,10 +98,18 @@ class Reader {
   }
 
   void add_rope(Json& config, int64_t head_dim) const {
-    const std::string type = file_.get_or<std::string>(key("rope.scaling.type"), "none");
-    const bool stretched = find(kGgufRopeDivisors) != nullptr;
-    if (type == "none" && !stretched) return;
-    const double factor = number("rope.scaling.factor", 1.0);
+    // As llama.cpp reads it: a factor without a type is linear, the factor's older key is scale_linear, and 0
+    // is none.
+    const std::string type = file_.get_or<std::string>(key("rope.scaling.type"), "linear");
+    double factor = number("rope.scaling.factor", number("rope.scale_linear", 1.0));
+    if (factor == 0) factor = 1.0;
+    const bool stretched = find(kGgufRopeDivisors) != nullptr,
+               scales = type != "none" && !(type == "linear" && factor == 1);
+    if (!scales && !stretched) return;
+    CALDERA_CHECK(
+        !scales || !stretched, CheckpointError,
+        "{}: {} beside {} with {} {}: two scalings of the rotary frequencies at once are not supported",
+        where_, kGgufRopeDivisors, key("rope.scaling.type"), type, factor);
     Json scaling = {{"rope_type", type}, {"factor", factor}};
     if (type == "yarn") {
       const std::string length = "rope.scaling.original_context_length";
@@ -137,6 +160,16 @@ class Reader {
 };
 
 }  // namespace
+
+void refuse_gguf_part(const GgufFile& file) {
+  const auto count = file.get_or<int64_t>("split.count", 1);
+  CALDERA_CHECK(count <= 1, CheckpointError,
+                "{}: part {} of a model cut into {} files, which are not read; join them first: "
+                "llama-gguf-split --merge "
+                "{} OUT.gguf",
+                file.path().string(), file.get_or<int64_t>("split.no", 0) + 1, count,
+                file.path().filename().string());
+}
 
 Json gguf_decoder_config(const GgufFile& file, const GgufArchitecture& architecture) {
   return Reader(file, architecture).config();

@@ -4,8 +4,10 @@
 
 #include <cmath>
 #include <cstring>
+#include <map>
 
 #include "base/error.h"
+#include "model/weights/gguf_encode_k.h"
 
 namespace caldera {
 namespace {
@@ -16,7 +18,7 @@ std::vector<std::byte> bytes_of(const at::Tensor& values) {
   return bytes;
 }
 
-void quantize_block(const float* x, std::byte* out) {
+void pack_q8_0(const float* x, std::byte* out) {
   float largest = 0;
   for (int64_t j = 0; j < kQ8BlockElements; ++j) largest = std::max(largest, std::abs(x[j]));
   const float scale = largest / 127.0f, inverse = scale == 0 ? 0 : 1.0f / scale;
@@ -26,12 +28,21 @@ void quantize_block(const float* x, std::byte* out) {
     out[2 + j] = static_cast<std::byte>(static_cast<int8_t>(std::round(x[j] * inverse)));
 }
 
-std::vector<std::byte> quantize_q8(const at::Tensor& values) {
+using PackBlock = void (*)(const float* x, std::byte* block);
+PackBlock packer_of(GgmlType type) {
+  static const std::map<GgmlType, PackBlock> kPackers = {
+      {GgmlType::kQ5_0, pack_q5_0}, {GgmlType::kQ5_1, pack_q5_1}, {GgmlType::kQ8_0, pack_q8_0},
+      {GgmlType::kQ4_K, pack_q4_k}, {GgmlType::kQ5_K, pack_q5_k}, {GgmlType::kQ6_K, pack_q6_k}};
+  return kPackers.at(type);
+}
+
+std::vector<std::byte> quantize(const at::Tensor& values, GgmlType type) {
   const float* elements = values.const_data_ptr<float>();
-  std::vector<std::byte> bytes(ggml_bytes(values.sizes().vec(), GgmlType::kQ8_0));
-  at::parallel_for(0, values.numel() / kQ8BlockElements, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      quantize_block(elements + i * kQ8BlockElements, bytes.data() + i * kQ8BlockBytes);
+  const GgmlBlock block = ggml_block(type);
+  const PackBlock pack = packer_of(type);
+  std::vector<std::byte> bytes(ggml_bytes(values.sizes().vec(), type));
+  at::parallel_for(0, values.numel() / block.elements, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) pack(elements + i * block.elements, bytes.data() + i * block.bytes);
   });
   return bytes;
 }
@@ -42,15 +53,17 @@ std::vector<std::byte> encode_ggml(const at::Tensor& values, GgmlType type, cons
   const at::Tensor exact = values.detach().to(at::kCPU, at::kFloat).contiguous();
   if (type == GgmlType::kF32) return bytes_of(exact);
   if (type == GgmlType::kBF16) return bytes_of(exact.to(at::kBFloat16));
-  // Both other types hold a float16.
+  // All other types hold float16 numbers; q8_0's is the largest value's 127th part.
+  const bool is_half = type == GgmlType::kF16;
+  const std::string type_name = ggml_block(type).name;
   const double largest = exact.abs().max().item<double>();
   const double limit = type == GgmlType::kQ8_0 ? 65504.0 * 127 : 65504.0;
   CALDERA_CHECK(!(std::isfinite(largest) && largest > limit), CheckpointError,
                 "{}: a value of {} is beyond {}; export bf16 or f32", name, largest,
-                type == GgmlType::kQ8_0 ? "q8_0's float16 scales" : "float16");
-  CALDERA_CHECK(type != GgmlType::kQ8_0 || std::isfinite(largest), CheckpointError,
-                "{}: holds values that are not finite, which q8_0 cannot hold", name);
-  return type == GgmlType::kF16 ? bytes_of(exact.to(at::kHalf)) : quantize_q8(exact);
+                is_half ? "float16" : type_name + "'s float16 scales");
+  CALDERA_CHECK(is_half || std::isfinite(largest), CheckpointError,
+                "{}: holds values that are not finite, which {} cannot hold", name, type_name);
+  return is_half ? bytes_of(exact.to(at::kHalf)) : quantize(exact, type);
 }
 
 }  // namespace caldera

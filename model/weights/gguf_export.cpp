@@ -2,6 +2,7 @@
 #include "model/weights/gguf_export.h"
 
 #include <cmath>
+#include <map>
 
 #include "base/error.h"
 #include "base/log.h"
@@ -24,8 +25,52 @@ uint32_t file_type(GgmlType type) {
       return 7;
     case GgmlType::kBF16:
       return 32;
+    case GgmlType::kQ4_K:
+      return 15;
+    case GgmlType::kQ5_K:
+      return 17;
+    case GgmlType::kQ6_K:
+      return 18;
+    case GgmlType::kQ5_0:
+    case GgmlType::kQ5_1:
+      break;  // types of single tensors
   }
-  assert_failed("known GgmlType", __FILE__, __LINE__);
+  assert_failed("GgmlType of a file", __FILE__, __LINE__);
+}
+
+bool is_k_type(GgmlType type) {
+  return type == GgmlType::kQ4_K || type == GgmlType::kQ5_K || type == GgmlType::kQ6_K;
+}
+
+// The type of one of the decoder's tensors, as llama-quantize chooses it (llama_tensor_get_type_impl in
+// llama-quant.cpp).
+GgmlType decoder_type(const std::string& name, GgmlType type, const Json& config) {
+  if (!is_k_type(type)) return type;
+  const bool tied = config.value("tie_word_embeddings", false);
+  if (name == "output.weight" || (tied && name == "token_embd.weight")) return GgmlType::kQ6_K;
+  const bool is_value = name.ends_with(".attn_v.weight");
+  if (type == GgmlType::kQ6_K || !(is_value || name.ends_with(".ffn_down.weight"))) return type;
+  // The first and last eighth of the layers, and every third between.
+  const int64_t layer = std::stoll(name.substr(std::string("blk.").size())),
+                layers = config.at("num_hidden_layers");
+  if (layer < layers / 8 || layer >= 7 * layers / 8 || (layer - layers / 8) % 3 == 2) return GgmlType::kQ6_K;
+  // Models of 80 layers (70 B) share one attn_v among eight heads.
+  const bool is_70b = layers == 80 && config.at("num_key_value_heads") != config.at("num_attention_heads");
+  return is_value && is_70b ? GgmlType::kQ5_K : type;
+}
+
+// Where rows are no whole blocks.
+GgmlType fallback_of(GgmlType type) {
+  switch (type) {
+    case GgmlType::kQ4_K:
+      return GgmlType::kQ5_0;
+    case GgmlType::kQ5_K:
+      return GgmlType::kQ5_1;
+    case GgmlType::kQ6_K:
+      return GgmlType::kQ8_0;
+    default:
+      return GgmlType::kF16;
+  }
 }
 
 const GgufArchitecture& architecture_of(const LanguageModel& language) {
@@ -122,6 +167,17 @@ at::Tensor rope_divisors(const LanguageModel& language) {
 
 }  // namespace
 
+std::optional<GgmlType> quantized_ggml_type(const std::string& name) {
+  static const std::map<std::string, GgmlType> kTypes = {{"q8_0", GgmlType::kQ8_0},
+                                                         {"q4_k_m", GgmlType::kQ4_K},
+                                                         {"q5_k_m", GgmlType::kQ5_K},
+                                                         {"q6_k", GgmlType::kQ6_K}};
+  const auto found = kTypes.find(name);
+  return found == kTypes.end() ? std::nullopt : std::optional(found->second);
+}
+
+GgmlType mmproj_ggml_type(GgmlType type) { return is_k_type(type) ? GgmlType::kF16 : type; }
+
 GgufFields general_fields(const char* architecture, const char* kind, const GgufExportOptions& options) {
   GgufFields fields = {{"general.architecture", std::string(architecture)},
                        {"general.type", std::string(kind)},
@@ -133,7 +189,7 @@ GgufFields general_fields(const char* architecture, const char* kind, const Gguf
 
 GgufTensorToWrite gguf_tensor(const std::string& name, const at::Tensor& values, GgmlType type) {
   GgmlType stored = values.dim() == 1 ? GgmlType::kF32 : type;
-  if (stored == GgmlType::kQ8_0 && values.size(-1) % kQ8BlockElements != 0) stored = GgmlType::kF16;
+  while (values.size(-1) % ggml_block(stored).elements != 0) stored = fallback_of(stored);
   return {name, values.sizes().vec(), stored, [=] { return encode_ggml(values, stored, name); }};
 }
 
@@ -156,7 +212,8 @@ void save_gguf_decoder(LanguageModel& language, const GgufExportOptions& options
     const std::string name = gguf_decoder_name(named.name);
     CALDERA_CHECK(!name.empty(), ConfigError,
                   "--format gguf: llama.cpp has no place for the decoder's tensor {}", named.name);
-    GgufTensorToWrite tensor = gguf_tensor(name, value_of(named, options.values), options.type);
+    GgufTensorToWrite tensor =
+        gguf_tensor(name, value_of(named, options.values), decoder_type(name, options.type, config));
     const bool is_q = named.name.find(".q_proj.") != std::string::npos;
     const bool is_k = named.name.find(".k_proj.") != std::string::npos;
     if (architecture.rotates_neighbours && (is_q || is_k)) {

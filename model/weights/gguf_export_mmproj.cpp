@@ -82,9 +82,10 @@ void check_gguf_mmproj(const LlavaModel& model) {
                 strategy);
 }
 
-void save_gguf_mmproj(LlavaModel& model, const GgufExportOptions& options,
-                      const std::filesystem::path& file) {
+void save_gguf_mmproj(LlavaModel& model, const GgufExportOptions& given, const std::filesystem::path& file) {
   check_gguf_mmproj(model);
+  GgufExportOptions options = given;
+  options.type = mmproj_ggml_type(given.type);
   if (options.image_aspect_ratio != kAspectPad)
     log_warning(
         "{}: llama.cpp pads pictures that are not square; this model learned from ones whose edges were "

@@ -8,7 +8,8 @@ namespace caldera {
 
 // "general.architecture" and its companions, then the options' own.
 GgufFields general_fields(const char* architecture, const char* kind, const GgufExportOptions& options);
-// A tensor in the wanted type: vectors in float32; rows that are no whole q8_0 blocks in float16.
+// A tensor in the wanted type: vectors in float32; rows that are no whole blocks in the type it falls back
+// to.
 GgufTensorToWrite gguf_tensor(const std::string& name, const at::Tensor& values, GgmlType type);
 
 }  // namespace caldera

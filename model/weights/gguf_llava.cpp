@@ -5,6 +5,7 @@
 #include "base/gguf.h"
 #include "base/strings.h"
 #include "base/words.h"
+#include "model/weights/gguf_config.h"
 #include "model/weights/gguf_names.h"
 #include "model/weights/gguf_weights.h"
 #include "model/weights/names.h"
@@ -22,6 +23,7 @@ class Mmproj {
       CALDERA_CHECK(got == expected, CheckpointError, "{}: {}: expected {}, got {}", where_, key, expected,
                     got);
     };
+    refuse_gguf_part(*file_);
     expect("general.architecture", "clip");
     expect("clip.projector_type", "mlp");
     for (const GgufTensor& tensor : file_->tensors()) {
@@ -125,10 +127,11 @@ std::optional<GgufLlavaFiles> find_gguf_llava(const fs::path& folder) {
     (is_mmproj ? mmprojs : decoders).push_back(entry.path());
   }
   if (mmprojs.empty()) return {};
-  CALDERA_CHECK(
-      mmprojs.size() == 1 && decoders.size() == 1, CheckpointError,
-      "{}: expected one decoder's .gguf and one mmproj*.gguf, got {} and {}; keep one pair a folder",
-      folder.string(), decoders.size(), mmprojs.size());
+  CALDERA_CHECK(mmprojs.size() == 1 && decoders.size() == 1, CheckpointError,
+                "{}: expected one decoder's .gguf and one mmproj*.gguf, got {} and {}; keep one pair a "
+                "folder, parts of a split model "
+                "joined (llama-gguf-split --merge)",
+                folder.string(), decoders.size(), mmprojs.size());
   return GgufLlavaFiles{decoders[0], mmprojs[0]};
 }
 

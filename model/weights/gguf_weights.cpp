@@ -1,9 +1,5 @@
 #include "model/weights/gguf_weights.h"
 
-#include <ATen/Parallel.h>
-
-#include <cstring>
-
 #include "base/error.h"
 #include "base/strings.h"
 #include "model/weights/gguf_config.h"
@@ -11,59 +7,6 @@
 
 namespace caldera {
 namespace {
-
-enum : uint32_t { kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ8_0 = 8, kBF16 = 30 };
-constexpr int64_t kBlock = 32;  // elements of one block of the quantised types
-
-float half_at(const std::byte* bytes) {
-  c10::Half value;
-  std::memcpy(&value, bytes, sizeof value);
-  return static_cast<float>(value);
-}
-
-// One block of 32 elements: ggml's scale (and offset), then the quants; of two 4-bit quants in a byte the low
-// one is element j, the high one element j + 16.
-void unpack_q4_0(const std::byte* block, float* out) {
-  const float scale = half_at(block);
-  for (int64_t j = 0; j < kBlock / 2; ++j) {
-    const int byte = std::to_integer<int>(block[2 + j]);
-    out[j] = static_cast<float>((byte & 15) - 8) * scale;
-    out[j + kBlock / 2] = static_cast<float>((byte >> 4) - 8) * scale;
-  }
-}
-
-void unpack_q4_1(const std::byte* block, float* out) {
-  const float scale = half_at(block), offset = half_at(block + 2);
-  for (int64_t j = 0; j < kBlock / 2; ++j) {
-    const int byte = std::to_integer<int>(block[4 + j]);
-    out[j] = static_cast<float>(byte & 15) * scale + offset;
-    out[j + kBlock / 2] = static_cast<float>(byte >> 4) * scale + offset;
-  }
-}
-
-void unpack_q8_0(const std::byte* block, float* out) {
-  const float scale = half_at(block);
-  for (int64_t j = 0; j < kBlock; ++j)
-    out[j] = static_cast<float>(std::to_integer<int8_t>(block[2 + j])) * scale;
-}
-
-at::Tensor unpack(const GgufTensor& tensor, int64_t block_bytes,
-                  void (*unpack_block)(const std::byte*, float*)) {
-  at::Tensor out = at::empty(tensor.shape, at::kFloat);
-  float* elements = out.mutable_data_ptr<float>();
-  at::parallel_for(0, out.numel() / kBlock, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      unpack_block(tensor.bytes.data() + i * block_bytes, elements + i * kBlock);
-  });
-  return out;
-}
-
-at::Tensor copy_bytes(const GgufTensor& tensor, at::ScalarType type) {
-  at::Tensor out = at::empty(tensor.shape, type);
-  CALDERA_ASSERT(out.nbytes() == tensor.bytes.size());
-  std::memcpy(out.mutable_data_ptr(), tensor.bytes.data(), tensor.bytes.size());
-  return out;
-}
 
 class GgufWeights : public TensorSource {
  public:
@@ -114,31 +57,9 @@ std::unique_ptr<TensorSource> open_gguf_tensors(
   return std::make_unique<GgufWeights>(std::move(file), hf_name);
 }
 
-at::Tensor dequantize(const GgufTensor& tensor, const std::string& where) {
-  switch (tensor.type) {
-    case kF32:
-      return copy_bytes(tensor, at::kFloat);
-    case kF16:
-      return copy_bytes(tensor, at::kHalf);
-    case kBF16:
-      return copy_bytes(tensor, at::kBFloat16);
-    case kQ4_0:
-      return unpack(tensor, 18, unpack_q4_0);
-    case kQ4_1:
-      return unpack(tensor, 20, unpack_q4_1);
-    case kQ8_0:
-      return unpack(tensor, 34, unpack_q8_0);
-    default:
-      break;
-  }
-  throw CheckpointError(
-      fmt::format("{}: {}: ggml type {} is not supported; F32 (0), F16 (1), Q4_0 (2), Q4_1 (3), Q8_0 (8) and "
-                  "BF16 (30) are",
-                  where, tensor.name, tensor.type));
-}
-
 GgufDecoder open_gguf_decoder(const fs::path& path) {
   auto file = std::make_shared<GgufFile>(path);
+  refuse_gguf_part(*file);
   GgufDecoder decoder;
   decoder.architecture = file->get<std::string>("general.architecture");
   std::vector<std::string> known;

@@ -19,9 +19,9 @@ struct GgufDecoder {
 };
 
 // Reads architectures "llama" (LLaMA, Mistral, SmolLM2, ...), "qwen2" and "qwen3" (see gguf_names.h) with
-// tensors of type F32, F16, BF16, Q8_0, Q4_0 or Q4_1. llama.cpp stores the rows of q and k in the order of
-// its own rotary embedding; they are put back into HF's. Throws CheckpointError with file, key or tensor,
-// expected and got.
+// tensors of type F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K or Q6_K. llama.cpp stores the rows
+// of q and k in the order of its own rotary embedding; they are put back into HF's. Throws CheckpointError
+// with file, key or tensor, expected and got.
 GgufDecoder open_gguf_decoder(const std::filesystem::path& file);
 
 // A file's tensors under the names that `hf_name` gives them. It returns "" for those that have no place: the

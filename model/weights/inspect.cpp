@@ -2,9 +2,12 @@
 
 #include <algorithm>
 
+#include "base/chat_template.h"
 #include "base/error.h"
+#include "base/lfs_pointer.h"
 #include "base/strings.h"
 #include "model/weights/adapters.h"
+#include "model/weights/checks.h"
 #include "model/weights/inspect_parts.h"
 #include "model/weights/json_fields.h"
 #include "model/weights/llava_config.h"
@@ -31,27 +34,25 @@ void add_card(const fs::path& folder, ModelReport& report) {
 
 // The weights' files, and those that others need beside them.
 void add_files(const fs::path& folder, bool needs_tokenizer, ModelReport& report) {
-  int64_t num_files = 0;
-  for (const auto& entry : fs::directory_iterator(folder)) {
-    const std::string extension = entry.path().extension().string();
-    num_files += extension == ".safetensors" || extension == ".bin";
-  }
-  report.facts.emplace_back("weights files", std::to_string(num_files));
+  report.facts.emplace_back("weights files", std::to_string(weights_files(folder).size()));
   const bool sentencepiece = fs::exists(folder / "tokenizer.model"),
              json = fs::exists(folder / "tokenizer.json");
   report.facts.emplace_back("tokenizer", sentencepiece ? "SentencePiece (tokenizer.model)"
                                          : json        ? "tokenizer.json"
                                                        : "none");
+  for (const char* name : {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"})
+    if (fs::exists(folder / name)) refuse_lfs_pointer(MappedFile(folder / name).bytes(), (folder / name).string());
   if (needs_tokenizer && !sentencepiece && !json)
     report.missing.emplace_back("tokenizer.model or tokenizer.json");
-  const bool has_template =
-      fs::exists(folder / "chat_template.jinja") || fs::exists(folder / "chat_template.json");
+  const bool has_template = !read_chat_template(folder).empty();
   report.facts.emplace_back("chat template", has_template ? "yes" : "none");
 }
 
-// Without weights, nothing but the configuration can be told.
+// Without weights, nothing but the configuration can be told. Weights that no loader reads are refused as it
+// refuses them.
 std::unique_ptr<TensorSource> weights_of(const fs::path& folder, ModelReport& report) {
   if (has_weights(folder)) return open_weights_folder(folder);
+  refuse_unread_weights(folder);
   report.missing.emplace_back("model.safetensors");
   return nullptr;
 }
@@ -64,6 +65,9 @@ void add_llava(const fs::path& folder, const VisionFeatures& features, const fs:
   const int64_t vocab_size = read_model_card(folder).vocab_size;
   Json text = text_config;
   if (vocab_size > 0) text["vocab_size"] = vocab_size;
+  const std::unique_ptr<TensorSource> file = weights_of(folder, report);
+  std::optional<UnpaddedVocabulary> source;
+  if (file != nullptr) untie_differing_head(text, source.emplace(*file, vocab_size));
   shell.language = find_language_model(text_field(text, where, "model_type", ""), where).make(text);
   if (!tower_folder.empty()) {
     shell.vision = make_vision_tower(tower_folder, features);
@@ -74,13 +78,15 @@ void add_llava(const fs::path& folder, const VisionFeatures& features, const fs:
     parts.push_back({"projector", projector_type, shell.component_tensors("projector")});
   }
   parts.push_back({"language_model", describe(*shell.language), shell.component_tensors("language_model")});
-  const std::unique_ptr<TensorSource> file = weights_of(folder, report);
   if (file == nullptr) {
     for (const WantedPart& part : parts) report.parts.push_back({part.name, part.what, {}});
     return;
   }
-  const UnpaddedVocabulary source(*file, vocab_size);
-  const std::vector<std::string> names = source.names();
+  const auto name_in_source = [&source](const std::string& name) { return find_llava_name(name, *source); };
+  if (!tower_folder.empty())
+    parts[0].tensors =
+        needed_of_tower(parts[0].tensors, *shell.vision, features, *source, name_in_source, /*fill=*/false);
+  const std::vector<std::string> names = source->names();
   const bool holds_tower = std::any_of(names.begin(), names.end(), [](const std::string& name) {
     return name.find("vision_tower.") != std::string::npos;
   });
@@ -89,7 +95,7 @@ void add_llava(const fs::path& folder, const VisionFeatures& features, const fs:
         parts, [](const WantedPart& part) { return part.name == "vision_tower"; });  // it is named, not held
   const bool tied = shell.language->config().value("tie_word_embeddings", false);
   deal_tensors(
-      parts, source, [&source](const std::string& name) { return find_llava_name(name, source); },
+      parts, *source, name_in_source,
       [&](const std::string& name) {
         return (tied && name.ends_with("lm_head.weight")) || name == "model.image_newline";
       },
@@ -112,7 +118,7 @@ ModelReport inspect_hf_llava(const fs::path& folder, const Json& config) {
 
 ModelReport inspect_original_llava(const fs::path& folder, const Json& config) {
   const OriginalLlava original = read_original_llava(folder, config);
-  const bool projector_alone = !has_weights(folder) && fs::exists(folder / "mm_projector.bin");
+  const bool projector_alone = is_stage_1(folder, config);
   ModelReport report =
       start(folder, projector_alone ? "original LLaVA, stage 1 (projector alone)" : "original LLaVA");
   report.facts.emplace_back("mm_vision_tower", original.vision_tower);
@@ -139,6 +145,9 @@ ModelReport inspect_component(const fs::path& folder, const Json& config) {
     return std::find(spec.model_types.begin(), spec.model_types.end(), model_type) != spec.model_types.end();
   });
   ModelReport report = start(folder, is_tower ? "vision tower" : "language model");
+  refuse_quantized(config, where);
+  add_files(folder, false, report);
+  const std::unique_ptr<TensorSource> source = weights_of(folder, report);
   std::unique_ptr<VisionTower> tower;
   std::unique_ptr<LanguageModel> language;
   WantedPart part;
@@ -146,22 +155,24 @@ ModelReport inspect_component(const fs::path& folder, const Json& config) {
     tower = make_vision_tower(folder, {});
     part = {"vision_tower", describe(*tower, {}), tower->tensors()};
   } else {
-    language = find_language_model(model_type, where).make(config);
+    Json text = config;
+    if (source != nullptr) untie_differing_head(text, *source);
+    language = find_language_model(model_type, where).make(text);
     part = {"language_model", describe(*language), language->tensors()};
   }
-  add_files(folder, false, report);
-  const std::unique_ptr<TensorSource> source = weights_of(folder, report);
   if (source == nullptr) {
     report.parts.push_back({part.name, part.what, {}});
     return report;
   }
   const std::string prefix = "vision_model.", probe = "embeddings.patch_embedding.weight";
   const bool stripped = is_tower && !source->has(prefix + probe) && source->has(probe);
+  const auto name_in_source = [&](const std::string& name) {
+    return stripped && name.starts_with(prefix) ? name.substr(prefix.size()) : name;
+  };
+  if (is_tower)
+    part.tensors = needed_of_tower(part.tensors, *tower, {}, *source, name_in_source, /*fill=*/false);
   deal_tensors(
-      {part}, *source,
-      [&](const std::string& name) {
-        return stripped && name.starts_with(prefix) ? name.substr(prefix.size()) : name;
-      },
+      {part}, *source, name_in_source,
       [&](const std::string& name) {
         return name.starts_with("text_model.") || name.starts_with("logit_") ||
                name.ends_with("_projection.weight") ||

@@ -1,6 +1,7 @@
 #include "model/weights/inspect_parts.h"
 
 #include <algorithm>
+#include <map>
 #include <set>
 
 #include "base/error.h"
@@ -15,23 +16,12 @@ std::string shape_text(const std::vector<int64_t>& shape) {
   return fmt::format("[{}]", fmt::join(shape, ", "));
 }
 
-const char* ggml_type_name(uint32_t type) {
-  switch (type) {
-    case 0:
-      return "f32";
-    case 1:
-      return "f16";
-    case 2:
-      return "q4_0";
-    case 3:
-      return "q4_1";
-    case 8:
-      return "q8_0";
-    case 30:
-      return "bf16";
-    default:
-      return "another ggml type";
-  }
+std::string ggml_type_name(uint32_t type) {
+  static const std::map<uint32_t, const char*> kNames = {
+      {0, "f32"},   {1, "f16"},   {2, "q4_0"},  {3, "q4_1"},  {6, "q5_0"},  {7, "q5_1"}, {8, "q8_0"},
+      {10, "q2_k"}, {11, "q3_k"}, {12, "q4_k"}, {13, "q5_k"}, {14, "q6_k"}, {30, "bf16"}};
+  const auto known = kNames.find(type);
+  return known == kNames.end() ? fmt::format("ggml type {}", type) : known->second;
 }
 
 std::string type_name(at::ScalarType type) {

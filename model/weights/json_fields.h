@@ -6,7 +6,9 @@
 #include <string>
 
 #include "base/error.h"
+#include "base/files.h"
 #include "base/json.h"
+#include "base/lfs_pointer.h"
 
 namespace caldera {
 
@@ -14,7 +16,9 @@ namespace caldera {
 inline Json read_config(const std::filesystem::path& file) {
   CALDERA_CHECK(std::filesystem::is_regular_file(file), CheckpointError, "{}: no such file", file.string());
   try {
-    Json json = read_json(file);
+    const std::string text = read_file(file);
+    refuse_lfs_pointer(text, file.string());
+    Json json = parse_json(text, file.string());
     CALDERA_CHECK(json.is_object(), CheckpointError, "{}: expected a JSON object", file.string());
     return json;
   } catch (const CheckpointError&) {

@@ -20,9 +20,11 @@ Json hf_text_config(const Json& config, const std::string& where);
 // vision_feature_layer and vision_feature_select_strategy; throws CheckpointError for what is not supported.
 VisionFeatures hf_vision_features(const Json& config, const std::string& where);
 
-// The model that an HF folder's config.json describes; the weights' memory is not set. `vocab_size` > 0: the rows of the vocabulary
-// without an export's padding.
-std::unique_ptr<LlavaModel> make_hf_llava(const std::filesystem::path& folder, int64_t vocab_size);
+// The model that an HF folder's config.json describes; the weights' memory is not set. `vocab_size` > 0: the
+// rows of the vocabulary without an export's padding. `source`: the folder's weights, which say whether the
+// head is the embedding.
+std::unique_ptr<LlavaModel> make_hf_llava(const std::filesystem::path& folder, int64_t vocab_size,
+                                          const TensorSource& source);
 
 // What the original LLaVA's says.
 struct OriginalLlava {
@@ -42,5 +44,10 @@ OriginalLlava read_original_llava(const std::filesystem::path& folder, const Jso
 // tower. Throws CheckpointError where the tower is not found.
 std::unique_ptr<LlavaModel> load_original_llava(const std::filesystem::path& folder, const Json& config,
                                                 int64_t vocab_size);
+// What its stage 1 leaves: a folder with mm_projector.bin and no other weights, whose decoder is
+// `model_base`.
+bool is_stage_1(const std::filesystem::path& folder, const Json& config);
+LoadedModel load_stage_1(const std::filesystem::path& folder, const Json& config,
+                         const std::filesystem::path& model_base);
 
 }  // namespace caldera

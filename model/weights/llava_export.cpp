@@ -95,9 +95,9 @@ void save_original_llava(LlavaModel& model, const ModelCard& card, const LlavaEx
   check_original_llava(model);
   write_weights_folder(folder, llava_tensors(model.tensors(), model.mm_projector_type, options.values),
                        options.max_shard_bytes, options.dtype);
-  Json generation = {{"_from_model_config", true}};
-  put_special_ids(generation, options.bos_token_id, options.eos_token_id, options.pad_token_id);
-  write_json(folder / "generation_config.json", generation);
+  write_json(
+      folder / "generation_config.json",
+      generation_config(*model.language, options.bos_token_id, options.eos_token_id, options.pad_token_id));
   write_card(model, card, folder);
   write_model_readme(model, card, llava_usage(options.mm_vision_tower), folder);
   write_json(folder / "config.json", llava_config(model, card, options));

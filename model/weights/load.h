@@ -55,7 +55,16 @@ struct BuildSpec {
 };
 Json to_json(const BuildSpec& spec);
 BuildSpec build_spec_from_json(const Json& json, const std::string& where);
-std::unique_ptr<LlavaModel> build_llava(const BuildSpec& spec);  // float32 on CPU
+// Float32 on CPU. An overlay that holds any tensor of the projector must hold all of them and no other.
+std::unique_ptr<LlavaModel> build_llava(const BuildSpec& spec);
+// The parts ("vision_tower", "projector", "language_model") that begin at random: no weights in their folder,
+// and no overlay brings them.
+std::vector<std::string> random_parts(const BuildSpec& spec);
+// For a training's start: those parts in one line, "" where there are none. A part that stays as random as it
+// began is refused: throws ConfigError for one that is neither among `trainable` nor in `allowed` (the
+// recipe's model.random_parts).
+std::string check_random_parts(const BuildSpec& spec, const std::vector<std::string>& trainable,
+                               const std::vector<std::string>& allowed);
 
 // What `--model DIR` means: a run's output folder (its last stage's final/), a stage's folder (final/, else
 // the newest checkpoint), a step's checkpoint, an HF folder, or one with llama.cpp's two files
@@ -88,8 +97,9 @@ struct LoadedModel {
 
 // Loads an HF LlavaForConditionalGeneration folder (any release's names), one of ours with a tower that HF
 // cannot hold, one of the original LLaVA's (llava_config.h), llama.cpp's two GGUF files, or a step's
-// checkpoint. Float32 on CPU; call model->to() afterwards. An adapter's folder (see adapters.h) gives its base with the adapter merged: the
-// base is `model_base`, else what it names.
+// checkpoint. Float32 on CPU; call model->to() afterwards. An adapter's folder (see adapters.h) gives its
+// base with the adapter merged: the base is `model_base`, else what it names. The original LLaVA's stage 1
+// (mm_projector.bin) goes onto the decoder `model_base`.
 LoadedModel load_llava(const std::filesystem::path& dir, const std::filesystem::path& model_base = {});
 
 // Writes an HF folder's config.json, weights (classic names), processor_config.json,

@@ -5,6 +5,7 @@
 #include "base/error.h"
 #include "base/strings.h"
 #include "model/weights/adapters.h"
+#include "model/weights/checks.h"
 #include "model/weights/json_fields.h"
 #include "model/weights/llava_config.h"
 #include "model/weights/names.h"
@@ -19,7 +20,11 @@ class Names {
  public:
   using Key = std::pair<const at::Tensor*, int64_t>;
   void add(const NamedTensor& named, std::string name) { names_[key(named)] = std::move(name); }
-  const std::string& find(const NamedTensor& named) const { return names_.at(key(named)); }
+  // Null for what the file may lack (needed_of_tower), which the model holds itself.
+  const std::string* find(const NamedTensor& named) const {
+    const auto found = names_.find(key(named));
+    return found == names_.end() ? nullptr : &found->second;
+  }
 
  private:
   static Key key(const NamedTensor& named) { return {named.owner, named.row_begin}; }
@@ -43,14 +48,17 @@ std::optional<MappedModel> map_llava(const fs::path& dir) {
   MappedModel mapped;
   mapped.loaded.folder = folder;
   mapped.loaded.card = read_model_card(folder);
-  mapped.loaded.model = make_hf_llava(folder, mapped.loaded.card.vocab_size);
   const auto weights = std::make_shared<Weights>();
   weights->file = open_weights_folder(folder);
   weights->source = std::make_unique<UnpaddedVocabulary>(*weights->file, mapped.loaded.card.vocab_size);
   const TensorSource& source = *weights->source;
+  mapped.loaded.model = make_hf_llava(folder, mapped.loaded.card.vocab_size, source);
+  LlavaModel& model = *mapped.loaded.model;
+  const auto name_in_source = [&source](const std::string& name) { return find_llava_name(name, source); };
   std::set<std::string> used;
-  for (const NamedTensor& named : mapped.loaded.model->tensors()) {
-    const std::string name = find_llava_name(named.name, source);
+  for (const NamedTensor& named : needed_of_tower(model.tensors(), *model.vision, model.features, source,
+                                                  name_in_source, /*fill=*/true)) {
+    const std::string name = name_in_source(named.name);
     CALDERA_CHECK(source.has(name), CheckpointError, "{}: tensor {} is missing", source.where(name), name);
     const at::Tensor value = source.read(name);
     CALDERA_CHECK(value.sizes() == named.value().sizes(), CheckpointError,
@@ -64,11 +72,15 @@ std::optional<MappedModel> map_llava(const fs::path& dir) {
   }
   std::vector<std::string> leftovers = source.names();
   std::erase_if(leftovers, [&used](const std::string& name) { return used.contains(name); });
-  const bool tied = mapped.loaded.model->language->config().value("tie_word_embeddings", false);
+  const bool tied = model.language->config().value("tie_word_embeddings", false);
   refuse_leftovers(leftovers, source,
                    [tied](const std::string& name) { return tied && name.ends_with("lm_head.weight"); });
   mapped.values = [weights](const NamedTensor& named) {
-    return weights->source->read(weights->names.find(named));
+    const std::string* name = weights->names.find(named);
+    if (name == nullptr) return named.value();
+    at::Tensor value = weights->source->read(*name);
+    check_finite(value, weights->source->where(*name), *name);
+    return value;
   };
   return mapped;
 }

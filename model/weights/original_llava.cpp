@@ -4,6 +4,7 @@
 
 #include "base/error.h"
 #include "base/strings.h"
+#include "model/weights/checks.h"
 #include "model/weights/json_fields.h"
 #include "model/weights/names.h"
 #include "model/weights/vocabulary.h"
@@ -39,6 +40,33 @@ fs::path find_tower(const fs::path& folder, const std::string& name) {
   return find_in_hub_cache(name);
 }
 
+// Which decoder it is. LLaVA-NeXT's models of Qwen2 call themselves "llava", as the first LLaVA did: there
+// the class tells.
+std::string original_decoder(const Json& config, const std::string& where) {
+  static const std::map<std::string, std::string> kDecoders = {
+      {"llava", "llama"}, {"llava_llama", "llama"}, {"llava_mistral", "mistral"}, {"llava_qwen", "qwen2"}};
+  static const std::map<std::string, std::string> kClasses = {{"LlavaLlamaForCausalLM", "llama"},
+                                                              {"LlavaMistralForCausalLM", "mistral"},
+                                                              {"LlavaQwenForCausalLM", "qwen2"}};
+  const std::string model_type = text_field(config, where, "model_type", "");
+  const auto decoder = kDecoders.find(model_type);
+  CALDERA_CHECK(
+      decoder != kDecoders.end(), CheckpointError,
+      "{}: model_type \"{}\": of the original LLaVA's models, llava, llava_llama, llava_mistral and "
+      "llava_qwen are read",
+      where, model_type);
+  const Json architectures = config.value("architectures", Json());
+  const bool is_named = architectures.is_array() && architectures.size() == 1 && architectures[0].is_string();
+  if (model_type != "llava" || !is_named) return decoder->second;
+  const auto named = kClasses.find(architectures[0].get<std::string>());
+  CALDERA_CHECK(named != kClasses.end(), CheckpointError,
+                "{}: architectures: of the original LLaVA's classes, LlavaLlamaForCausalLM, "
+                "LlavaMistralForCausalLM and "
+                "LlavaQwenForCausalLM are read, got {}",
+                where, json_line(architectures));
+  return named->second;
+}
+
 }  // namespace
 
 bool is_hf_llava(const Json& config) {
@@ -51,20 +79,17 @@ bool is_original_llava(const Json& config) {
   return config.contains("mm_vision_tower") && !config.contains("vision_config");
 }
 
+bool is_stage_1(const fs::path& folder, const Json& config) {
+  return is_original_llava(config) && !has_weights(folder) && fs::exists(folder / "mm_projector.bin");
+}
+
 OriginalLlava read_original_llava(const fs::path& folder, const Json& config) {
   const std::string where = (folder / "config.json").string();
   OriginalLlava original;
+  refuse_quantized(config, where);
   original.text = config;
-  const std::string model_type = text_field(config, where, "model_type", "");
-  static const std::map<std::string, std::string> kDecoders = {
-      {"llava", "llama"}, {"llava_llama", "llama"}, {"llava_mistral", "mistral"}, {"llava_qwen", "qwen2"}};
-  const auto decoder = kDecoders.find(model_type);
-  CALDERA_CHECK(
-      decoder != kDecoders.end(), CheckpointError,
-      "{}: model_type \"{}\": of the original LLaVA's models, llava, llava_llama, llava_mistral and "
-      "llava_qwen are read",
-      where, model_type);
-  original.text["model_type"] = decoder->second;
+  original.text["model_type"] = original_decoder(config, where);
+  keep_end_tokens(original.text, folder);
   CALDERA_CHECK(
       !boolean_field(config, where, "mm_use_im_start_end", false), CheckpointError,
       "{}: mm_use_im_start_end: pictures between <im_start> and <im_end> (LLaVA before v1.5) are not "
@@ -107,6 +132,7 @@ std::unique_ptr<LlavaModel> load_original_llava(const fs::path& folder, const Js
   model->mm_projector_type = original.mm_projector_type;
   model->vision = load_vision_tower(original.tower_folder, original.features);
   const std::string text_type = original.text["model_type"].get<std::string>();
+  untie_differing_head(original.text, source);
   model->language = find_language_model(text_type, where).make(original.text);
   model->projector =
       make_projector(model->mm_projector_type, model->vision->hidden_size(), model->language->hidden_size());
@@ -117,10 +143,12 @@ std::unique_ptr<LlavaModel> load_original_llava(const fs::path& folder, const Js
   const bool holds_tower = std::any_of(names.begin(), names.end(), [](const std::string& name) {
     return name.starts_with("model.vision_tower.");
   });
-  if (holds_tower) append(wanted, model->component_tensors("vision_tower"));
-  const bool tied = boolean_field(config, where, "tie_word_embeddings", false);
-  const std::vector<std::string> leftovers = load_tensors(
-      wanted, source, [&source](const std::string& name) { return find_llava_name(name, source); });
+  const auto name_in_source = [&source](const std::string& name) { return find_llava_name(name, source); };
+  if (holds_tower)  // what it lacks stays as the named tower has it
+    append(wanted, needed_of_tower(model->component_tensors("vision_tower"), *model->vision, model->features,
+                                   source, name_in_source, /*fill=*/false));
+  const bool tied = boolean_field(original.text, where, "tie_word_embeddings", false);
+  const std::vector<std::string> leftovers = load_tensors(wanted, source, name_in_source);
   refuse_leftovers(leftovers, source, [tied](const std::string& name) {
     return name == "model.image_newline" || (tied && name == "lm_head.weight");
   });

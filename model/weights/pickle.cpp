@@ -2,8 +2,10 @@
 // torch/serialization.py.
 #include "model/weights/pickle.h"
 
+#include <array>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <optional>
 #include <string_view>
 #include <unordered_map>
@@ -13,13 +15,20 @@
 namespace caldera {
 namespace {
 
+// What the values may take in memory, a byte of the pickle: in a dictionary of tensors they take some 17,
+// while a file made to fill the memory asks for a hundred and more. The part that does not depend on the size
+// lets the smallest files pass.
+constexpr uint64_t kMemoryPerByte = 40, kMemoryOfAny = 1 << 16;
+constexpr uint64_t kMemoBytes = 48;                        // a node of the map of what is stored
+constexpr size_t kMaxDimensions = 16, kMaxKeyBytes = 255;  // real ones: up to five, and a decimal number
+
 struct Value {
   enum class Kind { kNone, kBool, kInt, kFloat, kText, kTuple, kList, kDict, kName, kStorage, kTensor };
   Kind kind = Kind::kNone;
-  int64_t integer = 0;              // kBool, kInt
-  std::string text;                 // kText, kName ("module name")
-  std::vector<const Value*> items;  // kTuple, kList; kDict: keys and values in turn
-  PickledTensor tensor;             // kTensor; kStorage: its first three members
+  int64_t integer = 0;                    // kBool, kInt
+  std::string_view text;                  // kText (in the pickle), kName ("module name", a constant)
+  std::vector<const Value*> items;        // kTuple, kList; kDict: keys and values in turn
+  std::unique_ptr<PickledTensor> tensor;  // kTensor; kStorage: its first three members
 };
 using Kind = Value::Kind;
 
@@ -51,14 +60,15 @@ const char* describe(const Value& value) {
   return "";
 }
 
+constexpr std::pair<std::string_view, at::ScalarType> kStorageTypes[] = {
+    {"torch FloatStorage", at::kFloat},       {"torch HalfStorage", at::kHalf},
+    {"torch BFloat16Storage", at::kBFloat16}, {"torch DoubleStorage", at::kDouble},
+    {"torch LongStorage", at::kLong},         {"torch IntStorage", at::kInt},
+    {"torch ShortStorage", at::kShort},       {"torch CharStorage", at::kChar},
+    {"torch ByteStorage", at::kByte},         {"torch BoolStorage", at::kBool}};
+
 std::optional<at::ScalarType> storage_type(std::string_view name) {
-  static constexpr std::pair<std::string_view, at::ScalarType> kTypes[] = {
-      {"torch FloatStorage", at::kFloat},       {"torch HalfStorage", at::kHalf},
-      {"torch BFloat16Storage", at::kBFloat16}, {"torch DoubleStorage", at::kDouble},
-      {"torch LongStorage", at::kLong},         {"torch IntStorage", at::kInt},
-      {"torch ShortStorage", at::kShort},       {"torch CharStorage", at::kChar},
-      {"torch ByteStorage", at::kByte},         {"torch BoolStorage", at::kBool}};
-  for (const auto& [known, type] : kTypes)
+  for (const auto& [known, type] : kStorageTypes)
     if (known == name) return type;
   return {};
 }
@@ -67,13 +77,23 @@ constexpr std::string_view kOrderedDict = "collections OrderedDict";
 constexpr std::string_view kRebuildTensor = "torch._utils _rebuild_tensor_v2";
 constexpr std::string_view kRebuildParameter = "torch._utils _rebuild_parameter";
 
-bool is_known_name(std::string_view name) {
-  return name == kOrderedDict || name == kRebuildTensor || name == kRebuildParameter || storage_type(name);
+// The name as a constant, which outlives the reading; empty where it is none of the few.
+std::string_view known_name(std::string_view name) {
+  for (const std::string_view known : {kOrderedDict, kRebuildTensor, kRebuildParameter})
+    if (known == name) return known;
+  for (const auto& [known, type] : kStorageTypes)
+    if (known == name) return known;
+  return {};
 }
 
 class PickleReader {
  public:
-  PickleReader(std::span<const std::byte> bytes, const std::string& file) : bytes_(bytes), file_(file) {}
+  PickleReader(std::span<const std::byte> bytes, const std::string& file) : bytes_(bytes), file_(file) {
+    for (size_t i = 0; i < bytes_as_integers_.size(); ++i) {
+      bytes_as_integers_[i].kind = Kind::kInt;
+      bytes_as_integers_[i].integer = static_cast<int64_t>(i);
+    }
+  }
 
   std::map<std::string, PickledTensor> read() {
     run();
@@ -90,7 +110,7 @@ class PickleReader {
           value.kind == Kind::kTensor, CheckpointError,
           "{}: {}: expected a tensor, got {}; a training checkpoint? save its state dictionary alone", file_,
           key.text, describe(value));
-      CALDERA_CHECK(tensors.emplace(key.text, value.tensor).second, CheckpointError,
+      CALDERA_CHECK(tensors.emplace(key.text, *value.tensor).second, CheckpointError,
                     "{}: the name {} occurs twice", file_, key.text);
     }
     return tensors;
@@ -120,9 +140,26 @@ class PickleReader {
     return take(length + 1).substr(0, length);
   }
 
+  // Counts memory before it is taken, so that what a file costs is bounded by its size.
+  void charge(uint64_t num_bytes) {
+    memory_ += num_bytes;
+    CALDERA_CHECK(
+        memory_ <= kMemoryPerByte * bytes_.size() + kMemoryOfAny, CheckpointError,
+        "{}: refused: its pickle of {} bytes holds more values than any dictionary of tensors does: over {} "
+        "bytes of memory at byte {}",
+        file_, bytes_.size(), kMemoryPerByte * bytes_.size() + kMemoryOfAny, instruction_);
+  }
   Value& make(Kind kind) {
+    charge(sizeof(Value));
     Value& value = values_.emplace_back();
     value.kind = kind;
+    return value;
+  }
+  // `like`: the storage, or the tensor, that it begins as.
+  Value& make_tensor(Kind kind, const PickledTensor& like) {
+    Value& value = make(kind);
+    charge(sizeof(PickledTensor) + like.storage.size() + 2 * sizeof(int64_t) * like.shape.size());
+    value.tensor = std::make_unique<PickledTensor>(like);
     return value;
   }
   void push_new(Kind kind, int64_t integer = 0) {
@@ -150,6 +187,7 @@ class PickleReader {
   }
   void push_tuple(std::vector<const Value*> items) {
     Value& tuple = make(Kind::kTuple);
+    charge(items.size() * sizeof(Value*));
     tuple.items = std::move(items);
     stack_.push_back(&tuple);
   }
@@ -163,9 +201,13 @@ class PickleReader {
     check(target.kind == kind,
           kind == Kind::kDict ? "items for what is no dictionary" : "items for what is no list");
     check(kind != Kind::kDict || items.size() % 2 == 0, "a key without a value");
+    charge(2 * items.size() * sizeof(Value*));  // a list grows by doubling
     target.items.insert(target.items.end(), items.begin(), items.end());
   }
-  void remember(uint64_t index) { memo_[index] = &top(); }
+  void remember(uint64_t index) {
+    const auto [place, is_new] = memo_.insert_or_assign(index, &top());
+    if (is_new) charge(kMemoBytes);
+  }
   void recall(uint64_t index) {
     const auto found = memo_.find(index);
     check(found != memo_.end(), "it refers to what was never stored");
@@ -194,13 +236,13 @@ class PickleReader {
       case '(':  // MARK
         return marks_.push_back(stack_.size());
       case 'N':  // NONE
-        return push_new(Kind::kNone);
+        return stack_.push_back(&none_);
       case 0x88:  // NEWTRUE
-        return push_new(Kind::kBool, 1);
+        return stack_.push_back(&true_);
       case 0x89:  // NEWFALSE
-        return push_new(Kind::kBool, 0);
+        return stack_.push_back(&false_);
       case 'K':  // BININT1
-        return push_new(Kind::kInt, static_cast<int64_t>(number(1)));
+        return stack_.push_back(&bytes_as_integers_[number(1)]);
       case 'M':  // BININT2
         return push_new(Kind::kInt, static_cast<int64_t>(number(2)));
       case 'J':  // BININT
@@ -218,7 +260,7 @@ class PickleReader {
         return stack_.push_back(&value);
       }
       case ')':  // EMPTY_TUPLE
-        return push_new(Kind::kTuple);
+        return stack_.push_back(&empty_tuple_);
       case ']':  // EMPTY_LIST
         return push_new(Kind::kList);
       case '}':  // EMPTY_DICT
@@ -280,13 +322,14 @@ class PickleReader {
 
   void push_name() {
     const std::string module(line());
+    const std::string full = module + " " + std::string(line());
     Value& name = make(Kind::kName);
-    name.text = module + " " + std::string(line());
+    name.text = known_name(full);
     CALDERA_CHECK(
-        is_known_name(name.text), CheckpointError,
+        !name.text.empty(), CheckpointError,
         "{}: refused: the pickle names \"{}\" at byte {}, which no dictionary of tensors needs. Nothing was "
         "run; if you trust the file, load it with torch and save its tensors as safetensors",
-        file_, name.text, instruction_);
+        file_, full, instruction_);
     stack_.push_back(&name);
   }
 
@@ -300,11 +343,12 @@ class PickleReader {
     const std::optional<at::ScalarType> type = storage_type(id.items[1]->text);
     check(type.has_value(), "a storage of no type");
     check(id.items[4]->integer >= 0, "a storage of a negative size");
-    Value& storage = make(Kind::kStorage);
-    storage.tensor.storage = id.items[2]->text;
-    storage.tensor.type = *type;
-    storage.tensor.storage_elements = id.items[4]->integer;
-    stack_.push_back(&storage);
+    check(id.items[2]->text.size() <= kMaxKeyBytes, "a storage's key of more than 255 bytes");
+    PickledTensor storage;
+    storage.storage = id.items[2]->text;
+    storage.type = *type;
+    storage.storage_elements = id.items[4]->integer;
+    stack_.push_back(&make_tensor(Kind::kStorage, storage));
   }
 
   void call() {
@@ -318,9 +362,7 @@ class PickleReader {
     if (function.text == kRebuildParameter) {  // (tensor, requires_grad, hooks)
       check(arguments.items.size() == 3 && arguments.items[0]->kind == Kind::kTensor,
             "a parameter without its tensor");
-      Value& tensor = make(Kind::kTensor);
-      tensor.tensor = arguments.items[0]->tensor;
-      return stack_.push_back(&tensor);
+      return stack_.push_back(&make_tensor(Kind::kTensor, *arguments.items[0]->tensor));
     }
     check(function.text == kRebuildTensor, "a call of a storage's class");
     rebuild_tensor(arguments.items);
@@ -331,9 +373,7 @@ class PickleReader {
     check(arguments.size() == 6 || arguments.size() == 7, "a tensor with too few or too many arguments");
     check(arguments[0]->kind == Kind::kStorage, "a tensor without a storage");
     check(arguments[1]->kind == Kind::kInt, "a tensor's offset is no integer");
-    Value& value = make(Kind::kTensor);
-    PickledTensor& tensor = value.tensor;
-    tensor = arguments[0]->tensor;
+    PickledTensor tensor = *arguments[0]->tensor;
     tensor.offset = arguments[1]->integer;
     tensor.shape = integers(*arguments[2]);
     tensor.strides = integers(*arguments[3]);
@@ -351,11 +391,12 @@ class PickleReader {
              !__builtin_add_overflow(last, step, &last);
     }
     check(fits && (elements == 0 || last < tensor.storage_elements), "a tensor reaches beyond its storage");
-    stack_.push_back(&value);
+    stack_.push_back(&make_tensor(Kind::kTensor, tensor));
   }
 
   std::vector<int64_t> integers(const Value& tuple) const {
     check(tuple.kind == Kind::kTuple, "a shape that is no tuple");
+    check(tuple.items.size() <= kMaxDimensions, "a tensor of more than 16 dimensions");
     std::vector<int64_t> result;
     for (const Value* item : tuple.items) {
       check(item->kind == Kind::kInt, "a shape of what are no integers");
@@ -367,10 +408,14 @@ class PickleReader {
   std::span<const std::byte> bytes_;
   const std::string& file_;
   uint64_t position_ = 0, instruction_ = 0;
+  // Values of one or two bytes, which nothing changes: one of each is enough.
+  Value none_, true_{Kind::kBool, 1}, false_{Kind::kBool, 0}, empty_tuple_{Kind::kTuple};
+  std::array<Value, 256> bytes_as_integers_;
   std::deque<Value> values_;  // owns every value: they may refer to each other, even in circles
   std::vector<Value*> stack_;
   std::vector<size_t> marks_;  // heights of the stack
   std::unordered_map<uint64_t, Value*> memo_;
+  uint64_t memory_ = 0;  // that the values take, about
 };
 
 }  // namespace

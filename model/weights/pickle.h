@@ -22,7 +22,7 @@ struct PickledTensor {
 };
 
 // Reads a pickle of protocol 2 whose value is a dictionary from names to tensors. Throws CheckpointError
-// "FILE: ..." for anything else.
+// "FILE: ..." for anything else. What it takes in memory is bounded by the pickle's size (40 bytes a byte).
 std::map<std::string, PickledTensor> read_tensor_pickle(std::span<const std::byte> pickle,
                                                         const std::string& file);
 

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "base/lfs_pointer.h"
 #include "base/strings.h"
 #include "model/weights/safetensors_types.h"
 
@@ -102,6 +103,7 @@ Entry parse_entry(const HeaderJson& json, const std::string& where) {
 }
 
 Header read_header(std::span<const std::byte> bytes, const std::string& file) {
+  refuse_lfs_pointer(bytes, file);
   CALDERA_CHECK(bytes.size() >= 8, CheckpointError,
                 "{}: malformed safetensors: {} bytes are no file; is it truncated?", file, bytes.size());
   uint64_t length = 0;

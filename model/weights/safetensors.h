@@ -40,6 +40,12 @@ std::unique_ptr<TensorSource> open_weights_file(const std::filesystem::path& fil
 std::unique_ptr<TensorSource> open_weights_folder(const std::filesystem::path& folder);
 // True where open_weights_folder would find weights.
 bool has_weights(const std::filesystem::path& folder);
+// The files that open_weights_folder reads, the index apart; empty where has_weights() is false.
+std::vector<std::filesystem::path> weights_files(const std::filesystem::path& folder);
+// A folder without has_weights() may still hold somebody's weights, under names that are not read: shards
+// without their index, consolidated.safetensors, a projector alone, ... Throws CheckpointError naming them,
+// and what to do.
+void refuse_unread_weights(const std::filesystem::path& folder);
 // The "__metadata__" object of one file.
 std::map<std::string, std::string> safetensors_metadata(const std::filesystem::path& file);
 

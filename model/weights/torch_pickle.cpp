@@ -3,13 +3,14 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "base/lfs_pointer.h"
 #include "model/weights/pickle.h"
 #include "model/weights/zip.h"
 
 namespace caldera {
 namespace {
 
-constexpr uint64_t kMaxPickleBytes = 100'000'000;  // as for a safetensors header; real ones take some 100 kB
+constexpr uint64_t kMaxPickleBytes = 20'000'000;  // real ones take some 100 kB
 
 class TorchPickle : public TensorSource {
  public:
@@ -99,6 +100,7 @@ std::unique_ptr<TensorSource> open_torch_pickle(const fs::path& file) {
   {
     const MappedFile map(file);
     const std::span<const std::byte> bytes = map.bytes();
+    refuse_lfs_pointer(bytes, file.string());
     const std::string_view start(reinterpret_cast<const char*>(bytes.data()),
                                  std::min<size_t>(bytes.size(), 16));
     CALDERA_CHECK(
@@ -106,10 +108,8 @@ std::unique_ptr<TensorSource> open_torch_pickle(const fs::path& file) {
         "{}: written in the format of PyTorch before 1.6, which is not read; load it with torch and save it "
         "again",
         file.string());
-    CALDERA_CHECK(
-        start.starts_with("PK"), CheckpointError,
-        "{}: not a file of torch.save: expected a zip archive; is it truncated, or a pointer of Git LFS?",
-        file.string());
+    CALDERA_CHECK(start.starts_with("PK"), CheckpointError,
+                  "{}: not a file of torch.save: expected a zip archive; is it truncated?", file.string());
   }
   return std::make_unique<TorchPickle>(file);
 }

@@ -188,7 +188,11 @@ TEST_F(ExportTest, OverlaysAreCheckedToo) {
   next.overlays = {{(out() / "a.safetensors").string(), {"projector"}}};
   EXPECT_THAT(error_of<CheckpointError>([&] { build_llava(next); }),
               HasSubstr("a.safetensors: holds no tensor of projector"));
-  write_safetensors(out() / "a.safetensors", {{"multi_modal_projector.linear_1.weight", at::ones({48, 31})}});
+  const std::string layer = "multi_modal_projector.linear_";
+  write_safetensors(out() / "a.safetensors", {{layer + "1.weight", at::ones({48, 31})},
+                                              {layer + "1.bias", at::ones({48})},
+                                              {layer + "2.weight", at::ones({48, 48})},
+                                              {layer + "2.bias", at::ones({48})}});
   EXPECT_THAT(error_of<CheckpointError>([&] { build_llava(next); }),
               HasSubstr("linear_1.weight: expected shape [48, 32], got [48, 31]"));
 }

@@ -164,6 +164,96 @@ TEST_F(GgufExportTest, QuantisesAsGgmlDoes) {
   EXPECT_EQ(zeros, std::vector<std::byte>(34));
 }
 
+// Goldens by scripts/make_goldens_gguf_quants.py.
+TEST_F(GgufExportTest, BytesAreThoseOfGgmlsQuantisers) {
+  const auto expected = open_safetensors(kGolden / "gguf_quants.safetensors");
+  const std::map<std::string, GgmlType> types = {{"Q5_0", GgmlType::kQ5_0}, {"Q5_1", GgmlType::kQ5_1},
+                                                 {"Q8_0", GgmlType::kQ8_0}, {"Q4_K", GgmlType::kQ4_K},
+                                                 {"Q5_K", GgmlType::kQ5_K}, {"Q6_K", GgmlType::kQ6_K}};
+  for (const auto& [name, type] : types) {
+    const std::vector<std::byte> bytes = encode_ggml(expected->read("values"), type, "x");
+    const at::Tensor wanted = expected->read(name + ".quantised");
+    ASSERT_EQ(bytes.size(), wanted.nbytes());
+    const auto* reference = static_cast<const std::byte*>(wanted.const_data_ptr());
+    const auto differ = std::mismatch(bytes.begin(), bytes.end(), reference);
+    EXPECT_TRUE(differ.first == bytes.end()) << name << " at byte " << differ.first - bytes.begin();
+  }
+}
+
+// Which matrices get more bits, and what rows of other lengths become, as llama-quantize has it.
+TEST_F(GgufExportTest, MixturesOfTypes) {
+  using Types = std::map<std::string, uint32_t>;
+  const auto types_of = [&](GgmlType type, const Json& change) {
+    Json config = {{"hidden_size", 256},       {"intermediate_size", 256}, {"num_hidden_layers", 8},
+                   {"num_attention_heads", 4}, {"num_key_value_heads", 2}, {"head_dim", 64}};
+    config.update(change);
+    save_gguf_decoder(*decoder(decoder_config("llama", config)), options(type), file());
+    Types types;
+    const GgufFile written(file());
+    EXPECT_EQ(written.get<int64_t>("general.file_type"), type == GgmlType::kQ4_K   ? 15
+                                                         : type == GgmlType::kQ5_K ? 17
+                                                                                   : 18);
+    for (const GgufTensor& tensor : written.tensors()) types[tensor.name] = tensor.type;
+    return types;
+  };
+  for (const auto& [type, number] : {std::pair(GgmlType::kQ4_K, 12u), {GgmlType::kQ5_K, 13u}}) {
+    Types types = types_of(type, Json::object());
+    EXPECT_EQ(types["token_embd.weight"], number);
+    EXPECT_EQ(types["output.weight"], 14u);
+    EXPECT_EQ(types["output_norm.weight"], 0u);
+    for (int layer = 0; layer < 8; ++layer) {  // the first, the last, and every third between
+      const bool has_more = layer == 0 || layer == 3 || layer == 6 || layer == 7;
+      for (const char* name : {"attn_v", "ffn_down"})
+        EXPECT_EQ(types[fmt::format("blk.{}.{}.weight", layer, name)], has_more ? 14u : number)
+            << name << layer;
+      for (const char* name : {"attn_q", "attn_k", "attn_output", "ffn_up", "ffn_gate"})
+        EXPECT_EQ(types[fmt::format("blk.{}.{}.weight", layer, name)], number) << name << layer;
+    }
+    EXPECT_EQ(types_of(type, {{"tie_word_embeddings", true}})["token_embd.weight"], 14u);
+  }
+  Types six = types_of(GgmlType::kQ6_K, Json::object());
+  EXPECT_EQ(six["token_embd.weight"], 14u);
+  EXPECT_EQ(six["blk.1.ffn_down.weight"], 14u);
+  // Rows of 96 are whole blocks of 32 alone, rows of 80 of no type.
+  const Json narrow = {{"intermediate_size", 96}, {"num_hidden_layers", 2}};
+  const Json odd = {{"intermediate_size", 80}, {"num_hidden_layers", 2}};
+  EXPECT_EQ(types_of(GgmlType::kQ4_K, narrow)["blk.1.ffn_down.weight"], 8u);  // q6_k there
+  EXPECT_EQ(types_of(GgmlType::kQ4_K, odd)["blk.1.ffn_down.weight"], 1u);
+  const Json middle = {{"intermediate_size", 96}, {"num_hidden_layers", 8}};
+  EXPECT_EQ(types_of(GgmlType::kQ4_K, middle)["blk.1.ffn_down.weight"], 6u);
+  EXPECT_EQ(types_of(GgmlType::kQ5_K, middle)["blk.1.ffn_down.weight"], 7u);
+  EXPECT_EQ(types_of(GgmlType::kQ6_K, middle)["blk.1.ffn_down.weight"], 8u);
+  // Eight heads share one attn_v in models of 80 layers: q5_k (here q5_1) instead of q4_k (q5_0).
+  const Json large = {
+      {"num_hidden_layers", 80}, {"hidden_size", 32}, {"intermediate_size", 32}, {"head_dim", 8}};
+  Types deep = types_of(GgmlType::kQ4_K, large);
+  EXPECT_EQ(deep["blk.10.attn_v.weight"], 7u);
+  EXPECT_EQ(deep["blk.10.ffn_down.weight"], 6u);
+
+  EXPECT_EQ(quantized_ggml_type("q4_k_m"), GgmlType::kQ4_K);
+  EXPECT_FALSE(quantized_ggml_type("q4_0").has_value());
+  EXPECT_EQ(mmproj_ggml_type(GgmlType::kQ4_K), GgmlType::kF16);
+  EXPECT_EQ(mmproj_ggml_type(GgmlType::kQ8_0), GgmlType::kQ8_0);
+}
+
+// What was written reads back within the step of its type.
+TEST_F(GgufExportTest, KTypesComeBackWithinTheirError) {
+  const auto model =
+      decoder(decoder_config("qwen3", {{"hidden_size", 256}, {"intermediate_size", 256}, {"head_dim", 64}}));
+  const std::vector<std::pair<GgmlType, double>> bounds = {
+      {GgmlType::kQ4_K, 0.09}, {GgmlType::kQ5_K, 0.045}, {GgmlType::kQ6_K, 0.025}};
+  for (const auto& [type, bound] : bounds) {
+    save_gguf_decoder(*model, options(type), file());
+    const auto back = load_language_model(file());
+    const NamedTensors wanted = model->tensors(), got = back->tensors();
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      const at::Tensor x = wanted[i].value(),
+                       error = (x - got[i].value()).pow(2).mean().sqrt() / x.pow(2).mean().sqrt();
+      EXPECT_LT(error.item<double>(), x.dim() == 1 ? 1e-7 : bound) << wanted[i].name;
+    }
+  }
+}
+
 TEST_F(GgufExportTest, ValuesBeyondATypeAreRefused) {
   const at::Tensor large = at::full({1, 32}, 70000.0);
   EXPECT_THAT(error_of<Error>([&] { encode_ggml(large, GgmlType::kF16, "big"); }),
@@ -171,6 +261,10 @@ TEST_F(GgufExportTest, ValuesBeyondATypeAreRefused) {
   EXPECT_EQ(error_of<Error>([&] { encode_ggml(large, GgmlType::kQ8_0, "big"); }), "accepted");
   EXPECT_THAT(error_of<Error>([&] { encode_ggml(large * 1000, GgmlType::kQ8_0, "big"); }),
               HasSubstr("q8_0's float16 scales"));
+  EXPECT_THAT(error_of<Error>([&] {
+                encode_ggml(at::full({1, 256}, 70000.0), GgmlType::kQ4_K, "big");
+              }),
+              HasSubstr("q4_k's float16 scales"));
   EXPECT_THAT(error_of<Error>([&] { encode_ggml(large / 0, GgmlType::kQ8_0, "big"); }),
               HasSubstr("not finite"));
   EXPECT_EQ(error_of<Error>([&] { encode_ggml(large / 0, GgmlType::kF16, "big"); }), "accepted");

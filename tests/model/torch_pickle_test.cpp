@@ -80,7 +80,7 @@ std::string tensor(const std::vector<uint64_t>& shape, const std::vector<uint64_
          "ccollections\nOrderedDict\n)RtR";
 }
 std::string dictionary(const std::string& value) { return kProtocol + "}" + text("a") + value + "s."; }
-const std::string kValid = dictionary(tensor({2, 3}, {3, 1}));
+const std::string kValidPickle = dictionary(tensor({2, 3}, {3, 1}));
 
 class TorchPickleTest : public testing::Test {
  protected:
@@ -123,7 +123,7 @@ TEST_F(TorchPickleTest, HoldsWhatTorchSaved) {
 
 TEST_F(TorchPickleTest, ReadsWhatItsOwnWriterMakes) {  // else the refusals below would prove nothing
   for (const bool zip64 : {false, true}) {
-    std::vector<Member> files = members(kValid);
+    std::vector<Member> files = members(kValidPickle);
     const float values[] = {0, 1, 2, 3, 4, 5};
     files[1].data.assign(reinterpret_cast<const char*>(values), sizeof values);
     const auto source = open(zip(files, zip64));
@@ -173,7 +173,7 @@ TEST_F(TorchPickleTest, MalformedPicklesAreRefused) {
       {"no protocol", "}.", "does not begin with its protocol"},
       {"protocol 4", "\x80\4}.", "protocol 4; torch.save writes protocol 2"},
       {"never stops", kProtocol + "}", "truncated"},
-      {"goes on", kValid + "}", "goes on after its end"},
+      {"goes on", kValidPickle + "}", "goes on after its end"},
       {"two values", kProtocol + "}}.", "does not end with one value"},
       {"an open mark", kProtocol + "(}.", "does not end with one value"},
       {"nothing", kProtocol + ".", "does not end with one value"},
@@ -226,22 +226,56 @@ TEST_F(TorchPickleTest, MalformedPicklesAreRefused) {
     EXPECT_THAT(pickle_refusal(pickle), HasSubstr(message)) << name;
 }
 
+// A few bytes a value, and each must not cost hundreds in memory: refused long before a gigabyte is taken.
+TEST_F(TorchPickleTest, MemoryIsBoundedByTheFile) {
+  const auto repeated = [](const std::string& piece, size_t num_bytes) {
+    std::string all;
+    while (all.size() < num_bytes) all += piece;
+    return all;
+  };
+  const std::vector<uint64_t> sixteen(16, 1);
+  const std::map<std::string, std::string> cases = {
+      {"empty lists", "(" + repeated("]", 1'000'000) + "t"},
+      {"empty dictionaries", "(" + repeated("}", 1'000'000) + "t"},
+      // One storage's tuple recalled again and again.
+      {"storages", "((" + text("storage") + "ctorch\nFloatStorage\n" + text(std::string(200, '7')) +
+                       text("cpu") + integer(6) + "tq\1" + repeated("h\1Q", 1'000'000) + "t"},
+      // One tensor copied again and again.
+      {"tensors", "(ctorch._utils\n_rebuild_parameter\nq\5(" + tensor(sixteen, sixteen) + "\x89Ntq\6" +
+                      repeated("h\5h\6R", 1'000'000) + "t"}};
+  for (const auto& [name, pickle] : cases)
+    EXPECT_THAT(pickle_refusal(kProtocol + pickle + "."),
+                HasSubstr("holds more values than any dictionary of tensors"))
+        << name;
+  EXPECT_THAT(pickle_refusal(dictionary(tensor(std::vector<uint64_t>(17, 1), std::vector<uint64_t>(17, 1)))),
+              HasSubstr("a tensor of more than 16 dimensions"));
+  EXPECT_THAT(pickle_refusal(kProtocol + "((" + text("storage") + "ctorch\nFloatStorage\n" +
+                             text(std::string(256, '7')) + text("cpu") + integer(6) + "tQt."),
+              HasSubstr("a storage's key of more than 255 bytes"));
+  // A real dictionary of any length is far from the bound.
+  std::string many = kProtocol + "}(";
+  for (int i = 0; i < 20'000; ++i)
+    many += text(fmt::format("model.layers.{}.weight", i)) + tensor({2, 3}, {3, 1});
+  EXPECT_EQ(pickle_refusal(many + "u."), "accepted");
+}
+
 TEST_F(TorchPickleTest, ValuesThatHoldThemselvesAreReleased) {
   EXPECT_THAT(pickle_refusal(kProtocol + "}q\1" + text("a") + "h\1s."), HasSubstr("got a dictionary"));
 }
 
 TEST_F(TorchPickleTest, MalformedArchivesAreRefused) {
   const auto with = [&](std::vector<Member> more) {
-    std::vector<Member> all = members(kValid);
+    std::vector<Member> all = members(kValidPickle);
     all.insert(all.end(), more.begin(), more.end());
     return zip(all);
   };
   EXPECT_EQ(refusal(with({})), "accepted");
   EXPECT_THAT(refusal(""), HasSubstr("not a file of torch.save"));
-  EXPECT_THAT(refusal("version https://git-lfs.github.com/spec/v1\n"), HasSubstr("a pointer of Git LFS?"));
+  EXPECT_THAT(refusal("version https://git-lfs.github.com/spec/v1\n"),
+              HasSubstr("a pointer of Git LFS, not the file itself"));
   EXPECT_THAT(refusal(zip({{"archive/data/0", ""}})), HasSubstr("without data.pkl"));
-  EXPECT_THAT(refusal(zip({{"a/b/data.pkl", kValid}})), HasSubstr("without data.pkl"));
-  EXPECT_THAT(refusal(zip({{"archive/data.pkl", kValid}})), HasSubstr("a: its storage data/0 is missing"));
+  EXPECT_THAT(refusal(zip({{"a/b/data.pkl", kValidPickle}})), HasSubstr("without data.pkl"));
+  EXPECT_THAT(refusal(zip({{"archive/data.pkl", kValidPickle}})), HasSubstr("a: its storage data/0 is missing"));
   EXPECT_THAT(refusal(with({{"archive/constants.pkl", ""}})), HasSubstr("TorchScript"));
   EXPECT_THAT(refusal(with({{"archive/byteorder", "big"}})), HasSubstr("big-endian"));
   EXPECT_THAT(refusal(with({{"archive/data/0", std::string(24, '\1')}})), HasSubstr("data/0 occurs twice"));
@@ -249,7 +283,7 @@ TEST_F(TorchPickleTest, MalformedArchivesAreRefused) {
   EXPECT_THAT(refusal(with({{"archive/x", "abc", 0, "archive/y"}})), HasSubstr("has two names"));
   EXPECT_THAT(refusal(with({{"a\0b"s, ""}})), HasSubstr("NUL"));
 
-  const std::string good = zip(members(kValid));
+  const std::string good = zip(members(kValidPickle));
   for (size_t size = 2; size < good.size(); ++size)
     EXPECT_NE(refusal(good.substr(0, size)), "accepted") << size << " bytes";
   // One byte of the directory or of its end set to 0xFF: refused, or (times, checksums, versions) of no
@@ -268,7 +302,7 @@ TEST_F(TorchPickleTest, MalformedArchivesAreRefused) {
   overlapping.replace(second + 42, 4, little(0, 4));
   EXPECT_THAT(refusal(overlapping), HasSubstr("has two names"));
   // A zip64 record that leads far outside.
-  std::string far = zip(members(kValid), true);
+  std::string far = zip(members(kValidPickle), true);
   far.replace(far.find("PK\6\7") + 8, 8, little(UINT64_MAX - 8, 8));
   EXPECT_THAT(refusal(far), HasSubstr("an offset leads beyond its end"));
 }

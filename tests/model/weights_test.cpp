@@ -86,9 +86,24 @@ TEST(GgufWeights, ModelSpeaksAsTransformersDoes) {
 
 TEST(GgufWeights, UnsupportedTypeIsNamed) {
   const std::vector<std::byte> bytes(144);
-  const GgufTensor tensor{"blk.0.attn_q.weight", {1, 256}, 12, bytes};
+  const GgufTensor tensor{"blk.0.attn_q.weight", {1, 256}, 10, bytes};
   EXPECT_THAT(error_of<CheckpointError>([&] { dequantize(tensor, "x.gguf"); }),
-              HasSubstr("x.gguf: blk.0.attn_q.weight: ggml type 12 is not supported"));
+              HasSubstr("x.gguf: blk.0.attn_q.weight: ggml type 10 is not supported"));
+}
+
+// Goldens by scripts/make_goldens_gguf_quants.py.
+TEST(GgufWeights, QuantisedTypesAreTheReferencesBitForBit) {
+  const std::map<std::string, uint32_t> types = {{"Q4_0", 2}, {"Q4_1", 3},  {"Q5_0", 6},  {"Q5_1", 7},
+                                                 {"Q8_0", 8}, {"Q4_K", 12}, {"Q5_K", 13}, {"Q6_K", 14}};
+  const auto expected = open_safetensors(kGolden / "gguf_quants.safetensors");
+  for (const auto& [name, type] : types) {
+    const at::Tensor bytes = expected->read(name + ".bytes"), values = expected->read(name + ".values");
+    const GgufTensor tensor{"x",
+                            values.sizes().vec(),
+                            type,
+                            {static_cast<const std::byte*>(bytes.const_data_ptr()), bytes.nbytes()}};
+    EXPECT_TRUE(at::equal(dequantize(tensor, "x"), values)) << name;
+  }
 }
 
 // A copy of the golden file with one stretch of bytes replaced by another of the same length.
@@ -225,16 +240,22 @@ TEST_F(WeightsTest, LlamaFolder) {
               HasSubstr("layers.2.mlp.up_proj.weight has no place"));
 }
 
-TEST_F(WeightsTest, TiedHeadInTheFileIsTheEmbedding) {
+TEST_F(WeightsTest, TiedHeadInTheFile) {
   Json config = llama_config_;
   config["tie_word_embeddings"] = true;
   write_json(folder_ / "config.json", config);
   const auto fresh = load_language_model(folder_, 5);
   TensorList tensors = list(fresh->tensors(), kSame);
-  tensors.emplace_back("lm_head.weight", at::ones({50, 32}));
+  tensors.emplace_back("lm_head.weight", fresh->head_weight());  // torch's files hold it twice
+  write_weights_folder(folder_, tensors);
+  EXPECT_EQ(load_language_model(folder_)->config()["tie_word_embeddings"], true);
+  // Where the two differ, transformers keeps both.
+  tensors.back().second = at::ones({50, 32});
   write_weights_folder(folder_, tensors);
   const auto loaded = load_language_model(folder_);
-  EXPECT_TRUE(at::equal(loaded->head_weight(), fresh->head_weight()));
+  EXPECT_EQ(loaded->config()["tie_word_embeddings"], false);
+  EXPECT_TRUE(at::equal(loaded->head_weight(), at::ones({50, 32})));
+  EXPECT_TRUE(at::equal(loaded->tensors()[0].value(), fresh->tensors()[0].value()));
 }
 
 }  // namespace
