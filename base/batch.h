@@ -20,6 +20,7 @@ struct PackedBatch {
   at::Tensor image_rows_IP;           // int64 [I * P]; rows that take image features, in the images' order
   at::Tensor pixels_ICYX;             // uint8 RGB [I, 3, Y, X]; I may be 0
   std::vector<std::string> sample_ids;  // S; for messages and logs
+  std::vector<int64_t> sample_numbers;  // S; places in the step, whoever has got them; empty outside of training
 
   int64_t num_samples() const { return static_cast<int64_t>(cu_seqlens.size()) - 1; }
   int64_t num_tokens() const { return cu_seqlens.empty() ? 0 : cu_seqlens.back(); }

@@ -15,13 +15,42 @@ namespace {
 
 struct DataCommand {
   std::string data, image_folder = ".", out;
+  std::vector<std::string> image_roots;
+  bool headers_only = false;
   SessionOptions session;
   int64_t max_length = 0;  // 0: not cut
 };
 
+// With a model: does --max-length leave each record something to learn?
+void check_lengths(const DataCommand& command, const std::vector<Record>& records) {
+  if (command.session.model.empty()) {
+    CALDERA_CHECK(command.max_length == 0, ConfigError,
+                  "--max-length: name the model or tokenizer that counts tokens with --model");
+    return;
+  }
+  TextSession session = open_text(command.session.model, command.session.conversation_template);
+  CALDERA_CHECK(command.max_length > 0, ConfigError, "--model: give the recipe's model_max_length as --max-length");
+  const bool has_pictures =
+      std::any_of(records.begin(), records.end(), [](const Record& record) { return !record.images.empty(); });
+  CALDERA_CHECK(session.image_spec || !has_pictures, ConfigError,
+                "--max-length: {} names no vision tower, so the tokens of a picture are not known",
+                command.session.model.string());
+  session.format.model_max_length = command.max_length;
+  const auto show = progress_line("lengths");
+  const std::vector<size_t> places = cut_to_nothing(
+      records, session.format, [&](int64_t done) { show(done, std::ssize(records)); });
+  CALDERA_CHECK(places.empty(), DataError, "{}",
+                cut_to_nothing_message(records, places, command.data, session.format));
+}
+
 void check(const DataCommand& command) {
   const std::vector<Record> records = read_records(command.data);
-  check_images(records, command.image_folder, command.data);
+  const ImageFolder folder{command.image_folder, {command.image_roots.begin(), command.image_roots.end()}};
+  if (command.headers_only)
+    check_images(records, folder, command.data);
+  else
+    decode_images(records, folder, command.data, progress_line("pictures"));
+  check_lengths(command, records);
   int64_t num_with_picture = 0, num_answers = 0;
   std::set<std::string> pictures;
   for (const Record& record : records) {
@@ -76,6 +105,15 @@ void setup_check(CLI::App& command) {
   auto options = std::make_shared<DataCommand>();
   command.add_option("--data", options->data, "LLaVA's JSON or JSONL")->required();
   command.add_option("--images", options->image_folder, "the folder of its pictures")->capture_default_str();
+  command.add_option("--image-roots", options->image_roots, "folders that links among them may lead to");
+  command.add_flag("--headers-only", options->headers_only,
+                   "look at the pictures' sizes and ends alone, instead of decoding them");
+  command.add_option("--model", options->session.model,
+                     "a model or tokenizer folder: also find records that --max-length cuts to nothing");
+  command.add_option("--template", options->session.conversation_template,
+                     "conversation template (default: the model's own, else its tokenizer's)");
+  command.add_option("--max-length", options->max_length, "model_max_length of the recipe")
+      ->check(CLI::Range(1, 100000000));
   command.callback([options] { check(*options); });
 }
 

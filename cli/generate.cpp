@@ -48,7 +48,7 @@ void generate_one(const GenerateCommand& command) {
 }
 
 void generate_many(const GenerateCommand& command) {
-  const std::vector<Record> records = read_records(command.data);
+  const std::vector<Record> records = read_records(command.data, Answers::kMayLack);
   check_images(records, command.image_folder, command.data);
   AtomicFile file(command.out);
   ModelSession session = open_model(command.session);

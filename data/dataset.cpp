@@ -1,10 +1,12 @@
 #include "data/dataset.h"
 
+#include <fmt/ranges.h>
 
 #include <algorithm>
 
 #include "base/aten.h"
 #include "base/error.h"
+#include "data/each.h"
 #include "data/image.h"
 
 namespace caldera {
@@ -31,7 +33,7 @@ int64_t last_supervised(const Sample& sample) {
 
 }  // namespace
 
-at::Tensor load_pixels(const std::filesystem::path& image_folder, const std::string& image,
+at::Tensor load_pixels(const ImageFolder& image_folder, const std::string& image,
                        const SampleFormat& format) {
   return preprocess_image(load_image(image_path(image_folder, image)), format.image_spec,
                           format.image_aspect_ratio);
@@ -60,10 +62,9 @@ Sample make_sample_text(const Record& record, const SampleFormat& format) {
   return sample;
 }
 
-Sample make_sample(const Record& record, const std::filesystem::path& image_folder,
+void load_pictures(Sample& sample, const Record& record, const ImageFolder& image_folder,
                    const SampleFormat& format, PixelCache* cache) {
-  return for_record(record, [&] {
-    Sample sample = make_sample_text(record, format);
+  for_record(record, [&] {
     const auto count = static_cast<size_t>(num_images(sample, format));
     CALDERA_CHECK(count <= record.images.size(), DataError, "{} in its text but only {} images", count,
                   record.images.size());
@@ -76,8 +77,45 @@ Sample make_sample(const Record& record, const std::filesystem::path& image_fold
       }
       sample.pixels.push_back(std::move(pixels));
     }
-    return sample;
   });
+}
+
+Sample make_sample(const Record& record, const ImageFolder& image_folder, const SampleFormat& format,
+                   PixelCache* cache) {
+  Sample sample = for_record(record, [&] { return make_sample_text(record, format); });
+  load_pictures(sample, record, image_folder, format, cache);
+  return sample;
+}
+
+std::vector<size_t> cut_to_nothing(const std::vector<Record>& records, const SampleFormat& format,
+                                   const std::function<void(int64_t)>& progress) {
+  std::vector<char> is_cut(records.size());  // not bool: threads write neighbours
+  for_each_index(
+      records.size(),
+      [&](size_t i) {
+        is_cut[i] = for_record(records[i], [&] {
+                      return make_sample_text(records[i], format);
+                    }).num_supervised() == 0;
+      },
+      progress);
+  std::vector<size_t> places;
+  for (size_t i = 0; i < records.size(); ++i)
+    if (is_cut[i] != 0) places.push_back(i);
+  return places;
+}
+
+std::string cut_to_nothing_message(const std::vector<Record>& records, const std::vector<size_t>& places,
+                                   const std::string& source, const SampleFormat& format) {
+  constexpr size_t kMaxListed = 10;
+  std::vector<std::string> names;
+  for (size_t i = 0; i < std::min(places.size(), kMaxListed); ++i)
+    names.push_back(fmt::format("{} (id \"{}\")", places[i], records[places[i]].id));
+  return fmt::format(
+      "{}: {} of {} records are longer than model_max_length {} before their first answer, so that nothing "
+      "of "
+      "them is learned{}: {}. Raise model_max_length, or shorten or drop them",
+      source, places.size(), records.size(), format.model_max_length,
+      places.size() > kMaxListed ? ", the first of them" : "", fmt::join(names, ", "));
 }
 
 at::Tensor PixelCache::find(const std::string& image) const {

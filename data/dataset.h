@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -61,13 +62,25 @@ auto for_record(const Record& record, const Work& work) {
 }
 
 // A picture as the tower is given it: uint8 [3, Y, X].
-at::Tensor load_pixels(const std::filesystem::path& image_folder, const std::string& image, const SampleFormat& format);
+at::Tensor load_pixels(const ImageFolder& image_folder, const std::string& image, const SampleFormat& format);
 // Tokenises and cuts to model_max_length. An image of which any token would be cut off is cut off whole, and
 // so is all that follows it.
 Sample make_sample_text(const Record& record, const SampleFormat& format);
-// Also decodes its pictures, or takes them from the cache. DataErrors name the record and the picture's file.
-Sample make_sample(const Record& record, const std::filesystem::path& image_folder,
+// Decodes the pictures of a sample's text, or takes them from the cache. DataErrors name the record and the
+// picture's file.
+void load_pictures(Sample& sample, const Record& record, const ImageFolder& image_folder,
                    const SampleFormat& format, PixelCache* cache = nullptr);
+// Both.
+Sample make_sample(const Record& record, const ImageFolder& image_folder, const SampleFormat& format,
+                   PixelCache* cache = nullptr);
+
+// Places of the records of which model_max_length leaves nothing to learn: the cut comes before the first
+// answer. A loader passes them over. `progress` is called now and then, with the number of records seen.
+std::vector<size_t> cut_to_nothing(const std::vector<Record>& records, const SampleFormat& format,
+                                   const std::function<void(int64_t)>& progress = {});
+// The message on them: how many, the first ten by place and id, and what to do.
+std::string cut_to_nothing_message(const std::vector<Record>& records, const std::vector<size_t>& places,
+                                   const std::string& source, const SampleFormat& format);
 
 // Packs samples into one row (see PackedBatch). Labels shift here: supervised_K are the rows *before*
 // supervised ids. `for_loss`: without what no supervised row can see, the ids and pictures behind a sample's
@@ -96,8 +109,9 @@ std::vector<int64_t> modality_lengths(const std::vector<Record>& records);
 // first position. Returns indices into `lengths`.
 std::vector<std::vector<int64_t>> plan_micro_batches(const std::vector<int64_t>& lengths, int64_t max_tokens);
 
-// Deals samples of the given token counts to ranks, balanced by tokens: the longest first, each to the rank with the fewest tokens
-// so far. A rank's samples are in order of position; it may get none. Returns indices into `lengths`.
+// Deals samples of the given token counts to ranks, balanced by tokens: the longest first, each to the rank
+// with the fewest tokens so far. A rank's samples are in order of position; it may get none. Returns indices
+// into `lengths`.
 std::vector<std::vector<int64_t>> deal_to_ranks(const std::vector<int64_t>& lengths, int num_ranks);
 
 }  // namespace caldera

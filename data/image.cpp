@@ -1,6 +1,5 @@
 #include "data/image.h"
 
-
 #include <algorithm>
 #include <opencv2/core.hpp>
 #include <opencv2/core/utils/logger.hpp>
@@ -13,7 +12,9 @@
 #include "data/gif.h"
 #include "data/image_format.h"
 #include "data/image_jpeg.h"
+#include "data/image_png.h"
 #include "data/resize.h"
+#include "data/webp.h"
 
 namespace caldera {
 namespace {
@@ -36,13 +37,33 @@ Frame square_around(const Image& image, const std::array<float, 3>& mean) {
   return frame;
 }
 
+// As PIL shows it: what the frame does not cover is black.
+Image decode_animated_webp(std::string_view bytes, const ImageHeader& header, const std::string& where) {
+  const WebpFrame frame = first_webp_frame(bytes, header.height, header.width, where);
+  Image part = decode_image(frame.still, where);
+  CALDERA_CHECK(part.height == frame.height && part.width == frame.width, DataError,
+                "{}: the picture's data is broken and cannot be decoded; replace the file or drop the record",
+                where);
+  if (part.height == header.height && part.width == header.width) return part;
+  Image image{header.height, header.width, {}};
+  image.pixels.resize(static_cast<size_t>(header.height * header.width * 3), 0);
+  for (int64_t y = 0; y < part.height; ++y) {
+    const auto row = part.pixels.begin() + y * part.width * 3;
+    std::copy(row, row + part.width * 3,
+              image.pixels.begin() + ((frame.top + y) * image.width + frame.left) * 3);
+  }
+  return image;
+}
+
 }  // namespace
 
 Image decode_image(std::string_view bytes, const std::string& where) {
   quieten_opencv();
   const ImageHeader header = probe_image(bytes, where);
   if (header.format == ImageFormat::kJpeg) return decode_jpeg(bytes, header, where);
+  if (header.format == ImageFormat::kPng) return decode_png(bytes, header, where);
   if (header.format == ImageFormat::kGif) return decode_gif(bytes, where);
+  if (header.is_animated) return decode_animated_webp(bytes, header, where);
   CALDERA_CHECK(bytes.size() <= INT_MAX, DataError, "{}: a picture file of {} bytes", where, bytes.size());
   // PIL clips 16-bit grey at 255 where OpenCV would take the high byte. And it drops the alpha of a TIFF, by
   // which OpenCV multiplies: only an opaque one is the same to both.

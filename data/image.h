@@ -38,7 +38,7 @@ struct Image {
   Pixels pixels;                  // height * width * 3
 };
 
-// Decodes by content, not by name: JPEG, PNG, WebP, GIF (its first frame), BMP, TIFF. EXIF orientation is
+// Decodes by content, not by name: JPEG, PNG, WebP and GIF (of an animated one the first frame), BMP, TIFF. EXIF orientation is
 // ignored and alpha dropped, as PIL's convert("RGB") does. Throws DataError "WHERE: what" for an unknown
 // format, a truncated file, or more than 89 million pixels (read from the header, before decoding).
 Image decode_image(std::string_view bytes, const std::string& where);

@@ -109,8 +109,7 @@ ImageHeader probe_webp(const HeaderReader& file, const std::string& where) {
   ImageHeader header{ImageFormat::kWebp};
   if (8 + static_cast<int64_t>(file.little(4, 4)) > file.size()) file.truncated();
   if (file.matches(12, "VP8X")) {
-    CALDERA_CHECK((file.little(20, 1) & 2) == 0, DataError,
-                  "{}: an animated WebP; only still ones are supported: convert it to PNG or JPEG", where);
+    header.is_animated = (file.little(20, 1) & 2) != 0;
     header.width = 1 + static_cast<int64_t>(file.little(24, 3));
     header.height = 1 + static_cast<int64_t>(file.little(27, 3));
   } else if (file.matches(12, "VP8L")) {

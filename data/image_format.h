@@ -18,6 +18,7 @@ struct ImageHeader {
   int64_t bits_per_sample = 8;    // PNG and TIFF
   bool is_gray = false;           // PNG and TIFF: one channel, no alpha
   bool has_alpha = false;         // TIFF: four channels, one of them alpha
+  bool is_animated = false;       // WebP
 };
 
 // Reads signature and size, and checks that the file is whole: JPEG up to its end marker (bytes after it are

@@ -9,8 +9,8 @@
 namespace caldera {
 
 // The pixels that PIL's convert("RGB") gives, CMYK included. `header` is what probe_image says of these
-// bytes. Throws DataError "WHERE: ..." for data that cannot be decoded; like PIL, lets what libjpeg merely
-// warns of pass.
+// bytes. Throws DataError "WHERE: ..." for data that cannot be decoded, or of more than 100 scans (time grows
+// with them); like PIL, lets what libjpeg merely warns of pass.
 Image decode_jpeg(std::string_view bytes, const ImageHeader& header, const std::string& where);
 
 }  // namespace caldera

@@ -47,8 +47,35 @@ struct StepInMaking {
     data.sample_ids[i] = sample.id;
   }
 
+  // Leaves out the samples that are cut to nothing. On every rank alike: the texts alone tell.
+  void pass_over() {
+    size_t kept = 0;
+    for (size_t i = 0; i < picked.size(); ++i) {
+      if (num_supervised[i] == 0) {
+        data.passed_over.push_back(std::move(data.sample_ids[i]));
+        continue;
+      }
+      if (kept != i) {
+        picked[kept] = picked[i];
+        lengths[kept] = lengths[i];
+        num_supervised[kept] = num_supervised[i];
+        num_images[kept] = num_images[i];
+        data.sample_ids[kept] = std::move(data.sample_ids[i]);
+        if (!samples.empty()) samples[kept] = std::move(samples[i]);
+      }
+      ++kept;
+    }
+    picked.resize(kept);
+    lengths.resize(kept);
+    num_supervised.resize(kept);
+    num_images.resize(kept);
+    data.sample_ids.resize(kept);
+    if (!samples.empty()) samples.resize(kept);
+  }
+
   // Who gets which sample, and in how many micro-batches.
   void deal(const LoaderOptions& options) {
+    pass_over();
     data.num_tokens = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
     data.num_supervised = std::accumulate(num_supervised.begin(), num_supervised.end(), int64_t{0});
     data.num_images = std::accumulate(num_images.begin(), num_images.end(), int64_t{0});
@@ -71,8 +98,11 @@ struct StepInMaking {
 
   // `samples` are this rank's.
   void assemble(int64_t max_tokens) {
-    for (const auto& indices : plan_micro_batches(lengths_of(mine), max_tokens))
+    for (const auto& indices : plan_micro_batches(lengths_of(mine), max_tokens)) {
       data.micro_batches.push_back(pack(take(samples, indices), /*for_loss=*/true));
+      for (const int64_t i : indices)
+        data.micro_batches.back().sample_numbers.push_back(mine[static_cast<size_t>(i)]);
+    }
     promise.set_value(std::move(data));
   }
 };
@@ -81,7 +111,7 @@ struct StepInMaking {
 
 struct Loader::State {
   std::shared_ptr<const std::vector<Record>> records;
-  std::filesystem::path image_folder;
+  ImageFolder image_folder;
   SampleFormat format;
   LoaderOptions options;
   Sampler sampler;
@@ -92,8 +122,8 @@ struct Loader::State {
   std::deque<std::future<StepData>> in_flight;
   ThreadPool pool;  // last: its threads end before what they use does
 
-  State(std::shared_ptr<const std::vector<Record>> the_records, std::filesystem::path folder,
-        SampleFormat the_format, LoaderOptions the_options, int64_t first_step)
+  State(std::shared_ptr<const std::vector<Record>> the_records, ImageFolder folder, SampleFormat the_format,
+        LoaderOptions the_options, int64_t first_step)
       : records(std::move(the_records)),
         image_folder(std::move(folder)),
         format(std::move(the_format)),
@@ -135,8 +165,10 @@ struct Loader::State {
       each(
           making, size,
           [this, making, record](size_t i) {
-            making->samples[i] = make_sample(record(i), image_folder, format, &cache);
-            making->measure(i, making->samples[i], static_cast<int64_t>(making->samples[i].pixels.size()));
+            Sample& sample = making->samples[i];
+            sample = for_record(record(i), [&] { return make_sample_text(record(i), format); });
+            if (sample.num_supervised() > 0) load_pictures(sample, record(i), image_folder, format, &cache);
+            making->measure(i, sample, static_cast<int64_t>(sample.pixels.size()));
           },
           [this, making] {
             making->deal(options);
@@ -147,7 +179,7 @@ struct Loader::State {
     each(
         making, size,
         [this, making, record](size_t i) {
-          const Sample text = make_sample_text(record(i), format);
+          const Sample text = for_record(record(i), [&] { return make_sample_text(record(i), format); });
           const auto image_tokens =
               std::count(text.input_ids.begin(), text.input_ids.end(), kImageTokenIndex);
           making->measure(i, text, image_tokens / std::max<int64_t>(format.image_spec.num_image_tokens, 1));
@@ -193,7 +225,7 @@ struct Loader::State {
   }
 };
 
-Loader::Loader(std::shared_ptr<const std::vector<Record>> records, std::filesystem::path image_folder,
+Loader::Loader(std::shared_ptr<const std::vector<Record>> records, ImageFolder image_folder,
                SampleFormat format, LoaderOptions options, int64_t first_step) {
   CALDERA_CHECK(records && !records->empty(), DataError, "no records to train on");
   CALDERA_ASSERT(options.global_batch_size > 0 && first_step >= 0);
@@ -215,7 +247,7 @@ bool Loader::next(StepData& data) {
   return true;
 }
 
-PackedRecords pack_all(const std::vector<Record>& records, const std::filesystem::path& image_folder,
+PackedRecords pack_all(const std::vector<Record>& records, const ImageFolder& image_folder,
                        const SampleFormat& format, int64_t max_tokens_per_micro_batch, int rank,
                        int num_ranks) {
   PackedRecords packed;

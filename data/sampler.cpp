@@ -1,5 +1,6 @@
 // Which samples make a step, and how a step's samples are dealt into micro-batches.
 #include <algorithm>
+#include <iterator>
 #include <numeric>
 
 #include "base/error.h"
@@ -37,29 +38,39 @@ std::vector<int64_t> Sampler::epoch_order(int64_t epoch) const {
   const std::vector<int64_t> shuffled = rng.permutation(num_samples_);
   if (lengths_.empty()) return shuffled;
 
-  // LLaVA's get_modality_length_grouped_indices: megabatches of one modality each, in random order; what
-  // fills no megabatch of either modality comes last, together.
+  // LLaVA's get_modality_length_grouped_indices: megabatches of one modality each, in random order. The last
+  // of each modality, full or not, takes no part in that: both come at the end as one, by position. Where
+  // there is one modality alone, only what fills no megabatch comes last.
   const auto length = [&](int64_t i) { return lengths_[static_cast<size_t>(i)]; };
   const auto size = static_cast<size_t>(global_batch_size_);
-  std::vector<std::vector<int64_t>> megabatches;
-  std::vector<int64_t> rest;
-  for (const bool text_only : {false, true}) {
-    std::vector<int64_t> open;
-    for (const int64_t i : shuffled) {
-      if ((length(i) < 0) != text_only) continue;
-      open.push_back(i);
-      if (open.size() == size) megabatches.push_back(std::exchange(open, {}));
-    }
-    rest.insert(rest.end(), open.begin(), open.end());
+  std::vector<std::vector<int64_t>> of_images, of_text;
+  for (const int64_t i : shuffled) {
+    std::vector<std::vector<int64_t>>& megabatches = length(i) < 0 ? of_text : of_images;
+    if (megabatches.empty() || megabatches.back().size() == size) megabatches.emplace_back();
+    megabatches.back().push_back(i);
   }
+  std::vector<int64_t> rest;
+  const bool is_mixed = !of_images.empty() && !of_text.empty();
+  for (std::vector<std::vector<int64_t>>* megabatches : {&of_images, &of_text}) {
+    if (megabatches->empty() || (!is_mixed && megabatches->back().size() == size)) continue;
+    rest.insert(rest.end(), megabatches->back().begin(), megabatches->back().end());
+    megabatches->pop_back();
+  }
+  std::vector<std::vector<int64_t>> megabatches = std::move(of_images);
+  megabatches.insert(megabatches.end(), std::make_move_iterator(of_text.begin()),
+                     std::make_move_iterator(of_text.end()));
   rng.shuffle(megabatches);
-  megabatches.push_back(std::move(rest));
+  const auto longest_first = [&](int64_t a, int64_t b) { return std::abs(length(a)) > std::abs(length(b)); };
   std::vector<int64_t> order;
   for (std::vector<int64_t>& batch : megabatches) {
-    std::stable_sort(batch.begin(), batch.end(),
-                     [&](int64_t a, int64_t b) { return std::abs(length(a)) > std::abs(length(b)); });
+    std::stable_sort(batch.begin(), batch.end(), longest_first);
     order.insert(order.end(), batch.begin(), batch.end());
   }
+  if (is_mixed)
+    std::sort(rest.begin(), rest.end());
+  else
+    std::stable_sort(rest.begin(), rest.end(), longest_first);
+  order.insert(order.end(), rest.begin(), rest.end());
   return order;
 }
 

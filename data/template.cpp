@@ -5,28 +5,10 @@
 #include "base/error.h"
 #include "base/strings.h"
 #include "base/words.h"
-#include "data/tokenizers/utf8.h"
+#include "data/templates/segments.h"
 
 namespace caldera {
 namespace {
-
-// Python's str.strip(), which LLaVA uses: Unicode's white space and the four information separators.
-bool is_python_space(char32_t c) {
-  return (c >= 0x09 && c <= 0x0D) || (c >= 0x1C && c <= 0x20) || c == 0x85 || c == 0xA0 || c == 0x1680 ||
-         (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F ||
-         c == 0x3000;
-}
-
-std::string python_strip(std::string_view text) {
-  size_t begin = text.size(), end = text.size();
-  for (size_t offset = 0; offset < text.size();) {
-    const size_t start = offset;
-    if (is_python_space(next_code_point(text, offset))) continue;
-    begin = std::min(begin, start);
-    end = offset;
-  }
-  return begin == text.size() ? "" : std::string(text.substr(begin, end - begin));
-}
 
 // LLaVA's preprocess_multimodal.
 std::vector<Turn> image_first(std::vector<Turn> turns) {
@@ -71,8 +53,10 @@ class Encoder {
         put(kImageTokenIndex, false);
         context_ = TextContext::kStart;
       } else {
-        put(control_id(segment.text, conversation_, tokenizer_), segment.supervised);
+        const int64_t id = control_id(segment.text, conversation_, tokenizer_);
+        put(id, segment.supervised);
         context_ = TextContext::kAfterControl;
+        strips_ = tokenizer_.takes_space_behind(id);
       }
     }
     flush();
@@ -89,9 +73,11 @@ class Encoder {
     sample_.labels.push_back(supervised ? id : kIgnoreIndex);
   }
   void flush() {
-    size_t segment = 0;
-    for (const Token& token : tokenizer_.encode(run_, context_)) {
-      while (segment + 1 < ends_.size() && static_cast<size_t>(token.begin) >= ends_[segment].offset)
+    size_t segment = 0, begin = 0;
+    if (strips_) begin = run_.size() - python_strip(run_ + ".").size() + 1;
+    strips_ = false;
+    for (const Token& token : tokenizer_.encode(std::string_view(run_).substr(begin), context_)) {
+      while (segment + 1 < ends_.size() && begin + static_cast<size_t>(token.begin) >= ends_[segment].offset)
         ++segment;
       put(token.id, ends_[segment].supervised);
     }
@@ -102,6 +88,7 @@ class Encoder {
   const ConversationTemplate& conversation_;
   const Tokenizer& tokenizer_;
   TextContext context_ = TextContext::kStart;
+  bool strips_ = false;    // white space that begins the text to come
   std::string run_;        // text not yet tokenised
   std::vector<End> ends_;  // where its segments end
   TokenizedSample sample_;

@@ -36,8 +36,13 @@ struct ConversationTemplate {
 std::span<const ConversationTemplate> conversation_templates();
 // Throws ConfigError naming the known ones.
 const ConversationTemplate& find_template(const std::string& name);
-// The template that a tokenizer's own chat template amounts to (ChatML -> "chatml"); throws ConfigError saying to name one.
+// The template that a Jinja chat template amounts to (ChatML -> "chatml"), null where it is none of these.
+const ConversationTemplate* recognise_template(const std::string& jinja);
+// That of a tokenizer's own; throws ConfigError saying to name one.
 const ConversationTemplate& template_of(const Tokenizer& tokenizer);
+// The Jinja chat template for an exported folder: the tokenizer's own where it amounts to the conversation's
+// template (made to take pictures where it does not) or where that has none, else the conversation's.
+std::string exported_chat_template(const ConversationTemplate& conversation, const Tokenizer& tokenizer);
 
 // A tokenised sample, images not yet expanded: exactly what LLaVA's preprocessing gives.
 struct TokenizedSample {

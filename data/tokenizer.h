@@ -1,5 +1,6 @@
 // Tokenizers: text to ids and back. Text from data never becomes a control token: encode() treats "</s>", "<image>" and
-// the like as plain characters; control tokens enter by id alone, from templates.
+// the like as plain characters; control tokens enter by id alone, from templates. Added tokens that their files do not
+// call special ("<think>") are one id, as in HF's tokenizers.
 #pragma once
 #include <cstdint>
 #include <filesystem>
@@ -33,6 +34,8 @@ class Tokenizer {
   virtual std::string decode(std::span<const int64_t> ids) const = 0;
   // The id of a token by its exact text ("</s>", "<|im_end|>"), control tokens included; -1 if there is none.
   virtual int64_t token_id(std::string_view token) const = 0;
+  // Whether white space behind the token belongs to it (HF's rstrip): a text that follows begins without.
+  virtual bool takes_space_behind(int64_t) const { return false; }
   virtual int64_t vocab_size() const = 0;  // one past the largest id
   virtual int64_t bos_id() const = 0;      // -1 where there is none
   virtual int64_t eos_id() const = 0;

@@ -30,7 +30,7 @@ part_is_over() { # NAME
 }
 
 # --- Debian packages
-packages=(cmake ninja-build g++ pkg-config ccache mold libopencv-dev libjpeg-dev libyaml-cpp-dev libsentencepiece-dev nlohmann-json3-dev
+packages=(cmake ninja-build g++ pkg-config ccache mold libopencv-dev libjpeg-dev libpng-dev libyaml-cpp-dev libsentencepiece-dev nlohmann-json3-dev
   libsimdjson-dev libcli11-dev libfmt-dev libpcre2-dev libxxhash-dev libgloo-dev libgtest-dev libgmock-dev)
 python3 -c 'import venv, ensurepip' 2> /dev/null || packages+=(python3 python3-venv)
 # What a test does without, too, saying so.

@@ -32,7 +32,7 @@ std::vector<Segment> render_llama_2(const std::string& system, const std::vector
       continue;
     }
     if (first) {
-      out.text("[INST] <<SYS>>\n" + system + "\n<</SYS>>\n\n");
+      out.text("[INST] <<SYS>>\n" + system_of(turns, system) + "\n<</SYS>>\n\n");
     } else {
       if (turn.value.empty()) continue;
       out.control("<s>").text("[INST] ");

@@ -14,6 +14,9 @@ std::vector<Segment> render_plain(const std::vector<Turn>& turns, bool for_gener
                 "template plain takes one human turn and one answer, got {} turns; use a template for "
                 "conversations (v1, chatml)",
                 turns.size());
+  CALDERA_CHECK(
+      turns[0].system.empty(), DataError,
+      "template plain has no place for a system message; use a template for conversations (v1, chatml)");
   SegmentBuilder out;
   const std::string_view value = turns[0].value, placeholder = kImagePlaceholder;
   for (size_t at = value.find(placeholder); at != std::string_view::npos;

@@ -21,8 +21,17 @@ class SegmentBuilder {
   std::vector<Segment> segments_;
 };
 
-// One per template file; the table is in registry.cpp.
-extern const ConversationTemplate kPlain, kV0, kLlavaV0, kV1, kLlavaV1, kLlama2, kLlavaLlama2, kChatml;
+// What the conversation's system turn says; where there is none, the template's own words.
+inline std::string system_of(const std::vector<Turn>& turns, const std::string& own) {
+  return turns.empty() || turns.front().system.empty() ? own : turns.front().system;
+}
+
+// Python's str.strip(), which LLaVA and Jinja's "trim" use.
+std::string python_strip(std::string_view text);
+
+// One per template; the table is in registry.cpp.
+extern const ConversationTemplate kPlain, kV0, kLlavaV0, kV1, kLlavaV1, kLlama2, kLlavaLlama2, kChatml, kQwen,
+    kMpt, kChatmlDirect, kLlama3, kLlavaLlama3, kMistralInstruct, kPhi3;
 
 // Jinja: macro `body(content)` writes what a turn says, given as HF's processors have it: a string, or a list
 // of parts of type "image" and "text". A single picture comes first, on a line of its own, as in training;

@@ -35,7 +35,7 @@ constexpr const char* kExample =
 
 std::vector<Segment> render_training(const std::vector<Turn>& turns) {
   SegmentBuilder out;
-  out.text(kSystem).text("\n\n");
+  out.text(system_of(turns, kSystem)).text("\n\n");
   for (const Turn& turn : turns) {
     const bool learned = !turn.from_human;
     out.text("###", true).text(turn.from_human ? " Human: " : " Assistant: ", learned);
@@ -46,7 +46,7 @@ std::vector<Segment> render_training(const std::vector<Turn>& turns) {
 
 std::vector<Segment> render_answering(const char* example, const std::vector<Turn>& turns) {
   SegmentBuilder out;
-  out.text(kSystem).text("###").text(example);
+  out.text(system_of(turns, kSystem)).text("###").text(example);
   for (const Turn& turn : turns) {
     out.text(turn.from_human ? "Human:" : "Assistant:");
     if (!turn.value.empty()) out.text(" ").value(turn.value).text("###");

@@ -12,7 +12,7 @@ namespace {
 
 std::vector<Segment> render_two(const char* system, const std::vector<Turn>& turns, bool for_generation) {
   SegmentBuilder out;
-  out.text(system).text(" ");
+  out.text(system_of(turns, system)).text(" ");
   for (const Turn& turn : turns) {
     out.text(turn.from_human ? "USER:" : "ASSISTANT:");
     if (turn.value.empty()) continue;

@@ -1,3 +1,5 @@
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <queue>
 
@@ -56,10 +58,18 @@ BpeMerger::BpeMerger(const BpeModel& model, const std::vector<AddedToken>& added
   for (size_t i = 0; i < model.tokens.size(); ++i) {
     if (!model.tokens[i].empty()) ids.emplace(model.tokens[i], static_cast<int32_t>(i));
   }
+  characters_ = model.characters;
   for (size_t byte = 0; byte < 256; ++byte) {
     const char c = static_cast<char>(static_cast<unsigned char>(byte));
-    const auto found = ids.find(bytes_to_alphabet({&c, 1}));
+    const auto found = ids.find(characters_ ? fmt::format("<0x{:02X}>", byte) : bytes_to_alphabet({&c, 1}));
     byte_ids_[byte] = found == ids.end() ? -1 : found->second;
+  }
+  if (characters_) {
+    for (const auto& [token, id] : ids) {
+      size_t end = 0;
+      next_code_point(token, end);
+      if (end == token.size()) character_ids_.emplace(token, id);
+    }
   }
   merges_.reserve(model.merges.size());
   for (size_t rank = 0; rank < model.merges.size(); ++rank) {
@@ -73,8 +83,49 @@ BpeMerger::BpeMerger(const BpeModel& model, const std::vector<AddedToken>& added
   }
   if (model.ignore_merges) {
     for (const AddedToken& added : added_tokens) ids.erase(added.content);
-    for (const auto& [token, id] : ids) words_.emplace(alphabet_to_bytes(token), id);
+    for (const auto& [token, id] : ids)
+      words_.emplace(characters_ ? std::string(token) : alphabet_to_bytes(token), id);
   }
+}
+
+// A character of the vocabulary, its bytes, or the unknown token.
+void BpeMerger::add_character(std::string_view word, size_t begin, size_t end,
+                              std::vector<WordToken>& symbols) const {
+  const auto first = static_cast<int32_t>(begin), last = static_cast<int32_t>(end);
+  const auto found = character_ids_.find(std::string(word.substr(begin, end - begin)));
+  if (found != character_ids_.end()) {
+    symbols.push_back({found->second, first, last});
+    return;
+  }
+  const auto id_of = [&](int32_t i) {
+    return byte_ids_[static_cast<unsigned char>(word[static_cast<size_t>(i)])];
+  };
+  bool has_bytes = characters_->byte_fallback;
+  for (int32_t i = first; i < last; ++i) has_bytes = has_bytes && id_of(i) >= 0;
+  if (has_bytes) {
+    for (int32_t i = first; i < last; ++i) symbols.push_back({id_of(i), i, i + 1});
+  } else if (const auto unknown = static_cast<int32_t>(characters_->unknown); unknown >= 0) {
+    if (characters_->fuse_unknown && !symbols.empty() && symbols.back().id == unknown)
+      symbols.back().end = last;
+    else
+      symbols.push_back({unknown, first, last});
+  }
+}
+
+std::vector<WordToken> BpeMerger::symbols_of(std::string_view word) const {
+  std::vector<WordToken> symbols;
+  for (size_t i = 0; i < word.size();) {
+    const size_t begin = i;
+    if (characters_) {
+      next_code_point(word, i);
+      add_character(word, begin, i, symbols);
+      continue;
+    }
+    ++i;
+    const int32_t id = byte_ids_[static_cast<unsigned char>(word[begin])];
+    if (id >= 0) symbols.push_back({id, static_cast<int32_t>(begin), static_cast<int32_t>(i)});
+  }
+  return symbols;
 }
 
 std::vector<WordToken> BpeMerger::merge(std::string_view word) const {
@@ -89,12 +140,9 @@ std::vector<WordToken> BpeMerger::merge(std::string_view word) const {
   };
   std::vector<Symbol> symbols;
   symbols.reserve(word.size());
-  for (size_t i = 0; i < word.size(); ++i) {
-    const int32_t id = byte_ids_[static_cast<unsigned char>(word[i])];
-    if (id < 0) continue;
+  for (const WordToken& token : symbols_of(word)) {
     const auto position = static_cast<int32_t>(symbols.size());
-    symbols.push_back(
-        {{id, static_cast<int32_t>(i), static_cast<int32_t>(i) + 1}, position - 1, position + 1});
+    symbols.push_back({token, position - 1, position + 1});
   }
   if (symbols.empty()) return {};
   symbols.back().next = -1;

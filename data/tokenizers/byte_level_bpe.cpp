@@ -5,6 +5,7 @@
 #include "base/error.h"
 #include "base/files.h"
 #include "base/words.h"
+#include "data/tokenizers/added_tokens.h"
 #include "data/tokenizers/factories.h"
 #include "data/tokenizers/nfc.h"
 
@@ -17,21 +18,22 @@ class ByteLevelBpeTokenizer final : public Tokenizer {
       : model_(std::move(model)),
         config_(std::move(config)),
         merger_(model_, config_.added_tokens, where),
-        splitter_(model_.steps, where) {
+        splitter_(model_.steps, where),
+        added_(config_) {
     for (size_t i = 0; i < model_.tokens.size(); ++i) {
       if (!model_.tokens[i].empty()) ids_.emplace(model_.tokens[i], static_cast<int64_t>(i));
     }
     // HF's own flag wins over what the file's post-processor says.
     model_.adds_bos = config_.flag("add_bos_token", model_.adds_bos);
-    for (const std::string* token : {&config_.bos_token, &config_.eos_token, &config_.pad_token}) {
-      CALDERA_CHECK(token->empty() || token_id(*token) >= 0, CheckpointError,
-                    "{}: the token \"{}\" of its configuration is not in the vocabulary", where, *token);
-    }
-    CALDERA_CHECK(!model_.adds_bos || !config_.bos_token.empty(), CheckpointError,
-                  "{}: texts begin with BOS (add_bos_token), but there is no bos_token", where);
+    check_named_tokens(*this, config_, model_.adds_bos, where);
   }
 
-  std::vector<Token> encode(std::string_view text, TextContext) const override {
+  std::vector<Token> encode(std::string_view text, TextContext context) const override {
+    return added_.encode(text, context,
+                         [this](std::string_view part, TextContext) { return encode_plain(part); });
+  }
+
+  std::vector<Token> encode_plain(std::string_view text) const {
     MappedText source = repair_utf8(text);
     if (model_.nfc) source = compose_nfc(std::move(source));
     std::vector<Token> tokens;
@@ -51,7 +53,7 @@ class ByteLevelBpeTokenizer final : public Tokenizer {
   std::string decode(std::span<const int64_t> ids) const override {
     std::string text;
     for (const int64_t id : ids) {
-      if (const AddedToken* added = find_added(id)) {
+      if (const AddedToken* added = config_.find_added(id)) {
         if (!added->special) text += added->content;
       } else if (id >= 0 && id < static_cast<int64_t>(model_.tokens.size())) {
         text += alphabet_to_bytes(model_.tokens[static_cast<size_t>(id)]);
@@ -66,6 +68,10 @@ class ByteLevelBpeTokenizer final : public Tokenizer {
     return found == ids_.end() ? -1 : found->second;
   }
 
+  bool takes_space_behind(int64_t id) const override {
+    const AddedToken* added = config_.find_added(id);
+    return added != nullptr && added->rstrip;
+  }
   int64_t vocab_size() const override {
     return std::max(static_cast<int64_t>(model_.tokens.size()),
                     config_.added_tokens.empty() ? 0 : config_.added_tokens.back().id + 1);
@@ -110,12 +116,6 @@ class ByteLevelBpeTokenizer final : public Tokenizer {
   }
 
  private:
-  const AddedToken* find_added(int64_t id) const {
-    const auto place =
-        std::lower_bound(config_.added_tokens.begin(), config_.added_tokens.end(), id,
-                         [](const AddedToken& token, int64_t wanted) { return token.id < wanted; });
-    return place != config_.added_tokens.end() && place->id == id ? &*place : nullptr;
-  }
   int64_t named_id(const std::string& token) const { return token.empty() ? -1 : token_id(token); }
 
   BpeModel model_;
@@ -123,10 +123,21 @@ class ByteLevelBpeTokenizer final : public Tokenizer {
   std::unordered_map<std::string_view, int64_t> ids_;  // views into model_.tokens
   BpeMerger merger_;
   WordSplitter splitter_;
+  AddedTokenFinder added_;
   WordCache cache_;
 };
 
 }  // namespace
+
+void check_named_tokens(const Tokenizer& tokenizer, const TokenizerConfig& config, bool adds_bos,
+                        const std::string& where) {
+  for (const std::string* token : {&config.bos_token, &config.eos_token, &config.pad_token}) {
+    CALDERA_CHECK(token->empty() || tokenizer.token_id(*token) >= 0, CheckpointError,
+                  "{}: the token \"{}\" of its configuration is not in the vocabulary", where, *token);
+  }
+  CALDERA_CHECK(!adds_bos || !config.bos_token.empty(), CheckpointError,
+                "{}: texts begin with BOS (add_bos_token), but there is no bos_token", where);
+}
 
 std::unique_ptr<Tokenizer> make_byte_level_bpe_tokenizer(BpeModel model, TokenizerConfig config,
                                                          const std::string& where) {

@@ -1,8 +1,10 @@
-// GPT-2's byte-level BPE: the vocabulary, its merges, and how a text is cut into words before they apply.
+// BPE as a tokenizer.json has it, GPT-2's over bytes or SentencePiece's over characters: the vocabulary, its
+// merges, and how a text is cut into words before they apply.
 #pragma once
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -32,13 +34,32 @@ struct SplitStep {
 // GPT-2's pattern, by which HF's ByteLevel cuts unless told not to.
 extern const char* const kGpt2Pattern;
 
+// How a model of the SentencePiece kind makes symbols of a text, instead of the byte-level alphabet.
+struct CharacterBpe {
+  bool byte_fallback = false, fuse_unknown = false;
+  int64_t unknown = -1;  // its id
+  // When a text is given a visible space in front.
+  enum class Prefix {
+    kNever,
+    kFirst,   // at a text's beginning, where there is none (Metaspace "first")
+    kAlways,  // after each added token as well (Metaspace "always")
+    kAnyway,  // the same, and where there is one already (Prepend)
+  };
+  Prefix prefix = Prefix::kNever;
+  bool splits_words = false;                // merges stop at every space
+  bool strips_space = false;                // decoding takes the first space off
+  Json normalizer, pre_tokenizer, decoder;  // as the file has them
+};
+
 struct BpeModel {
-  std::vector<std::string> tokens;  // by id, in the byte-level alphabet; "" where an id is not used
+  std::vector<std::string>
+      tokens;  // by id, in the byte-level alphabet (or as text); "" where an id is not used
   std::vector<std::pair<int32_t, int32_t>> merges;  // pairs of ids, first come first merged
   std::vector<SplitStep> steps;
   bool nfc = false;            // Unicode's composed form before all
   bool ignore_merges = false;  // a word that is a token is that token, whatever the merges make of it
   bool adds_bos = false;
+  std::optional<CharacterBpe> characters;  // none: byte-level
 };
 
 // The byte-level alphabet: each byte is a printable character (GPT-2's bytes_to_unicode).
@@ -55,6 +76,10 @@ class BpeMerger {
   std::vector<WordToken> merge(std::string_view word) const;
 
  private:
+  // The symbols a word begins as: its bytes, or its characters.
+  std::vector<WordToken> symbols_of(std::string_view word) const;
+  void add_character(std::string_view word, size_t begin, size_t end, std::vector<WordToken>& symbols) const;
+
   struct Merge {
     int32_t rank = 0, id = 0;
   };
@@ -64,6 +89,8 @@ class BpeMerger {
   std::array<int32_t, 256>
       byte_ids_{};  // -1 where the vocabulary has no token for a byte: such bytes are left out, as HF does
   std::unordered_map<uint64_t, Merge> merges_;
+  std::optional<CharacterBpe> characters_;
+  std::unordered_map<std::string, int32_t> character_ids_;
   std::unordered_map<std::string, int32_t> words_;  // with ignore_merges: whole words, as bytes
 };
 

@@ -21,9 +21,24 @@ std::unique_ptr<Tokenizer> make_sentencepiece_tokenizer(std::string model, Token
 std::unique_ptr<Tokenizer> make_byte_level_bpe_tokenizer(BpeModel model, TokenizerConfig config,
                                                          const std::string& where);
 
-// A tokenizer.json of the byte-level BPE kind (GPT-2, SmolLM2, Qwen2, LLaMA 3). The added tokens go to
-// `config`.
+// The same for a model of characters (BpeModel::characters).
+std::unique_ptr<Tokenizer> make_character_bpe_tokenizer(BpeModel model, TokenizerConfig config,
+                                                        const std::string& where);
+// Throws CheckpointError where a token that the configuration names is not in the vocabulary.
+void check_named_tokens(const Tokenizer& tokenizer, const TokenizerConfig& config, bool adds_bos,
+                        const std::string& where);
+
+// A tokenizer.json of the byte-level BPE kind (GPT-2, SmolLM2, Qwen2, LLaMA 3), or of the SentencePiece kind
+// (LLaMA, Mistral, by transformers). The added tokens go to `config`.
 BpeModel read_tokenizer_json(const std::filesystem::path& file, TokenizerConfig& config);
+// What a tokenizer.json knows, without a look at how it cuts texts: any kind will do.
+struct TokenizerJsonOutline {
+  bool is_byte_level = false;
+  int64_t num_tokens = 0;  // of its model: one past the largest id, added tokens left out
+  std::vector<AddedToken> added_tokens;
+};
+TokenizerJsonOutline outline_of_tokenizer_json(const std::filesystem::path& file);
+
 void write_tokenizer_json(const std::filesystem::path& file, const BpeModel& model,
                           const TokenizerConfig& config, int64_t bos_id);
 

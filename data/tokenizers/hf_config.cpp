@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/chat_template.h"
 #include "base/error.h"
 #include "base/files.h"
 #include "base/words.h"
@@ -21,8 +22,8 @@ std::string token_text(const Json& fields, const char* name, const std::string& 
 }
 
 int64_t checked_id(int64_t id, const std::string& where) {
-  CALDERA_CHECK(id >= 0 && id < kMaxTokenId, CheckpointError, "{}: token id {} is out of range [0, {})", where, id,
-                kMaxTokenId);
+  CALDERA_CHECK(id >= 0 && id < kMaxTokenId, CheckpointError, "{}: token id {} is out of range [0, {})",
+                where, id, kMaxTokenId);
   return id;
 }
 
@@ -43,16 +44,14 @@ void read_added_tokens_decoder(const Json& decoder, const std::string& where, To
   }
 }
 
-// A string, or (for several templates) a list of {"name", "template"} of which "default" counts.
-std::string chat_template_of(const Json& fields) {
-  const auto found = fields.find("chat_template");
-  if (found == fields.end()) return "";
-  if (found->is_string()) return found->get<std::string>();
-  if (!found->is_array()) return "";
-  for (const Json& entry : *found) {
-    if (entry.is_object() && entry.value("name", "") == "default") return entry.value("template", "");
-  }
-  return "";
+// Whether "additional_special_tokens" lists the token, by its text or as an object.
+bool names_additional(const Json& fields, const std::string& content) {
+  const auto list = fields.find("additional_special_tokens");
+  if (list == fields.end() || !list->is_array()) return false;
+  return std::any_of(list->begin(), list->end(), [&](const Json& entry) {
+    return entry == content ||
+           (entry.is_object() && entry.contains("content") && entry["content"] == content);
+  });
 }
 
 }  // namespace
@@ -67,6 +66,12 @@ const AddedToken* TokenizerConfig::find_added(std::string_view content) const {
     if (token.content == content) return &token;
   }
   return nullptr;
+}
+
+const AddedToken* TokenizerConfig::find_added(int64_t id) const {
+  const auto place = std::lower_bound(added_tokens.begin(), added_tokens.end(), id,
+                                      [](const AddedToken& a, int64_t wanted) { return a.id < wanted; });
+  return place != added_tokens.end() && place->id == id ? &*place : nullptr;
 }
 
 void TokenizerConfig::add(AddedToken token) {
@@ -106,11 +111,15 @@ TokenizerConfig read_tokenizer_config(const fs::path& folder) {
   for (const auto& [content, id] : added_tokens.items()) {
     CALDERA_CHECK(id.is_number_integer(), CheckpointError, "{}: \"{}\": expected a token id, got {}", where,
                   content, id.type_name());
-    config.add({checked_id(id.get<int64_t>(), where), content});
+    // Only what one of the other files calls special is.
+    const bool is_special = content == config.bos_token || content == config.eos_token ||
+                            content == config.unk_token || content == config.pad_token ||
+                            content == kImagePlaceholder || names_additional(config.fields, content) ||
+                            names_additional(map, content);
+    config.add({checked_id(id.get<int64_t>(), where), content, is_special, false, false, !is_special});
   }
 
-  const fs::path jinja = folder / "chat_template.jinja";
-  config.chat_template = fs::exists(jinja) ? read_file(jinja) : chat_template_of(config.fields);
+  config.chat_template = read_chat_template(folder);
   return config;
 }
 

@@ -29,11 +29,12 @@ struct TokenizerConfig {
 
   bool flag(const char* name, bool fallback) const;
   const AddedToken* find_added(std::string_view content) const;
+  const AddedToken* find_added(int64_t id) const;
   // Adds the token with `id`, unless it is there; keeps ids ascending.
   void add(AddedToken token);
 };
 
-// Reads tokenizer_config.json, special_tokens_map.json, added_tokens.json and chat_template.jinja, as far as
+// Reads tokenizer_config.json, special_tokens_map.json, added_tokens.json and the chat template, as far as
 // they are there. Throws CheckpointError naming the file and the field that is not what HF writes.
 TokenizerConfig read_tokenizer_config(const std::filesystem::path& folder);
 

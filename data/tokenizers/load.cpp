@@ -5,6 +5,15 @@
 #include "data/tokenizers/factories.h"
 
 namespace caldera {
+namespace {
+
+std::unique_ptr<Tokenizer> load_json(const fs::path& json, TokenizerConfig config) {
+  BpeModel bpe = read_tokenizer_json(json, config);
+  return bpe.characters ? make_character_bpe_tokenizer(std::move(bpe), std::move(config), json.string())
+                        : make_byte_level_bpe_tokenizer(std::move(bpe), std::move(config), json.string());
+}
+
+}  // namespace
 
 std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
   if (fs::is_regular_file(path)) {
@@ -20,14 +29,23 @@ std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
       "{}: no such file or folder; expected a folder with tokenizer.model or tokenizer.json, or a GGUF file",
       path.string());
   const fs::path model = path / "tokenizer.model", json = path / "tokenizer.json";
-  if (fs::exists(model))
-    return make_sentencepiece_tokenizer(read_file(model), read_tokenizer_config(path), model.string());
+  if (fs::exists(model)) {
+    TokenizerConfig config = read_tokenizer_config(path);
+    std::string bytes = read_file(model);
+    if (fs::exists(json)) {
+      // It may know more: tokens added later, or another model than this one was.
+      TokenizerJsonOutline outline = outline_of_tokenizer_json(json);
+      if (outline.is_byte_level ||
+          outline.num_tokens > check_sentencepiece_model(bytes, model.string()).num_pieces)
+        return load_json(json, std::move(config));
+      for (AddedToken& token : outline.added_tokens) config.add(std::move(token));
+    }
+    return make_sentencepiece_tokenizer(std::move(bytes), std::move(config), model.string());
+  }
   CALDERA_CHECK(fs::exists(json), CheckpointError,
                 "{}: no tokenizer here; expected tokenizer.model (SentencePiece) or tokenizer.json",
                 path.string());
-  TokenizerConfig config = read_tokenizer_config(path);
-  BpeModel bpe = read_tokenizer_json(json, config);
-  return make_byte_level_bpe_tokenizer(std::move(bpe), std::move(config), json.string());
+  return load_json(json, read_tokenizer_config(path));
 }
 
 }  // namespace caldera

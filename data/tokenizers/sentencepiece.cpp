@@ -5,6 +5,7 @@
 #include "base/error.h"
 #include "base/files.h"
 #include "base/words.h"
+#include "data/tokenizers/added_tokens.h"
 #include "data/tokenizers/factories.h"
 #include "data/tokenizers/sentencepiece_model.h"
 #include "data/tokenizers/utf8.h"
@@ -49,14 +50,13 @@ class SentencePieceTokenizer final : public Tokenizer {
     name(config_.unk_token, processor_.unk_id());
     name(config_.pad_token, processor_.pad_id());
     num_unk_pieces_ = processor_.EncodeAsPieces(config_.unk_token).size();
+    added_ = AddedTokenFinder(config_, [this](int64_t id) { return is_user_defined(id); });
   }
 
   std::vector<Token> encode(std::string_view text, TextContext context) const override {
-    if (text.empty()) return {};
-    const bool wants_prefix =
-        legacy_ ? kind_.add_dummy_prefix : context == TextContext::kStart && add_prefix_;
-    return kind_.has_separate_words && is_plain(text) ? encode_words(text, wants_prefix)
-                                                      : encode_whole(text, wants_prefix);
+    return added_.encode(text, context, [this](std::string_view part, TextContext place) {
+      return encode_plain(part, place);
+    });
   }
 
   std::string decode(std::span<const int64_t> ids) const override {
@@ -76,8 +76,12 @@ class SentencePieceTokenizer final : public Tokenizer {
       run.clear();
     };
     for (const int64_t id : ids) {
-      if (const AddedToken* added = find_added(id)) {
+      if (const AddedToken* added = config_.find_added(id)) {
         if (added->special) continue;
+        if (is_user_defined(id)) {
+          run.push_back(static_cast<int>(id));
+          continue;
+        }
         flush();
         text += added->content;
       } else if (id >= 0 && id < num_pieces_) {
@@ -95,6 +99,10 @@ class SentencePieceTokenizer final : public Tokenizer {
     return id >= 0 && id < processor_.GetPieceSize() && processor_.IdToPiece(id) == token ? id : -1;
   }
 
+  bool takes_space_behind(int64_t id) const override {
+    const AddedToken* added = config_.find_added(id);
+    return added != nullptr && added->rstrip;
+  }
   int64_t vocab_size() const override {
     return std::max(num_pieces_, config_.added_tokens.empty() ? 0 : config_.added_tokens.back().id + 1);
   }
@@ -114,6 +122,9 @@ class SentencePieceTokenizer final : public Tokenizer {
          {config.unk_token, config.bos_token, config.eos_token, config.pad_token}) {
       if (!token.empty()) config.add({token_id(token), token});
     }
+    // Pieces that stand for themselves are one token to HF's other library, which knows no such pieces.
+    for (const int64_t id : kind_.user_defined)
+      config.add({id, processor_.IdToPiece(static_cast<int>(id)), /*special=*/false});
     config.fields["legacy"] =
         legacy_;  // said aloud: what its absence means has changed between versions of HF's library
     config.fields["add_bos_token"] = add_bos_;
@@ -145,6 +156,18 @@ class SentencePieceTokenizer final : public Tokenizer {
   }
 
  private:
+  bool is_user_defined(int64_t id) const {
+    return std::binary_search(kind_.user_defined.begin(), kind_.user_defined.end(), id);
+  }
+
+  std::vector<Token> encode_plain(std::string_view text, TextContext context) const {
+    if (text.empty()) return {};
+    const bool wants_prefix =
+        legacy_ ? kind_.add_dummy_prefix : context == TextContext::kStart && add_prefix_;
+    return kind_.has_separate_words && is_plain(text) ? encode_words(text, wants_prefix)
+                                                      : encode_whole(text, wants_prefix);
+  }
+
   // The library's own way.
   std::vector<Token> encode_whole(std::string_view text, bool wants_prefix) const {
     std::string prefix;
@@ -210,12 +233,6 @@ class SentencePieceTokenizer final : public Tokenizer {
     return tokens;
   }
 
-  const AddedToken* find_added(int64_t id) const {
-    for (const AddedToken& token : config_.added_tokens) {
-      if (token.id == id) return &token;
-    }
-    return nullptr;
-  }
   std::vector<Piece> pieces() const {
     std::vector<Piece> pieces;
     for (int id = 0; id < static_cast<int>(num_pieces_); ++id) {
@@ -223,6 +240,7 @@ class SentencePieceTokenizer final : public Tokenizer {
                              : processor_.IsControl(id) ? PieceType::kControl
                              : processor_.IsUnused(id)  ? PieceType::kUnused
                              : processor_.IsByte(id)    ? PieceType::kByte
+                             : is_user_defined(id)      ? PieceType::kUserDefined
                                                         : PieceType::kNormal;
       pieces.push_back({processor_.IdToPiece(id), processor_.GetScore(id), type});
     }
@@ -237,6 +255,7 @@ class SentencePieceTokenizer final : public Tokenizer {
   bool legacy_ = true, add_bos_ = true, add_prefix_ = true;
   int64_t num_pieces_ = 0;
   size_t num_unk_pieces_ = 0;
+  AddedTokenFinder added_;
   WordCache words_;
 };
 

@@ -174,6 +174,7 @@ SentencePieceKind check_sentencepiece_model(std::string_view proto, const std::s
   size_t num_unknown = 0;
   bool knows_space = false, pieces_keep_to_words = true;
   Flags flags, denormalizer;
+  std::vector<int64_t> user_defined;
   while (reader.next()) {
     if (reader.number < 1 || reader.number > 5) continue;
     reader.expect(2);
@@ -181,6 +182,7 @@ SentencePieceKind check_sentencepiece_model(std::string_view proto, const std::s
       reader.check(seen.size() < kMaxPieces, "it has more than two million pieces");
       const CheckedPiece piece = check_piece(reader.data, where, seen);
       if (piece.type == PieceType::kUnknown) ++num_unknown;
+      if (piece.type == PieceType::kUserDefined) user_defined.push_back(static_cast<int64_t>(seen.size()) - 1);
       if (piece.text == kVisibleSpace) knows_space = piece.type == PieceType::kNormal;
       if (piece.type == PieceType::kUserDefined || joins_words(piece.text)) pieces_keep_to_words = false;
     } else if (reader.number == 2) {
@@ -195,7 +197,8 @@ SentencePieceKind check_sentencepiece_model(std::string_view proto, const std::s
   reader.check(num_unknown == 1, "it has not exactly one unknown piece");
   const bool is_bpe = flags.model_type == 2;
   const bool keeps_spaces = flags.escape_spaces && !flags.remove_extra_spaces && !flags.spaces_end_words;
-  return {is_bpe, flags.add_dummy_prefix, is_bpe && keeps_spaces && knows_space && pieces_keep_to_words};
+  return {is_bpe, flags.add_dummy_prefix, is_bpe && keeps_spaces && knows_space && pieces_keep_to_words,
+          std::ssize(seen), std::move(user_defined)};
 }
 
 std::string make_sentencepiece_model(const std::vector<Piece>& pieces, bool add_dummy_prefix) {

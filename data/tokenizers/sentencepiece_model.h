@@ -35,6 +35,8 @@ struct SentencePieceKind {
   // else (merges make nothing but pieces), none is matched before merging, and the normaliser keeps every
   // space.
   bool has_separate_words = false;
+  int64_t num_pieces = 0;
+  std::vector<int64_t> user_defined;  // ids of the pieces that are matched before merging, ascending
 };
 // Throws CheckpointError "WHERE: what" unless the bytes are a BPE or unigram model with an identity
 // normaliser (LLaMA's kind) whose every field lies inside the file, with one unknown piece and a sane number

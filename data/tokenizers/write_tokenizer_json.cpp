@@ -61,13 +61,13 @@ void write_document(const fs::path& file, const Document& document, const Tokeni
   write_file_atomic(file, text);
 }
 
-Json model_json(const char* unk_token, bool byte_fallback, bool ignore_merges) {
+Json model_json(const char* unk_token, bool byte_fallback, bool fuse_unk, bool ignore_merges) {
   return {{"type", "BPE"},
           {"dropout", nullptr},
           {"unk_token", unk_token == nullptr ? Json() : Json(unk_token)},
           {"continuing_subword_prefix", nullptr},
           {"end_of_word_suffix", nullptr},
-          {"fuse_unk", byte_fallback},
+          {"fuse_unk", fuse_unk},
           {"byte_fallback", byte_fallback},
           {"ignore_merges", ignore_merges}};
 }
@@ -114,11 +114,22 @@ Json add_bos_json(const std::string& bos, int64_t id) {
 void write_tokenizer_json(const fs::path& file, const BpeModel& model, const TokenizerConfig& config,
                           int64_t bos_id) {
   Document document;
-  if (model.nfc) document.normalizer = {{"type", "NFC"}};
-  document.pre_tokenizer = steps_json(model);
-  document.post_processor = model.adds_bos ? add_bos_json(config.bos_token, bos_id) : byte_level_json(true);
-  document.decoder = byte_level_json(true);
-  document.model = model_json(nullptr, false, model.ignore_merges);
+  if (model.adds_bos) document.post_processor = add_bos_json(config.bos_token, bos_id);
+  if (const auto& kind = model.characters) {
+    document.normalizer = kind->normalizer;
+    document.pre_tokenizer = kind->pre_tokenizer;
+    document.decoder = kind->decoder;
+    const bool has_unknown = kind->unknown >= 0;
+    document.model =
+        model_json(has_unknown ? model.tokens[static_cast<size_t>(kind->unknown)].c_str() : nullptr,
+                   kind->byte_fallback, kind->fuse_unknown, model.ignore_merges);
+  } else {
+    if (model.nfc) document.normalizer = {{"type", "NFC"}};
+    document.pre_tokenizer = steps_json(model);
+    if (!model.adds_bos) document.post_processor = byte_level_json(true);
+    document.decoder = byte_level_json(true);
+    document.model = model_json(nullptr, false, false, model.ignore_merges);
+  }
   document.vocab.assign(model.tokens.begin(), model.tokens.end());
   for (const auto& [left, right] : model.merges) {
     document.merges.emplace_back(document.vocab[static_cast<size_t>(left)],
@@ -147,7 +158,7 @@ void write_sentencepiece_json(const fs::path& file, const std::vector<Piece>& pi
                                {{"type", "Fuse"}}});
   if (flags.add_prefix) decoders.push_back({{"type", "Strip"}, {"content", " "}, {"start", 1}, {"stop", 0}});
   document.decoder = {{"type", "Sequence"}, {"decoders", decoders}};
-  document.model = model_json(config.unk_token.c_str(), true, false);
+  document.model = model_json(config.unk_token.c_str(), true, true, false);
 
   // SentencePiece merges any two neighbours that make a piece, the best-scored piece first. As merges: every
   // way to make each piece of two others, by score.

@@ -46,7 +46,8 @@ TEST(Dataset, AnImageIsKeptWholeOrNotAtAll) {
 }
 
 TEST(Dataset, PicturesAreTowersPixels) {
-  const Sample sample = make_sample(fake_record("r", "<image>", "a", {"rgb.png"}), kGoldenPictures, fake_format(8));
+  const Sample sample =
+      make_sample(fake_record("r", "<image>", "a", {"rgb.png"}), kGoldenPictures, fake_format(8));
   ASSERT_EQ(sample.pixels.size(), 1u);
   EXPECT_EQ(sample.pixels[0].sizes(), (at::IntArrayRef{3, 8, 8}));
   EXPECT_EQ(sample.pixels[0].scalar_type(), at::kByte);
@@ -61,9 +62,9 @@ TEST(Dataset, ErrorsNameTheRecordAndTheFile) {
   EXPECT_THAT(message("resize.bin"),
               AllOf(HasSubstr("record \"r5\""), HasSubstr("resize.bin"), HasSubstr("not a picture")));
   EXPECT_THAT(message("../../x.png"), AllOf(HasSubstr("record \"r5\""), HasSubstr("\"..\"")));
-  EXPECT_THAT(
-      error_of<DataError>([] { make_sample(fake_record("r6", "<image>", "a"), kGoldenPictures, fake_format()); }),
-      AllOf(HasSubstr("record \"r6\""), HasSubstr("only 0 images")));
+  EXPECT_THAT(error_of<DataError>(
+                  [] { make_sample(fake_record("r6", "<image>", "a"), kGoldenPictures, fake_format()); }),
+              AllOf(HasSubstr("record \"r6\""), HasSubstr("only 0 images")));
 }
 
 TEST(Dataset, TheCacheKeepsPixelsUpToItsSize) {
@@ -75,6 +76,27 @@ TEST(Dataset, TheCacheKeepsPixelsUpToItsSize) {
   EXPECT_TRUE(cache.find("rgb.png").is_same(a.pixels[0]));
   EXPECT_FALSE(cache.find("rgb.jpg").defined());
   EXPECT_TRUE(make_sample(first, kGoldenPictures, fake_format(8), &cache).pixels[0].is_same(a.pixels[0]));
+}
+
+TEST(Dataset, FindsTheRecordsThatAreCutToNothing) {
+  std::vector<Record> records;
+  for (int i = 0; i < 400; ++i)
+    records.push_back(fake_record(fmt::format("r{}", i), std::string(i % 30 == 7 ? 50 : 20, 'q'), "x"));
+  const SampleFormat format = fake_format(8, 4, /*max_length=*/40);
+  std::vector<int64_t> calls;
+  const std::vector<size_t> places =
+      cut_to_nothing(records, format, [&](int64_t num_seen) { calls.push_back(num_seen); });
+  ASSERT_EQ(places.size(), 14u);
+  for (size_t i = 0; i < places.size(); ++i) EXPECT_EQ(places[i], 7 + 30 * i);
+  EXPECT_EQ(calls.front(), 0);
+  EXPECT_EQ(calls.back(), 400);
+  const std::string message = cut_to_nothing_message(records, places, "d.json", format);
+  EXPECT_THAT(message,
+              ::testing::StartsWith("d.json: 14 of 400 records are longer than model_max_length 40"));
+  EXPECT_THAT(message, ::testing::HasSubstr(", the first of them: 7 (id \"r7\"), 37 (id \"r37\")"));
+  EXPECT_EQ(message.find("r307"), std::string::npos);  // the eleventh
+  EXPECT_TRUE(cut_to_nothing(records, fake_format(8, 4, 60)).empty());
+  EXPECT_TRUE(cut_to_nothing({}, format).empty());
 }
 
 }  // namespace caldera

@@ -88,6 +88,15 @@ std::string decode_error(std::string_view bytes) {
   return error_of<DataError>([&] { decode_image(bytes, "pic"); });
 }
 
+std::string from_hex(std::string_view hex) {
+  std::string bytes;
+  for (size_t i = 0; i + 1 < hex.size(); i += 2)
+    bytes += static_cast<char>(std::stoi(std::string(hex.substr(i, 2)), nullptr, 16));
+  return bytes;
+}
+
+std::string to_string(const Image& image) { return {image.pixels.begin(), image.pixels.end()}; }
+
 }  // namespace
 
 TEST(Image, ResizeEqualsPillowBitForBit) {
@@ -235,9 +244,81 @@ TEST(Image, AGifCountsUpToItsFirstFrame) {
   EXPECT_THAT(decode_error(changed), HasSubstr("65535 x 65535 pixels is more than the limit"));
 }
 
+// Files of two frames of 4 x 3 pixels, and the first one's pixels, by PIL 13.
+TEST(Image, AnAnimatedWebpIsItsFirstFrame) {
+  const std::string opaque = from_hex(
+      "524946460e01000057454250565038580a00000002000000030000020000414e494d06000000000000000000414e4d466c0000"
+      "0000"
+      "0000000000030000020000640000025650384c530000002f038000005f6016009a3390be40ba82c96512c39ac45cd44492a426"
+      "8f1f"
+      "2286902c3d4100c938e18c33c238e38c33ffe1e8d4db054734553e8022b37f458de9777b401660a2318cf9f4461146f411fd8f"
+      "3e43"
+      "00414e4d466e000000000000000000030000020000640000005650384c560000002f038000005f601600138a7dfb063282be08"
+      "1208"
+      "a62fa59402511bdb369cfefb8a8c4ca629040124e38433ce08e38c33cefc477fe600e5c0e6bc5af3cfa271b766cb9e900ec802"
+      "4cae"
+      "c1ec8f2d9f2c428de87f50f301");
+  EXPECT_EQ(to_string(decode_image(opaque, "pic")),
+            from_hex("41c700961a28271150c45c78f9cf00951328d9ef509c4478bf39000f69280a4650315778"));
+  const std::string transparent = from_hex(
+      "524946461601000057454250565038580a00000012000000030000020000414e494d06000000000000000000414e4d46720000"
+      "0000"
+      "0000000000030000020000640000025650384c5a0000002f038000105fa02492154abe0a64a01996704fd18012e86f1e35916c"
+      "353f"
+      "b7bf0fc40a25284107da09b26d86739ca10ee7380282a2e74c0ff3fd5bf102849ae4a0efcb0646fc83a19a01598069f49ec024"
+      "1288"
+      "218122fa1f7d86414e4d4670000000000000000000030000020000640000025650384c570000002f038000105fa02600082685"
+      "f16b"
+      "a6005db412458219445124496dfce237901c44251416300041b64d718e73d4210a088a9e333dec6d0f80af0e7d114dfee5815a"
+      "be1f"
+      "ef44036401a6d1770e03882181208ae87f50f30100");
+  EXPECT_EQ(to_string(decode_image(transparent, "pic")),
+            from_hex("41c700961a28271150c45c78f9cf00951328d9ef509c4478bf39000f69280a4650315778"));
+
+  // On a larger picture the frame lies at its place and the rest is black.
+  std::string larger = opaque;
+  larger[24] = 7;  // 8 x 6 pixels
+  larger[27] = 5;
+  larger[52] = 1;  // at 2, 2
+  larger[55] = 1;
+  const Image image = decode_image(larger, "pic");
+  ASSERT_EQ(image.width, 8);
+  ASSERT_EQ(image.height, 6);
+  EXPECT_EQ(image.pixels[0], 0);
+  EXPECT_EQ(image.pixels[(2 * 8 + 2) * 3], 0x41);
+  EXPECT_EQ(image.pixels[(4 * 8 + 5) * 3 + 2], 0x78);
+  EXPECT_EQ(image.pixels[(2 * 8 + 6) * 3 + 1], 0);
+
+  larger[52] = 9;
+  EXPECT_THAT(decode_error(larger),
+              HasSubstr("pic: an animated WebP whose first frame (4 x 3 at 18, 2) reaches"));
+  std::string lacking = opaque;
+  for (size_t at = lacking.find("ANMF"); at != std::string::npos; at = lacking.find("ANMF", at + 1))
+    lacking[at] = 'X';
+  EXPECT_THAT(decode_error(lacking), HasSubstr("pic: an animated WebP without a whole frame"));
+  for (size_t at = 0; at < opaque.size(); ++at) {  // whatever is broken is an error, or pixels
+    std::string broken = opaque;
+    broken[at] = static_cast<char>(~broken[at]);
+    const std::string error = decode_error(broken);
+    EXPECT_TRUE(error == "accepted" || error.starts_with("pic: ")) << error;
+  }
+}
+
 TEST(Image, BytesAfterTheEndAreAllowed) {
   const std::string jpeg = read_file(kGoldens / "rgb.jpg");
   EXPECT_EQ(decode_image(jpeg + "trailing \xFF bytes", "pic").pixels, decode_image(jpeg, "pic").pixels);
+}
+
+TEST(Image, RefusesAJpegOfVeryManyScans) {
+  const std::string jpeg = read_file(kGoldens / "progressive.jpg");
+  const size_t last_scan = jpeg.rfind("\xFF\xDA");
+  const auto with_scans = [&](int num_more) {
+    std::string bytes = jpeg.substr(0, jpeg.size() - 2);
+    for (int i = 0; i < num_more; ++i) bytes += jpeg.substr(last_scan, jpeg.size() - 2 - last_scan);
+    return bytes + "\xFF\xD9";
+  };
+  EXPECT_EQ(decode_error(with_scans(60)), "accepted");
+  EXPECT_THAT(decode_error(with_scans(120)), HasSubstr("pic: a JPEG of more than 100 scans"));
 }
 
 TEST(Image, RefusesPixelBombsBeforeDecoding) {

@@ -14,7 +14,6 @@ namespace {
 
 using ::testing::HasSubstr;
 
-
 std::shared_ptr<std::vector<Record>> make_records(int count) {
   auto records = std::make_shared<std::vector<Record>>();
   for (int i = 0; i < count; ++i) {
@@ -86,7 +85,8 @@ TEST(Loader, CountsWhatAStepHolds) {
       num_images += batch.num_images();
       ids.insert(batch.sample_ids.begin(), batch.sample_ids.end());
     }
-    EXPECT_EQ(step.num_tokens, num_tokens + std::ssize(step.sample_ids));  // each one's last id is a label alone
+    EXPECT_EQ(step.num_tokens,
+              num_tokens + std::ssize(step.sample_ids));  // each one's last id is a label alone
     EXPECT_EQ(step.num_supervised, num_supervised);
     EXPECT_EQ(step.num_images, num_images);
     EXPECT_EQ(ids, std::multiset<std::string>(step.sample_ids.begin(), step.sample_ids.end()));
@@ -128,9 +128,80 @@ TEST(Loader, ABrokenPictureIsAnErrorOfItsStep) {
     EXPECT_THAT(error_of<DataError>([&] { loader.next(data); }), HasSubstr("record \"r5\""));
   }
   EXPECT_THAT(error_of<DataError>([] {
-                Loader(std::make_shared<std::vector<Record>>(), kGoldenPictures, fake_format(), make_options(1));
+                Loader(std::make_shared<std::vector<Record>>(), kGoldenPictures, fake_format(),
+                       make_options(1));
               }),
               HasSubstr("no records"));
+}
+
+TEST(Loader, WhatIsCutToNothingIsPassedOverOnEveryRankAlike) {
+  auto records = make_records(22);
+  const std::string long_question(60, 'q');  // of a model_max_length of 50
+  for (const size_t i : {2, 3, 11})
+    (*records)[i].turns[0].value = (i == 3 ? "" : "<image>\n") + long_question;
+  (*records)[11].images = {"missing.png"};  // nobody looks at it
+  const SampleFormat format = fake_format(8, 4, /*max_length=*/50);
+  const auto run_rank = [&](int rank, int num_ranks, int64_t first_step) {
+    LoaderOptions options = make_options(2);
+    options.rank = rank;
+    options.num_ranks = num_ranks;
+    options.num_epochs = 1;
+    Loader loader(records, kGoldenPictures, format, options, first_step);
+    std::vector<StepData> steps;
+    for (StepData data; loader.next(data);) steps.push_back(std::move(data));
+    return steps;
+  };
+  const std::vector<StepData> whole = run_rank(0, 1, 0);
+  ASSERT_EQ(whole.size(), 6u);
+  std::multiset<std::string> passed_over, used;
+  for (const StepData& step : whole) {
+    passed_over.insert(step.passed_over.begin(), step.passed_over.end());
+    used.insert(step.sample_ids.begin(), step.sample_ids.end());
+    for (const PackedBatch& batch : step.micro_batches)
+      for (const int64_t num_supervised : batch.num_supervised) EXPECT_GT(num_supervised, 0);
+  }
+  EXPECT_EQ(passed_over, (std::multiset<std::string>{"r11", "r2", "r3"}));
+  EXPECT_EQ(used.size(), 19u);
+  for (const int rank : {0, 1, 2}) {
+    const std::vector<StepData> steps = run_rank(rank, 3, 0);
+    ASSERT_EQ(steps.size(), whole.size());
+    for (size_t i = 0; i < steps.size(); ++i) {
+      EXPECT_EQ(steps[i].passed_over, whole[i].passed_over);
+      EXPECT_EQ(steps[i].sample_ids, whole[i].sample_ids);
+      EXPECT_EQ(steps[i].num_tokens, whole[i].num_tokens);
+      EXPECT_EQ(steps[i].num_images, whole[i].num_images);
+    }
+  }
+  const std::vector<StepData> resumed = run_rank(0, 1, 3);
+  for (size_t i = 0; i < resumed.size(); ++i) {
+    expect_equal(resumed[i], whole[i + 3]);
+    EXPECT_EQ(resumed[i].passed_over, whole[i + 3].passed_over);
+  }
+}
+
+TEST(Loader, AStepOfWhichNothingIsLeftIsAnEmptyStep) {
+  const auto records = std::make_shared<std::vector<Record>>(
+      std::vector<Record>{fake_record("long", std::string(60, 'q'), "x"), fake_record("good", "q", "x")});
+  for (const int num_ranks : {1, 2}) {
+    LoaderOptions options = make_options(1);
+    options.global_batch_size = 1;
+    options.num_epochs = 1;
+    options.num_ranks = num_ranks;
+    Loader loader(records, kGoldenPictures, fake_format(8, 4, 50), options);
+    int num_empty = 0;
+    for (StepData data; loader.next(data);) {
+      if (data.passed_over.empty()) {
+        EXPECT_THAT(data.sample_ids, ::testing::ElementsAre("good"));
+        continue;
+      }
+      ++num_empty;
+      EXPECT_THAT(data.passed_over, ::testing::ElementsAre("long"));
+      EXPECT_TRUE(data.sample_ids.empty() && data.micro_batches.empty());
+      EXPECT_EQ(data.num_tokens + data.num_supervised + data.num_images, 0);
+      EXPECT_EQ(data.num_micro_batches, std::vector<int64_t>(static_cast<size_t>(num_ranks)));
+    }
+    EXPECT_EQ(num_empty, 1);
+  }
 }
 
 TEST(Loader, MayBeLeftAtAnyTime) {
@@ -168,7 +239,8 @@ TEST(Loader, RanksTakeTurnsInPackAll) {
       num_batches += std::ssize(mine.batches);
       for (size_t i = 0; i < mine.batches.size(); ++i) {
         const PackedBatch &got = mine.batches[i],
-                          &expected = whole.batches[i * static_cast<size_t>(num_ranks) + static_cast<size_t>(rank)];
+                          &expected =
+                              whole.batches[i * static_cast<size_t>(num_ranks) + static_cast<size_t>(rank)];
         EXPECT_EQ(got.sample_ids, expected.sample_ids);
         EXPECT_TRUE(at::equal(got.input_ids_T, expected.input_ids_T));
         EXPECT_TRUE(at::equal(got.pixels_ICYX, expected.pixels_ICYX));
@@ -181,7 +253,8 @@ TEST(Loader, RanksTakeTurnsInPackAll) {
   ASSERT_THAT(whole.batches[0].sample_ids, ::testing::Contains("r1"));
   EXPECT_THAT(error_of<DataError>([&] { pack_all(*records, kGoldenPictures, fake_format(), 40, 0, 2); }),
               HasSubstr("record \"r1\""));
-  EXPECT_EQ(error_of<DataError>([&] { pack_all(*records, kGoldenPictures, fake_format(), 40, 1, 2); }), "accepted");
+  EXPECT_EQ(error_of<DataError>([&] { pack_all(*records, kGoldenPictures, fake_format(), 40, 1, 2); }),
+            "accepted");
 }
 
 TEST(Loader, RanksShareTheSameSteps) {
@@ -205,10 +278,13 @@ TEST(Loader, RanksShareTheSameSteps) {
         EXPECT_EQ(data.num_supervised, whole[step].num_supervised);
         EXPECT_EQ(data.num_images, whole[step].num_images);
         EXPECT_EQ(data.num_micro_batches, of_rank[0][step].num_micro_batches);
-        EXPECT_EQ(data.num_micro_batches[static_cast<size_t>(rank)], static_cast<int64_t>(data.micro_batches.size()));
-        for (const PackedBatch& batch : data.micro_batches) dealt.insert(batch.sample_ids.begin(), batch.sample_ids.end());
+        EXPECT_EQ(data.num_micro_batches[static_cast<size_t>(rank)],
+                  static_cast<int64_t>(data.micro_batches.size()));
+        for (const PackedBatch& batch : data.micro_batches)
+          dealt.insert(batch.sample_ids.begin(), batch.sample_ids.end());
       }
-      EXPECT_EQ(dealt, std::multiset<std::string>(whole[step].sample_ids.begin(), whole[step].sample_ids.end()));
+      EXPECT_EQ(dealt,
+                std::multiset<std::string>(whole[step].sample_ids.begin(), whole[step].sample_ids.end()));
     }
   }
 }

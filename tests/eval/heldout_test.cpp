@@ -162,7 +162,7 @@ TEST_F(Heldout, FaultsOfTheDataShowBeforeAModelIsOpened) {
   const Json question = {{"from", "human"}, {"value", "<image>\nWell?"}};
   const Json answer = {{"from", "gpt"}, {"value", "Well."}};
   const Json unanswered = {{{"id", "lonely"}, {"image", "red.png"}, {"conversations", {question}}}};
-  EXPECT_THAT(faults_of(unanswered), ::testing::HasSubstr(file.string() + ": record \"lonely\""));
+  EXPECT_THAT(faults_of(unanswered), ::testing::HasSubstr(file.string() + ": record 0 (id \"lonely\"): no answer"));
   const Json unseen = {{{"id", "unseen"}, {"image", "green.png"}, {"conversations", {question, answer}}}};
   for (const std::string& captions : {std::string(), config().data_path})
     EXPECT_THAT(faults_of(unseen, captions),
