@@ -20,7 +20,7 @@ namespace {
 
 constexpr size_t kSmall = 256 << 10;  // below: malloc, which keeps such blocks by itself
 constexpr size_t kUnit = 64 << 10;    // sizes and places are multiples of it
-constexpr double kSlack = 1.25;       // resident over live, at the most
+constexpr double kSlack = 1.25;       // resident over the most that was live since settle(), at the most
 
 // One range of addresses, of which the kernel gives memory as it is touched. Blocks come from the smallest
 // free extent that holds them, at its low end; neighbours that are free become one. Steps of training are
@@ -51,27 +51,32 @@ class Arena {
     const auto found = by_size_.lower_bound({size, 0});
     if (found != by_size_.end()) {
       offset = found->second;
-      const Extent extent = remove(offset);
-      if (extent.size > size) insert(offset + size, {extent.size - size, extent.resident});
+      const size_t extent = remove(offset);
+      if (extent > size) insert(offset + size, extent - size);
     } else {
       // The last extent grows upwards, if it lies at the top.
-      if (!free_.empty() && free_.rbegin()->first + free_.rbegin()->second.size == top_) {
-        offset = free_.rbegin()->first;
-        remove(offset);
-      } else {
-        offset = top_;
-      }
+      const bool is_free_at_top = !free_.empty() && free_.rbegin()->first + free_.rbegin()->second == top_;
+      offset = is_free_at_top ? free_.rbegin()->first : top_;
       CALDERA_CHECK(offset + size <= size_, Error,
                     "out of memory: {} bytes for one tensor, {} bytes are in use. Take fewer tokens a "
                     "micro-batch, or recompute blocks (gradient_checkpointing)",
                     bytes, live_);
+      if (is_free_at_top) remove(offset);
       top_ = offset + size;
     }
+    mark_resident(offset, offset + size);
     sizes_[offset] = size;
     live_ += size;
     peak_ = std::max(peak_, live_);
-    if (static_cast<double>(top_ - released_) > kSlack * static_cast<double>(peak_)) release_idle();
+    high_ = std::max(high_, live_);
+    release_idle_above(high_);
     return base_ + offset;
+  }
+
+  void settle() {
+    const std::lock_guard lock(mutex_);
+    high_ = live_;
+    release_idle_above(high_);
   }
 
   // False where the block is not one of these.
@@ -80,21 +85,20 @@ class Arena {
     if (place < base_ || place >= base_ + size_) return false;
     const std::lock_guard lock(mutex_);
     const auto found = sizes_.find(static_cast<size_t>(place - base_));
-    size_t offset = found->first;
-    Extent extent{found->second, true};
+    size_t offset = found->first, size = found->second;
     sizes_.erase(found);
-    live_ -= extent.size;
+    live_ -= size;
     auto next = free_.lower_bound(offset);
-    if (next != free_.end() && next->first == offset + extent.size) extent.size += remove(next->first).size;
+    if (next != free_.end() && next->first == offset + size) size += remove(next->first);
     next = free_.lower_bound(offset);
     if (next != free_.begin()) {
       const auto before = std::prev(next);
-      if (before->first + before->second.size == offset) {
+      if (before->first + before->second == offset) {
         offset = before->first;
-        extent.size += remove(offset).size;
+        size += remove(offset);
       }
     }
-    insert(offset, extent);
+    insert(offset, size);
     return true;
   }
 
@@ -105,41 +109,50 @@ class Arena {
   }
 
  private:
-  struct Extent {
-    size_t size;
-    bool resident;  // some of it
-  };
-
-  void insert(size_t offset, const Extent& extent) {
-    free_[offset] = extent;
-    by_size_.insert({extent.size, offset});
-    if (!extent.resident) released_ += extent.size;
+  void insert(size_t offset, size_t size) {
+    free_[offset] = size;
+    by_size_.insert({size, offset});
   }
-  Extent remove(size_t offset) {
+  // Returns the size.
+  size_t remove(size_t offset) {
     const auto found = free_.find(offset);
-    const Extent extent = found->second;
-    by_size_.erase({extent.size, offset});
+    const size_t size = found->second;
+    by_size_.erase({size, offset});
     free_.erase(found);
-    if (!extent.resident) released_ -= extent.size;
-    return extent;
+    return size;
   }
-  // Gives the pages of all free extents back to the system.
-  void release_idle() {
-    for (auto& [offset, extent] : free_) {
-      if (!extent.resident) continue;
-      ::madvise(base_ + offset, extent.size, MADV_DONTNEED);
-      extent.resident = false;
-      released_ += extent.size;
+  // [begin, end) is about to be touched.
+  void mark_resident(size_t begin, size_t end) {
+    auto range = holes_.lower_bound(begin);
+    if (range != holes_.begin() && std::prev(range)->second > begin) --range;
+    while (range != holes_.end() && range->first < end) {
+      const auto [hole_begin, hole_end] = *range;
+      range = holes_.erase(range);
+      released_ -= std::min(end, hole_end) - std::max(begin, hole_begin);
+      if (hole_begin < begin) holes_[hole_begin] = begin;
+      if (hole_end > end) holes_[end] = hole_end;
+    }
+  }
+  // Gives the pages of all free extents back to the system where there are too many for `live` bytes.
+  void release_idle_above(size_t live) {
+    if (static_cast<double>(top_ - released_) <= kSlack * static_cast<double>(live)) return;
+    for (const auto& [offset, size] : free_) {
+      mark_resident(offset, offset + size);  // what was released before becomes one with the rest
+      ::madvise(base_ + offset, size, MADV_DONTNEED);
+      holes_[offset] = offset + size;
+      released_ += size;
     }
   }
 
   std::mutex mutex_;
   char* base_ = nullptr;
   size_t size_ = 0, top_ = 0;  // addresses; used so far
-  std::map<size_t, Extent> free_;
+  std::map<size_t, size_t> free_;   // sizes by offset
+  std::map<size_t, size_t> holes_;  // where nothing is resident, parts of free extents: ends by begin
   std::set<std::pair<size_t, size_t>> by_size_;  // (size, offset) of each
   std::unordered_map<size_t, size_t> sizes_;     // of the blocks in use, by offset
-  size_t live_ = 0, peak_ = 0, released_ = 0;
+  size_t live_ = 0, released_ = 0;
+  size_t peak_ = 0, high_ = 0;  // the most that was live, ever and since settle()
 };
 
 // Never destroyed: tensors in static storage outlive everything.
@@ -177,6 +190,8 @@ void use_caching_cpu_allocator() {
   c10::SetCPUAllocator(allocator, /*priority=*/100);
 #endif
 }
+
+void settle_cpu_memory() { arena().settle(); }
 
 CpuMemory cpu_memory() { return arena().state(); }
 

@@ -141,6 +141,8 @@ void add_train_options(CLI::App& command, TrainCommand& options) {
       .add_option("--resume", options.run.resume,
                   "auto: go on where the run's folder stands; never: start anew; or a checkpoint's folder")
       ->capture_default_str();
+  command.add_flag("--extend", options.run.extend,
+                   "go on to another number of steps (max_steps, num_train_epochs), although the learning rate jumps");
   command
       .add_option("--profile", options.profile_steps,
                   "record so many steps of each stage: a table and a Chrome trace in the stage's folder")

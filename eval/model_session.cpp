@@ -1,5 +1,6 @@
 #include "eval/model_session.h"
 
+#include "base/cpu_allocator.h"
 #include "base/error.h"
 #include "base/files.h"
 #include "base/json.h"
@@ -67,6 +68,7 @@ ModelSession open_model(const SessionOptions& options) {
   session.model->to(device, dtype);
   set_trainable(session.model->tensors(), false);
   if (int8) session.model->language->quantize_int8();
+  settle_cpu_memory();
   return session;
 }
 

@@ -55,8 +55,19 @@ Linear::Linear(int64_t num_inputs, std::vector<Module> modules, bool has_bias)
   if (has_bias) bias_O_ = at::empty({num_rows}, at::kFloat);
 }
 
-at::Tensor Linear::forward(const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed,
-                           bool needs_value) const {
+at::Tensor dropout_keys(const PackedBatch& batch, uint64_t seed) {
+  CALDERA_ASSERT(std::ssize(batch.sample_numbers) == batch.num_samples());
+  at::Tensor keys_T = at::empty({batch.num_tokens()}, at::kLong);
+  auto* key = keys_T.mutable_data_ptr<int64_t>();
+  for (size_t s = 0; s < batch.sample_numbers.size(); ++s) {
+    const int64_t length = batch.cu_seqlens[s + 1] - batch.cu_seqlens[s];
+    for (int64_t i = 0; i < length; ++i)
+      *key++ = static_cast<int64_t>(Rng(seed, batch.sample_numbers[s], i).next());
+  }
+  return keys_T.to(batch.input_ids_T.device(), /*non_blocking=*/true);
+}
+
+at::Tensor Linear::forward(const at::Tensor& x_TI, const at::Tensor& dropout_keys_T, bool needs_value) const {
   if (int8_) return affine_int8(x_TI, *int8_, bias_O_);
   at::Tensor y_TO = nf4_ ? affine_nf4(x_TI, *nf4_, bias_O_, needs_value)
                          : affine(x_TI, weight_OI_, bias_O_, needs_value, in_float8_);
@@ -64,24 +75,27 @@ at::Tensor Linear::forward(const at::Tensor& x_TI, std::optional<uint64_t> dropo
   std::vector<LowRankUpdate> updates;
   int64_t first_row = 0;
   for (size_t i = 0; i < modules_.size(); first_row += modules_[i++].num_rows) {
-    const uint64_t seed = dropout_seed ? mix64(*dropout_seed ^ hash_text(modules_[i].name)) : 0;
-    if (adapters_[i].a_RI.defined()) updates.push_back({adapters_[i].a_RI, adapters_[i].b_OR, first_row, seed});
+    if (adapters_[i].a_RI.defined())
+      updates.push_back({adapters_[i].a_RI, adapters_[i].b_OR, first_row, hash_text(modules_[i].name)});
   }
   // In place: nothing of y is kept for backward.
-  return add_low_rank_(y_TO, x_TI, updates, scaling_, dropout_seed ? dropout_ : 0, needs_value);
+  return add_low_rank_(y_TO, x_TI, updates, scaling_,
+                       {dropout_keys_T.defined() ? dropout_ : 0, dropout_keys_T}, needs_value);
 }
 
-at::Tensor Linear::forward_of(const std::function<at::Tensor(const at::Tensor&)>& make, const at::Tensor& source,
-                              std::optional<uint64_t> dropout_seed, bool needs_value) const {
+at::Tensor Linear::forward_of(const std::function<at::Tensor(const at::Tensor&)>& make,
+                              const at::Tensor& source, const at::Tensor& dropout_keys_T,
+                              bool needs_value) const {
   if (is_plain()) return affine_of(make, source, weight_OI_, bias_O_, needs_value, in_float8_);
-  return forward(make(source), dropout_seed, needs_value);
+  return forward(make(source), dropout_keys_T, needs_value);
 }
 
-WithResidual Linear::forward_of_norm(const at::Tensor& residual, const at::Tensor& update, const at::Tensor& norm,
-                                     double eps, std::optional<uint64_t> dropout_seed) const {
+WithResidual Linear::forward_of_norm(const at::Tensor& residual, const at::Tensor& update,
+                                     const at::Tensor& norm, double eps,
+                                     const at::Tensor& dropout_keys_T) const {
   if (is_plain()) return affine_of_norm(residual, update, norm, eps, weight_OI_, bias_O_, in_float8_);
   const auto [normed, sum] = add_rms_norm(residual, update, norm, eps);
-  return {forward(normed, dropout_seed), sum};
+  return {forward(normed, dropout_keys_T), sum};
 }
 
 void Linear::append_tensors(NamedTensors& list) {

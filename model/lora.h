@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/aten.h"
+#include "base/batch.h"
 #include "base/json.h"
 #include "model/module.h"
 #include "model/ops/matmul.h"
@@ -45,17 +46,17 @@ class Linear {
   // Float32 storage on the CPU, not yet set.
   Linear(int64_t num_inputs, std::vector<Module> modules, bool has_bias);
 
-  // x [T, I] -> [T, O]. With a seed, the adapters' inputs are dropped out; each module's mask is a function
-  // of the seed, its name and x's shape alone, so running a block again drops the same.
-  // `needs_value` as affine's.
-  at::Tensor forward(const at::Tensor& x_TI, std::optional<uint64_t> dropout_seed, bool needs_value = true) const;
+  // x [T, I] -> [T, O]. With keys of the rows (dropout_keys()) the adapters' inputs are dropped out; a
+  // module's mask is a function of the row's key, its name and the column alone, so running a block again
+  // drops the same. `needs_value` as affine's.
+  at::Tensor forward(const at::Tensor& x_TI, const at::Tensor& dropout_keys_T, bool needs_value = true) const;
   // forward(make(source)), of whose input nothing but `source` is kept for backward where no adapter needs it
   // (affine_of, model/ops/ops.h).
   at::Tensor forward_of(const std::function<at::Tensor(const at::Tensor&)>& make, const at::Tensor& source,
-                        std::optional<uint64_t> dropout_seed, bool needs_value = true) const;
+                        const at::Tensor& dropout_keys_T, bool needs_value = true) const;
   // The same of add_rms_norm(residual, update, norm, eps).value, beside its residual.
-  WithResidual forward_of_norm(const at::Tensor& residual, const at::Tensor& update, const at::Tensor& norm, double eps,
-                               std::optional<uint64_t> dropout_seed) const;
+  WithResidual forward_of_norm(const at::Tensor& residual, const at::Tensor& update, const at::Tensor& norm,
+                               double eps, const at::Tensor& dropout_keys_T) const;
   // Appends weights, biases and adapters under HF's names.
   void append_tensors(NamedTensors& list);
   // Appends the leaves that forward() uses.
@@ -93,6 +94,11 @@ class Linear {
   // Whether forward() is a plain affine(), which need not keep its input.
   bool is_plain() const { return !int8_ && !nf4_ && adapters_.empty(); }
 };
+
+// What adapters' dropout goes by: a hash of `seed` (the step's), the sample's place in the step and the
+// token's in the sample, int64 [T] on the batch's device. So any number of ranks and any packing drops the
+// same. The batch must say its samples' places (PackedBatch::sample_numbers).
+at::Tensor dropout_keys(const PackedBatch& batch, uint64_t seed);
 
 // Whether a tensor of this name belongs to an adapter.
 bool is_lora_name(const std::string& name);

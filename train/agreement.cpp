@@ -74,7 +74,10 @@ std::string describe_records(const std::vector<Record>& records) {
   for (const Record& record : records) {
     add_text(hasher, record.id);
     for (const std::string& image : record.images) add_text(hasher, image);
-    for (const Turn& turn : record.turns) add_text(hasher, turn.value);
+    for (const Turn& turn : record.turns) {
+      if (!turn.system.empty()) add_text(hasher, turn.system);
+      add_text(hasher, turn.value);
+    }
   }
   return fmt::format("{} records (XXH3 {})", records.size(), hasher.hex());
 }

@@ -45,6 +45,7 @@ Json write_share(const fs::path& folder, const CheckpointShare& share, Snapshot&
     write("model.safetensors", masters);
     write_json(folder / "trainer_state.json",
                {{"step", share.state.step},
+                {"num_updates", share.state.num_updates.value_or(share.state.step)},
                 {"seed", share.state.seed},
                 {"num_samples", share.state.num_samples ? Json(*share.state.num_samples) : Json()},
                 {"eval_loss", share.state.eval_loss ? Json(*share.state.eval_loss) : Json()},
@@ -251,6 +252,7 @@ CheckpointState read_checkpoint_state(const fs::path& folder) {
     const Json state = read_json(folder / "trainer_state.json");
     const Json eval_loss = state.value("eval_loss", Json()), num_samples = state.value("num_samples", Json());
     return {.step = state.at("step").get<int64_t>(),
+            .num_updates = state.value("num_updates", state.at("step").get<int64_t>()),
             .seed = state.at("seed").get<uint64_t>(),
             .num_samples = num_samples.is_null() ? std::nullopt : std::optional(num_samples.get<int64_t>()),
             .eval_loss = eval_loss.is_number() ? std::optional(eval_loss.get<double>()) : std::nullopt,
@@ -337,7 +339,8 @@ void load_checkpoint(const fs::path& folder, AdamW& optimizer) {
   const Parts model({folder / "model.safetensors"}), states(files);
   for (const auto& [name, master] : optimizer.masters()) model.read_into(master, name);
   for (const auto& [name, moment] : optimizer.moments()) states.read_into(moment, name);
-  optimizer.restore(read_checkpoint_state(folder).step);
+  const CheckpointState state = read_checkpoint_state(folder);
+  optimizer.restore(state.num_updates.value_or(state.step));
 }
 
 }  // namespace caldera

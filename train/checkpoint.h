@@ -30,6 +30,7 @@ namespace caldera {
 
 struct CheckpointState {
   int64_t step = 0;  // steps done
+  std::optional<int64_t> num_updates;  // of the weights, fewer where steps had nothing to learn; older checkpoints: `step`
   uint64_t seed = 0;
   std::optional<int64_t> num_samples;  // of the data, whose order depends on it; older checkpoints do not say
   std::optional<double> eval_loss;  // validation loss after that step, where it was measured

@@ -28,6 +28,7 @@ Json to_json(const StepMetrics& m) {
           {"step_ms", m.step_ms},
           {"data_wait_ms", m.data_wait_ms},
           {"peak_memory_bytes", m.peak_memory_bytes}};
+  if (m.num_passed_over > 0) json["num_passed_over"] = m.num_passed_over;
   if (m.comm_collectives > 0) {
     json["comm_collectives"] = m.comm_collectives;
     json["comm_bytes"] = m.comm_bytes;

@@ -18,6 +18,7 @@ struct StepMetrics {
   double epoch = 0;
   double loss = 0, lr = 0, grad_norm = 0;
   int64_t num_tokens = 0, num_supervised = 0, num_images = 0;
+  int64_t num_passed_over = 0;  // samples of which model_max_length leaves nothing to learn
   double tokens_per_second = 0, step_ms = 0, data_wait_ms = 0;
   int64_t peak_memory_bytes = 0;  // of the process on a CPU, of the allocator on a GPU
   // With several ranks: the first one's collectives in this step, and the bytes that they were about (World::num_bytes).

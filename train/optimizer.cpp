@@ -12,13 +12,22 @@
 
 namespace caldera {
 
+namespace {
+
+// Tables that are looked up (torch's Embedding); a tower's patch_embedding is a convolution, and no such
+// table.
+bool is_lookup_table(const std::string& name) {
+  return name.ends_with("embed_tokens.weight") || name.ends_with("position_embedding.weight");
+}
+
+}  // namespace
+
 std::unordered_set<const at::Tensor*> with_8bit_states(const std::vector<ParameterGroup>& groups) {
   std::unordered_set<const at::Tensor*> owners, others;
   for (const ParameterGroup& group : groups) {
     for (const NamedTensor& tensor : group.tensors) {
       const at::Tensor& weight = *tensor.owner;
-      const bool fits = weight.dim() >= 2 && weight.numel() >= 4096 &&
-                        tensor.name.find("embed") == std::string::npos &&
+      const bool fits = weight.dim() >= 2 && weight.numel() >= 4096 && !is_lookup_table(tensor.name) &&
                         tensor.row_begin * (weight.numel() / weight.size(0)) % kQuantizedBlock == 0;
       (fits ? owners : others).insert(tensor.owner);
     }

@@ -44,16 +44,18 @@ using OwnedParts = std::unordered_map<const at::Tensor*, OwnedPart>;  // by Name
 // without remainder: float32 weights, those without masters, and moments.
 using StateList = std::vector<std::pair<std::string, Master>>;
 
-// Of which tensors 8 bits hold the states: matrices of at least 4096 elements, embeddings excepted, as HF's
-// Trainer has it with bitsandbytes; the parts of a fused one must begin at a block of 256.
+// Of which tensors 8 bits hold the states: of two or more dimensions and at least 4096 elements, tables of
+// tokens and positions excepted, as HF's Trainer has it with bitsandbytes; the parts of a fused one must
+// begin at a block of 256. Vectors of any length stay float32, which bitsandbytes decides by the number of
+// elements alone.
 std::unordered_set<const at::Tensor*> with_8bit_states(const std::vector<ParameterGroup>& groups);
 
 // Decoupled weight decay Adam (Loshchilov & Hutter, arXiv 1711.05101), the numbers of
-// torch.optim.AdamW(fused=True); with 8-bit states those of bitsandbytes' block-wise AdamW8bit. A bfloat16
-// tensor is the upper half of float32 masters, whose lower half is kept beside it; without masters its own
-// value is all there is, and the noise of its rounding is a function of the seed, the update, its name and
-// the element, so that ranks agree and a resumed run repeats it. Gradients of several micro-batches are
-// summed in float32.
+// torch.optim.AdamW(fused=True). With 8-bit states the codes are those of bitsandbytes' block-wise AdamW8bit,
+// the update is our own (docs/memory.md). A bfloat16 tensor is the upper half of float32 masters, whose lower
+// half is kept beside it; without masters its own value is all there is, and the noise of its rounding is a
+// function of the seed, the update, its name and the element, so that ranks agree and a resumed run repeats
+// it. Gradients of several micro-batches are summed in float32.
 class AdamW {
  public:
   // `owned`: empty where this process holds the state of all tensors in whole, else a part of each.

@@ -39,6 +39,28 @@ bool is_stage_name(const std::string& name) {
          !std::all_of(name.begin(), name.end(), is_digit);
 }
 
+void check_schedule(const ReadState& state, const std::string& path, const OptimizerConfig& optimizer) {
+  const std::string& type = optimizer.lr_scheduler_type;
+  if (optimizer.warmup_steps && type == "constant")
+    state.fault(path + ".warmup_steps",
+                "conflicts with lr_scheduler_type: constant, which has no warm-up; constant_with_warmup has");
+  if (type == "cosine_with_min_lr") {
+    if (!optimizer.min_lr && !optimizer.min_lr_rate)
+      state.fault(path + ".lr_scheduler_type", "cosine_with_min_lr needs min_lr or min_lr_rate");
+    if (optimizer.min_lr && optimizer.min_lr_rate)
+      state.fault(path + ".min_lr_rate", "conflicts with min_lr, which says the same; give one of them");
+    if (optimizer.min_lr && *optimizer.min_lr > optimizer.learning_rate)
+      state.fault(path + ".min_lr", fmt::format("lies above learning_rate: {}", optimizer.learning_rate));
+  } else {
+    for (const auto& [key, value] :
+         {std::pair{"min_lr", optimizer.min_lr}, {"min_lr_rate", optimizer.min_lr_rate}})
+      if (value)
+        state.fault(
+            fmt::format("{}.{}", path, key),
+            fmt::format("conflicts with lr_scheduler_type: {}; it belongs to cosine_with_min_lr", type));
+  }
+}
+
 void check_stage(const ReadState& state, const std::string& path, const StageConfig& stage) {
   if (!stage.name.empty() && !is_stage_name(stage.name))
     state.fault(path + ".name",
@@ -53,6 +75,7 @@ void check_stage(const ReadState& state, const std::string& path, const StageCon
   if (stage.optimizer.vision_tower_lr && !stage.trainable.empty() && !trains("vision_tower"))
     state.fault(path + ".optimizer.vision_tower_lr",
                 "conflicts with trainable, which leaves out vision_tower");
+  check_schedule(state, path + ".optimizer", stage.optimizer);
   if (stage.uses_lora() && !stage.trainable.empty() && !trains("language_model"))
     state.fault(path + ".lora", "conflicts with trainable, which leaves out language_model: the adapters are its own");
   if (stage.optimizer.master_weights == "none" && stage.dtype != "bfloat16")
@@ -142,9 +165,9 @@ std::string recipe_reference() {
       "# Recipes\n\n"
       "A recipe is one YAML file that holds a whole run: the model's parts, the stages of training, where "
       "the results go. Names\n"
-      "follow LLaVA and Hugging Face. Paths are relative to the directory in which `caldera` is started. "
-      "Published recipes are in\n"
-      "`configs/`.\n\n"
+      "follow LLaVA and Hugging Face. Paths are relative to the directory in which `caldera` is started; a "
+      "leading `~` and each\n"
+      "`${NAME}` of the environment are expanded in them. Published recipes are in `configs/`.\n\n"
       "Single settings can be replaced on the command line, a stage named by its `name` or its index:\n\n"
       "```\n"
       "caldera train configs/scenes/scenes.yaml stages.pretrain.optimizer.learning_rate=1e-3 seed=1\n"
@@ -160,6 +183,15 @@ std::string recipe_reference() {
       "are refused. The resolved\n"
       "recipe, defaults filled in, is written to the run's folder as `recipe.yaml`; reading it gives the "
       "same run.\n\n"
+      "A run that goes on (`--resume`) must have the settings that it was begun with, except for what does "
+      "not touch the "
+      "numbers:\n"
+      "saving, evaluating, memory, threads, `distributed` and, under `loss: token_mean`, "
+      "`max_tokens_per_micro_batch`. `max_steps` and\n"
+      "`num_train_epochs` may change where the learning rate of the steps to come stays what it was "
+      "(`constant`); "
+      "under other schedules\n"
+      "`--extend` goes on all the same, and says how the rate jumps.\n\n"
       "This page is made from the declarations in `train/recipe_fields.h`; `build/caldera recipe reference > "
       "docs/recipe.md` renews it.\n";
   for (const FieldReference::Section& section : reference_sections()) {

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "data/record.h"
 #include "model/lora.h"
 #include "train/fields.h"
 
@@ -20,11 +21,14 @@ struct ModelConfig {
   int64_t image_size = 0;                // of the pictures, in pixels; 0: the tower's own
   std::string pretrain_mm_mlp_adapter;  // weights for the projector: LLaVA's mm_projector.bin, or a model's folder
   std::string tokenizer;  // default: the language model's
+  std::vector<std::string> random_parts;  // may begin at random though no stage trains them
 };
 
 struct DataConfig {
   std::string data_path;  // LLaVA's JSON or JSONL
   std::string image_folder;
+  std::vector<std::string> image_roots;  // folders that links in image_folder may lead to
+  ImageFolder images() const { return {image_folder, {image_roots.begin(), image_roots.end()}}; }
   std::string eval_data_path;         // held-out samples for the validation loss; "" for none
   std::string conversation_template;  // LLaVA's --version: plain, v0, v1, llama_2, chatml
   std::string image_aspect_ratio = "square";
@@ -44,6 +48,8 @@ struct OptimizerConfig {
   double max_grad_norm = 0;  // 0: no clipping, as published
   std::string lr_scheduler_type = "cosine";
   double warmup_ratio = 0.03;
+  std::optional<int64_t> warmup_steps;        // goes before warmup_ratio
+  std::optional<double> min_lr, min_lr_rate;  // of cosine_with_min_lr; one of them
 };
 
 // What a stage may do to take less memory; nothing of it changes what is computed.

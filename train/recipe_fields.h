@@ -8,10 +8,11 @@ namespace caldera {
 template <class V>
 void fields(V& v, ModelConfig& c) {
   v("vision_tower", c.vision_tower,
-    "the image encoder: an HF folder; one with config.json alone gives a fresh tower", required());
+    "the image encoder: an HF folder; one with config.json alone gives a fresh tower",
+    required(file_or_folder()));
   v("language_model", c.language_model,
     "the decoder: an HF folder or a .gguf file; a folder with config.json alone gives a fresh one",
-    required());
+    required(file_or_folder()));
   v("mm_projector_type", c.mm_projector_type, "`linear`, `mlpNx_gelu` (N layers) or `identity`");
   v("vision_feature_layer", c.vision_feature_layer,
     "which hidden state of the tower is used; -2 is the output of the last block but one",
@@ -23,17 +24,24 @@ void fields(V& v, ModelConfig& c) {
     "0: its own",
     range(0, 8192));
   v("pretrain_mm_mlp_adapter", c.pretrain_mm_mlp_adapter,
-    "where the projector starts: the original LLaVA's `mm_projector.bin`, or a model's folder; empty: fresh");
-  v("tokenizer", c.tokenizer, "folder or .gguf file of the tokenizer; empty: the language model's");
+    "where the projector starts: the original LLaVA's `mm_projector.bin`, or a model's folder; empty: fresh",
+    file_or_folder());
+  v("tokenizer", c.tokenizer, "folder or .gguf file of the tokenizer; empty: the language model's", file_or_folder());
+  v("random_parts", c.random_parts, "parts that may begin at random although a stage does not train them",
+    one_of({"vision_tower", "projector", "language_model"}));
 }
 
 template <class V>
 void fields(V& v, DataConfig& c) {
-  v("data_path", c.data_path, "the samples: LLaVA's JSON, or JSONL of the same records", required());
-  v("image_folder", c.image_folder, "folder that the samples' image paths start from");
-  v("eval_data_path", c.eval_data_path, "held-out samples for the validation loss; empty: none");
+  v("data_path", c.data_path, "the samples: LLaVA's JSON, or JSONL of the same records",
+    required(file_or_folder()));
+  v("image_folder", c.image_folder, "folder that the samples' image paths start from", file_or_folder());
+  v("image_roots", c.image_roots,
+    "folders that links in `image_folder` may lead to (`coco -> /datasets/coco`); other links out are refused");
+  v("eval_data_path", c.eval_data_path, "held-out samples for the validation loss; empty: none", file_or_folder());
   v("conversation_template", c.conversation_template,
-    "how turns become text, by LLaVA's names (its `--version`): plain, v0, v1, llama_2, chatml", required());
+    "how turns become text, by LLaVA's names (its `--version`): plain, v0, v1, llama_2, chatml, qwen, mpt, llama_3, "
+    "mistral_instruct, phi3 (docs/data.md)", required());
   v("image_aspect_ratio", c.image_aspect_ratio,
     "`square` crops the centre, `pad` first pads to a square of the mean colour", one_of({"square", "pad"}));
   v("model_max_length", c.model_max_length,
@@ -47,8 +55,8 @@ void fields(V& v, DataConfig& c) {
 template <class V>
 void fields(V& v, OptimizerConfig& c) {
   v("optim", c.optim,
-    "by HF's names: `adamw_torch`, or `adamw_8bit`, which holds the moments of matrices in 8 bits as bitsandbytes "
-    "does (see docs/memory.md)",
+    "by HF's names: `adamw_torch`, or `adamw_8bit`, which holds the moments of matrices in 8 bits by rules of its own, "
+    "near bitsandbytes' (see docs/memory.md)",
     one_of({"adamw_torch", "adamw_8bit"}));
   v("master_weights", c.master_weights,
     "with `dtype: bfloat16`: `float32` masters beside the weights, or `none`: updates are rounded into the "
@@ -63,10 +71,16 @@ void fields(V& v, OptimizerConfig& c) {
   v("adam_epsilon", c.adam_epsilon, "added to the denominator", above(0));
   v("max_grad_norm", c.max_grad_norm,
     "gradients are scaled down to this norm; 0: never, as LLaVA's runs were", at_least(0));
-  v("lr_scheduler_type", c.lr_scheduler_type, "course of the learning rate after warm-up",
-    one_of({"cosine", "linear", "constant"}));
+  v("lr_scheduler_type", c.lr_scheduler_type,
+    "course of the learning rate after warm-up, by HF's names; `constant` has no warm-up, whatever `warmup_ratio` says",
+    one_of({"cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup"}));
   v("warmup_ratio", c.warmup_ratio, "share of the steps over which the learning rate rises from 0",
     range_below(0, 1));
+  v("warmup_steps", c.warmup_steps, "the same as a number of steps; none: by `warmup_ratio`", at_least(1));
+  v("min_lr", c.min_lr,
+    "with `cosine_with_min_lr`: where `learning_rate` ends; the rates of other parts fall by the same share",
+    range(0, 1));
+  v("min_lr_rate", c.min_lr_rate, "the same as a share of the peak; one of the two", range(0, 1));
 }
 
 template <class V>
@@ -144,10 +158,12 @@ void fields(V& v, StageConfig& c) {
 template <class V>
 void fields(V& v, EvaluationConfig& c) {
   v("data_path", c.data_path,
-    "questions: records of one human turn and the expected answer, with a `type` for the table", required());
+    "questions: records of one human turn and the expected answer, with a `type` for the table",
+    required(file_or_folder()));
   v("captions_path", c.captions_path,
-    "held-out samples for the loss with the right picture and with another's; empty: `data_path`");
-  v("image_folder", c.image_folder, "folder that the records' image paths start from");
+    "held-out samples for the loss with the right picture and with another's; empty: `data_path`",
+    file_or_folder());
+  v("image_folder", c.image_folder, "folder that the records' image paths start from", file_or_folder());
   v("conversation_template", c.conversation_template, "how questions are put; as in `stages.NAME.data`",
     required());
   v("max_questions", c.max_questions, "at most so many are asked, drawn evenly from the file", at_least(1));
@@ -177,7 +193,7 @@ void fields(V& v, Recipe& c) {
     required());
   v("evaluation", c.evaluation, "what is measured at the end; left out: nothing");
   v("distributed", c.distributed, "how several processes share the work (see docs/distributed.md)");
-  v("output", c.output, "the run's folder", required());
+  v("output", c.output, "the run's folder", required(file_or_folder()));
   v("seed", c.seed, "of sample order and of whatever is initialised anew");
   v("device", c.device, "`auto`: CUDA where there is a GPU, else the CPU", one_of({"auto", "cpu", "cuda"}));
 }

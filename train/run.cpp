@@ -15,6 +15,7 @@
 #include "model/ops/product_way.h"
 #include "train/agreement.h"
 #include "train/checkpoint.h"
+#include "train/resume_rules.h"
 
 namespace caldera {
 namespace {
@@ -22,7 +23,7 @@ namespace {
 using Check = std::function<void(const Record&)>;
 
 // Reads a file's records and checks their pictures and each record itself.
-std::vector<Record> read_checked(const std::string& path, const std::string& image_folder, World& world,
+std::vector<Record> read_checked(const std::string& path, const ImageFolder& image_folder, World& world,
                                  const Check& check_record) {
   const auto show_life = [&] { world.at(0, "reading the data"); };
   show_life();
@@ -46,7 +47,7 @@ StageData prepare_data(const Recipe& recipe, const StageConfig& stage, World& wo
   data.format.model_max_length = stage.data.model_max_length;
   const auto read = [&](const std::string& path) {
     std::vector<Record> records =
-        read_checked(path, stage.data.image_folder, world, [&](const Record& record) {
+        read_checked(path, stage.data.images(), world, [&](const Record& record) {
           data.format.conversation->render(record.turns, /*for_generation=*/false);
         });
     // Asks for the template's control tokens.
@@ -74,44 +75,6 @@ void check_evaluation(const Recipe& recipe, World& world) {
   }
 }
 
-// Settings that may change when a run goes on: they do not touch what is computed. logging_steps is an option
-// no longer, but stands in older checkpoints.
-bool may_change(const std::string& yaml_line) {
-  constexpr std::array kKeys = {"save_steps:",
-                                "save_total_limit:",
-                                "save_best:",
-                                "eval_steps:",
-                                "logging_steps:",
-                                "async_save:",
-                                "gradient_checkpointing:",
-                                "budget_gb:",
-                                "offload_optimizer:",
-                                "offload_activations:",
-                                "dataloader_num_workers:",
-                                "eval_data_path:"};
-  const std::string line = strip(yaml_line);
-  return std::any_of(kKeys.begin(), kKeys.end(), [&](const char* key) { return line.starts_with(key); });
-}
-
-// `before`: recipe_part() of a stage as it was begun, which stands in `where`.
-void check_same_recipe(const fs::path& where, const std::string& before, const Recipe& recipe,
-                       const StageConfig& stage) {
-  const auto lines_of = [](const std::string& yaml) {
-    std::vector<std::string> lines = split(yaml, "\n");
-    std::erase_if(lines, may_change);
-    return lines;
-  };
-  const std::vector<std::string> old_lines = lines_of(before), lines = lines_of(recipe_part(recipe, stage));
-  for (size_t i = 0; i < std::max(old_lines.size(), lines.size()); ++i) {
-    const std::string old_line = i < old_lines.size() ? old_lines[i] : "",
-                      line = i < lines.size() ? lines[i] : "";
-    CALDERA_CHECK(old_line == line, ConfigError,
-                  "{}: stage {} was begun with \"{}\", the recipe now says \"{}\"; set it back, or start "
-                  "anew with --resume never",
-                  where.string(), stage.name, strip(old_line), strip(line));
-  }
-}
-
 // The recipe under which the stage in this folder was begun; none where there is no stage, or a model was put there.
 std::optional<Recipe> recipe_of(const fs::path& folder) {
   const fs::path file = folder / "recipe.yaml";
@@ -127,7 +90,7 @@ void check_finished(const fs::path& folder, const Recipe& recipe, const StageCon
   if (!before) return;
   for (const StageConfig& old : before->stages)
     if (old.name == stage.name)
-      check_same_recipe(folder / "recipe.yaml", recipe_part(*before, old), recipe, stage);
+      check_same_recipe(folder / "recipe.yaml", recipe_part(*before, old), recipe, stage, std::nullopt);
 }
 
 void move_aside(const fs::path& folder) {
@@ -164,7 +127,7 @@ ResumeTask resume_task(const Recipe& recipe, const RunOptions& options, const Wo
 }
 
 std::optional<fs::path> checkpoint_to_resume(const Recipe& recipe, const StageConfig& stage,
-                                             const ResumeTask& task, int64_t num_samples) {
+                                             const ResumeTask& task, int64_t num_samples, bool may_extend) {
   const fs::path folder = fs::path(recipe.output) / stage.name;
   const bool may_go_back = !task.checkpoint.empty() && task.stage == stage.name;
   std::optional<fs::path> checkpoint;
@@ -175,7 +138,9 @@ std::optional<fs::path> checkpoint_to_resume(const Recipe& recipe, const StageCo
   }
   if (!checkpoint) return std::nullopt;
   const CheckpointState state = read_checkpoint_state(*checkpoint);
-  check_same_recipe(*checkpoint, state.recipe, recipe, stage);
+  const std::string extension =
+      check_same_recipe(*checkpoint, state.recipe, recipe, stage, ResumePoint{state.step, num_samples, may_extend});
+  if (!extension.empty()) log_info("{}", extension);
   const int64_t num_before = state.num_samples.value_or(num_samples);
   CALDERA_CHECK(
       num_before == num_samples, DataError,
@@ -261,7 +226,7 @@ Outcome run_stages(const Recipe& recipe, const RunOptions& options, TrainingObse
     agree_on_data(world, stage, planned.data);
     world.at(0, "looking for a checkpoint");
     planned.checkpoint = once(world, [&] {
-      return checkpoint_to_resume(recipe, stage, task, std::ssize(*planned.data.records))
+      return checkpoint_to_resume(recipe, stage, task, std::ssize(*planned.data.records), options.extend)
           .value_or("")
           .string();
     });

@@ -17,6 +17,7 @@ struct RunOptions {
   // same options: "never" and a folder are obeyed once in a run, and its further attempts go on from what
   // that made. OUTPUT/resume.json tells them so.
   std::string resume = "auto";
+  bool extend = false;     // a stage may go on to another number of steps, whatever that does to its learning rate
   std::string version;     // of this program; all ranks must have the same
   World* world = nullptr;  // none: a single process
 };

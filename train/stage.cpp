@@ -2,13 +2,18 @@
 
 #include <ATen/Context.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
+#include <functional>
+#include <string_view>
 #include <unordered_set>
 
 #include "base/error.h"
 #include "base/files.h"
 #include "model/ops/frozen_weights.h"
+#include "model/vision/vit.h"
 #include "model/weights/adapters.h"
 
 namespace caldera {
@@ -19,6 +24,22 @@ constexpr const char* kNoGpu = "no GPU is visible";
 #else
 constexpr const char* kNoGpu = "this build has no CUDA";
 #endif
+
+// Names of tensors that no feature depends on, in a transformer as a tower: the blocks behind the state that
+// vision_feature_layer selects, the norm behind them all and the pooling head.
+std::function<bool(const NamedTensor&)> behind_features(const LlavaModel& model) {
+  const Json config = model.vision->config();
+  if (!config.contains("num_hidden_layers")) return [](const NamedTensor&) { return false; };
+  const int64_t used =
+      num_blocks_before(model.features.vision_feature_layer, config["num_hidden_layers"].get<int64_t>());
+  return [used](const NamedTensor& tensor) {
+    constexpr std::string_view kRoot = "vision_tower.vision_model.", kBlocks = "encoder.layers.";
+    if (!tensor.name.starts_with(kRoot)) return false;
+    const std::string name = tensor.name.substr(kRoot.size());
+    if (name.starts_with(kBlocks)) return std::stoll(name.substr(kBlocks.size())) >= used;
+    return name.starts_with("post_layernorm.") || name.starts_with("head.");
+  };
+}
 
 }  // namespace
 
@@ -89,8 +110,24 @@ std::vector<ParameterGroup> parameter_groups(LlavaModel& model, const StageConfi
     if (part == "language_model" && stage.uses_lora())
       std::erase_if(groups.back().tensors,
                     [](const NamedTensor& tensor) { return !is_lora_name(tensor.name); });
+    // torch leaves alone what has no gradient, weight decay included: neither states nor messages are needed
+    // for it.
+    if (part == "vision_tower") std::erase_if(groups.back().tensors, behind_features(model));
   }
   return groups;
+}
+
+std::string trainable_warning(const StageConfig& stage, const std::vector<Record>& records) {
+  const auto has_picture = [](const Record& record) { return !record.images.empty(); };
+  if (std::any_of(records.begin(), records.end(), has_picture)) return "";
+  std::vector<std::string> idle = stage.trainable;
+  std::erase(idle, "language_model");
+  if (idle.empty()) return "";
+  return fmt::format(
+      "stages.{}.trainable: {} cannot learn from {}, none of whose {} records has a picture; leave it out, "
+      "or name data "
+      "with pictures",
+      stage.name, fmt::join(idle, " and "), stage.data.data_path, records.size());
 }
 
 // Matrices that products read: the tower's and the head forward, others for the gradients of their inputs as well.

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "data/record.h"
 #include "model/llava.h"
 #include "model/weights/load.h"
 #include "train/optimizer.h"
@@ -26,8 +27,12 @@ BuildSpec build_spec_of(const Recipe& recipe, size_t stage_index);
 std::string tokenizer_of(const Recipe& recipe);
 // The part of a recipe that a stage's checkpoints were made under: model, stage and seed, as YAML.
 std::string recipe_part(const Recipe& recipe, const StageConfig& stage);
-// The tensors that a stage trains, by part, with its learning rates.
+// The tensors that a stage trains, by part, with its learning rates. What never gets a gradient is left out
+// (of a tower what lies behind the selected hidden state, its last norm and its head), as torch's AdamW
+// passes over it.
 std::vector<ParameterGroup> parameter_groups(LlavaModel& model, const StageConfig& stage);
+// What is to be said where parts of the stage learn from pictures alone, and no record has one; else "".
+std::string trainable_warning(const StageConfig& stage, const std::vector<Record>& records);
 // Bytes of the copies that FrozenWeights makes of what is in none of these groups, on the CPU in this dtype; 0 where
 // its products need none.
 int64_t frozen_copy_bytes(LlavaModel& model, const std::vector<ParameterGroup>& groups, at::ScalarType dtype);

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "base/cpu_allocator.h"
 #include "base/error.h"
 #include "base/fault.h"
 #include "base/log.h"
@@ -69,6 +70,8 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
   if (device.is_cuda()) c10::cuda::set_device(device.index());
 #endif
   const MemoryChoices memory = choose_memory(recipe, stage_index, world_);
+  const std::string random = check_random_parts(build_, stage_.trainable, recipe.model.random_parts);
+  if (!random.empty() && world_.is_first()) log_info("{}", random);
   model_ = build_llava(build_);
   agree_on_weights(world_, *model_, checkpoint);  // while each rank has all of them, as they were read
   const int64_t num_parameters = count_parameters(model_->tensors());
@@ -129,10 +132,20 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
                               .rank = world_.rank(),
                               .num_ranks = world_.size()};
   loader_ =
-      std::make_unique<Loader>(data_.records, stage_.data.image_folder, data_.format, options, steps_done_);
+      std::make_unique<Loader>(data_.records, stage_.data.images(), data_.format, options, steps_done_);
   num_steps_ = loader_->num_steps();
+  for (const std::string& warning : {schedule_warning(stage_.name, stage_.optimizer, num_steps_),
+                                     trainable_warning(stage_, *data_.records)})
+    if (!warning.empty() && world_.is_first()) log_warning("{}", warning);
+  // What the loader will pass over is said before step 1; of long files each step tells of its own.
+  if (constexpr size_t kMostRecords = 20'000; data_.records->size() <= kMostRecords) {
+    const std::vector<size_t> places = cut_to_nothing(
+        *data_.records, data_.format, [this](int64_t) { world_.at(0, "measuring the samples"); });
+    if (!places.empty() && world_.is_first())
+      log_warning("{}", cut_to_nothing_message(*data_.records, places, stage_.data.data_path, data_.format));
+  }
   world_.at(0, "preparing the validation data");
-  validation_ = pack_all(data_.eval_records, stage_.data.image_folder, data_.format,
+  validation_ = pack_all(data_.eval_records, stage_.data.images(), data_.format,
                          stage_.max_tokens_per_micro_batch, world_.rank(), world_.size());
   CALDERA_CHECK(data_.eval_records.empty() || validation_.num_supervised > 0, DataError,
                 "{}: its {} samples have no validation loss: every label is masked or lies behind "
@@ -142,6 +155,7 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
   if (world_.is_first()) metrics_ = std::make_unique<MetricsLog>(folder_, steps_done_);
   checkpoints_ = std::make_unique<CheckpointWriter>(
       folder_, KeptCheckpoints{stage_.save_total_limit, stage_.save_best}, stage_.async_save, world_);
+  settle_cpu_memory();
   observer_.on_stage({.name = stage_.name,
                       .device = device.str(),
                       .world = world_.describe() + (sharding_ ? "; " + sharding_->describe() : ""),
@@ -198,10 +212,8 @@ Outcome Trainer::run() {
 // (micro_batch_mean, as LLaVA).
 double Trainer::forward_and_backward(const StepData& data) {
   const bool token_mean = stage_.loss == "token_mean";
-  const auto rank = data.num_micro_batches.begin() + world_.rank();
   const int64_t total =
       std::accumulate(data.num_micro_batches.begin(), data.num_micro_batches.end(), int64_t{0});
-  const int64_t num_before = std::accumulate(data.num_micro_batches.begin(), rank, int64_t{0});
   const int64_t num_rounds = *std::max_element(data.num_micro_batches.begin(), data.num_micro_batches.end());
   const auto mine = static_cast<int64_t>(data.micro_batches.size());
   at::Tensor loss = at::zeros({}, at::TensorOptions(at::kDouble).device(model_->device()));
@@ -217,7 +229,8 @@ double Trainer::forward_and_backward(const StepData& data) {
     if (num_supervised > 0) {
       const double weight =
           1.0 / static_cast<double>(token_mean ? data.num_supervised : num_supervised * total);
-      model_->language->set_dropout_seed(Rng(recipe_.seed, steps_done_, num_before + i).next());
+      if (stage_.uses_lora() && stage_.lora->lora_dropout > 0)
+        model_->language->set_dropout_keys(dropout_keys(batch, Rng(recipe_.seed, steps_done_).next()));
       micro_loss = model_->loss_sum(batch, fault == Fault::kNan ? std::nan("") : weight);
       loss += micro_loss.detach();
     } else if (sharding_) {
@@ -230,7 +243,7 @@ double Trainer::forward_and_backward(const StepData& data) {
     if (!sharding_ && num_supervised > 0) optimizer_->take_gradients(/*more_to_come=*/i + 1 < mine);
     if (sharding_) sharding_->end_round();
   }
-  model_->language->set_dropout_seed({});
+  model_->language->set_dropout_keys({});
   return loss.item<double>();
 }
 
@@ -254,9 +267,11 @@ StepMetrics Trainer::step(const StepData& data, double data_wait_ms) {
   const Clock::time_point start = Clock::now();
   const int64_t collectives_before = world_.num_collectives(), bytes_before = world_.num_bytes();
   pass_fault_point("step");
-  CALDERA_CHECK(data.num_supervised > 0, DataError,
-                "step {}: nothing to learn in its samples ({}): every label is masked", steps_done_ + 1,
-                fmt::join(data.sample_ids, ", "));
+  if (!data.passed_over.empty() && world_.is_first())
+    log_warning("step {}: passed over {} of its samples, of which model_max_length {} leaves nothing to learn: {}",
+                steps_done_ + 1, data.passed_over.size(), stage_.data.model_max_length,
+                fmt::join(data.passed_over, ", "));
+  if (data.num_supervised == 0) return empty_step(data, data_wait_ms);
 
   // 1. Forward and backward of each micro-batch; where there are several ranks, their gradients are summed
   // meanwhile.
@@ -270,8 +285,7 @@ StepMetrics Trainer::step(const StepData& data, double data_wait_ms) {
   const double max_norm = stage_.optimizer.max_grad_norm;
   const double grad_scale =
       max_norm > 0 && report.grad_norm > max_norm ? max_norm / (report.grad_norm + 1e-6) : 1.0;
-  const double factor =
-      lr_factor(stage_.optimizer.lr_scheduler_type, stage_.optimizer.warmup_ratio, steps_done_, num_steps_);
+  const double factor = lr_factor(stage_.optimizer, steps_done_, num_steps_);
   checkpoints_->before_update(steps_done_ + 1);
   optimizer_->step(factor, grad_scale);
   if (sharding_) sharding_->begin_gather_weights();
@@ -291,12 +305,29 @@ StepMetrics Trainer::step(const StepData& data, double data_wait_ms) {
           .num_tokens = data.num_tokens,
           .num_supervised = data.num_supervised,
           .num_images = data.num_images,
+          .num_passed_over = std::ssize(data.passed_over),
           .tokens_per_second = static_cast<double>(data.num_tokens) * 1000 / step_ms,
           .step_ms = step_ms,
           .data_wait_ms = data_wait_ms,
           .peak_memory_bytes = peak_memory_bytes(model_->device()),
           .comm_collectives = world_.num_collectives() - collectives_before,
           .comm_bytes = world_.num_bytes() - bytes_before};
+}
+
+StepMetrics Trainer::empty_step(const StepData& data, double data_wait_ms) {
+  if (sharding_) {  // as report_step: a signal on one rank is every rank's
+    world_.at(steps_done_ + 1, "sharing the step's loss");
+    StepReport report{.stop_signal = stop_requested_()};
+    share(world_, model_->device(), report);
+    stop_signal_ = report.stop_signal;
+  }
+  ++steps_done_;
+  return {.step = steps_done_,
+          .epoch = data.epoch,
+          .num_passed_over = std::ssize(data.passed_over),
+          .step_ms = data_wait_ms,
+          .data_wait_ms = data_wait_ms,
+          .peak_memory_bytes = peak_memory_bytes(model_->device())};
 }
 
 // Each rank takes its share of the batches.

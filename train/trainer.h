@@ -74,6 +74,8 @@ class Trainer {
   // Whether any rank was told to stop; the observer then hears of it. All ranks ask together.
   bool stops_between_steps();
   StepMetrics step(const StepData& data, double data_wait_ms);
+  // A step of which no sample is left: the weights stay as they are. On every rank alike.
+  StepMetrics empty_step(const StepData& data, double data_wait_ms);
   double forward_and_backward(const StepData& data);  // returns this rank's share of the loss
   StepReport report_step(const StepData& data, double loss, double compute_ms);
   double evaluate();

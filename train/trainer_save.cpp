@@ -29,6 +29,7 @@ void Trainer::save_checkpoint() {
   world_.at(steps_done_, "saving a checkpoint");
   const bool in_parts = sharding_ && !sharding_->is_replicated();
   CheckpointShare share{.state = {.step = steps_done_,
+                                  .num_updates = optimizer_->num_updates(),
                                   .seed = recipe_.seed,
                                   .num_samples = static_cast<int64_t>(data_.records->size()),
                                   .eval_loss = eval_loss_,
@@ -68,7 +69,7 @@ void Trainer::save_final() {
   if (!world_.is_first()) return world_.barrier();
   const Tokenizer& tokenizer = *data_.format.tokenizer;
   write_folder_atomic(folder_ / "final", [&](const fs::path& folder) {
-    const int64_t image_token_id = tokenizer.save(folder, data_.format.conversation->jinja);
+    const int64_t image_token_id = tokenizer.save(folder, exported_chat_template(*data_.format.conversation, tokenizer));
     const std::unique_ptr<LlavaModel> whole = build_.lora ? keep_adapter(folder / "adapter") : nullptr;
     save_hf_llava(whole ? *whole : *model_, model_card_from_json(describe().at("card"), "caldera.json"),
                   {.dtype = parse_dtype(stage_.dtype),

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cstdlib>
 #include <nlohmann/json.hpp>
 
 #include "base/strings.h"
@@ -122,6 +123,44 @@ void read_value(ReadState& state, const YamlNode& node, const std::string& path,
 
 namespace {
 
+std::string environment_value(const std::string& name) {
+  const char* value = std::getenv(name.c_str());
+  return value == nullptr ? "" : value;
+}
+
+// A path with a leading ~ and each ${NAME} replaced; `fault` says what is wrong with it, in which case it
+// stays. An empty variable is as bad as none: ${DATA}/coco would become /coco.
+std::string expand_path(const std::string& text, std::string& fault) {
+  std::string expanded;
+  size_t at = 0;
+  if (text == "~" || text.starts_with("~/")) {
+    at = 1;
+    expanded = environment_value("HOME");
+    if (expanded.empty()) fault = "~ stands for $HOME, which is not set; write the path out";
+  } else if (text.starts_with('~')) {
+    fault = "only ~ itself, your own home folder, is expanded; write the path out";
+  }
+  for (size_t begin; fault.empty() && (begin = text.find("${", at)) != std::string::npos;) {
+    const size_t end = std::min(text.find('}', begin), text.size());
+    const std::string name = text.substr(begin + 2, end - begin - 2);
+    const auto is_allowed = [](unsigned char c) { return std::isalnum(c) != 0 || c == '_'; };
+    const std::string value = environment_value(name);
+    if (name.empty() || end == text.size() || !std::all_of(name.begin(), name.end(), is_allowed))
+      fault = "expected ${NAME}, of letters, digits and _";
+    else if (value.empty())
+      fault = fmt::format("the environment has no {}, or an empty one; export {}=..., or write the path out",
+                          name, name);
+    expanded += text.substr(at, begin - at) + value;
+    at = end + 1;
+  }
+  if (!fault.empty()) return text;
+  expanded += text.substr(at);
+  // The resolved recipe, which a run keeps, is read again.
+  if (expanded.starts_with('~') || expanded.find("${") != std::string::npos)
+    fault = fmt::format("becomes \"{}\", which would be expanded again; write the path out", expanded);
+  return expanded;
+}
+
 bool read_text(ReadState& state, const YamlNode& node, const std::string& path, std::string& value,
                const FieldRule& rule) {
   if (node.kind != YamlNode::Kind::kScalar) {
@@ -137,7 +176,10 @@ bool read_text(ReadState& state, const YamlNode& node, const std::string& path, 
     return false;
   }
   value = node.text;
-  return true;
+  std::string fault;
+  if (rule.is_path) value = expand_path(node.text, fault);
+  if (!fault.empty()) state.fault(path, fmt::format("\"{}\": {}", node.text, fault));
+  return fault.empty();
 }
 
 }  // namespace
@@ -208,7 +250,8 @@ void FieldReference::add_row(const std::string& name, const char* type, const st
   for (const std::string& choice : rule.choices) choices.push_back(fmt::format("`{}`", choice));
   const std::string allowed = choices.empty() ? interval(rule) : join(choices, ", ");
   sections_[0].names.push_back(name);
-  sections_[0].rows += fmt::format("| `{}` | {} | {} | {} | {} |\n", name, type, fallback, allowed, help);
+  sections_[0].rows += fmt::format("| `{}` | {} | {} | {} | {} |\n", name, rule.is_path ? "path" : type,
+                                   fallback, allowed, help);
 }
 
 }  // namespace caldera

@@ -21,7 +21,7 @@ struct Row {
   Rotary rotary;
   std::vector<int64_t> cu_seqlens;
   std::span<KvCache*> caches;
-  std::optional<uint64_t> dropout_seed;
+  at::Tensor dropout_keys_T;  // undefined: nothing is dropped
   std::shared_ptr<HostCopies> offloaded = std::make_shared<HostCopies>();  // inputs of blocks
 };
 
@@ -68,7 +68,7 @@ class Decoder : public LanguageModel {
     row->rotary = rotary_tables(rope.inv_freq, positions_T, rope.attention_scaling, at::kFloat);
     row->cu_seqlens = cu_seqlens;
     row->caches = caches;
-    row->dropout_seed = dropout_seed_;
+    row->dropout_keys_T = dropout_keys_T_;
     at::Tensor x = x_TD;
     for (size_t layer = 0; layer < blocks_.size(); ++layer) {
       const at::Tensor rows = layer + 1 == blocks_.size() ? rows_N : at::Tensor();
@@ -148,7 +148,7 @@ class Decoder : public LanguageModel {
   void set_recomputed_halves(int64_t num_halves) override { recomputed_halves_ = num_halves; }
   void set_offloaded_inputs(int64_t num_blocks) override { offloaded_inputs_ = num_blocks; }
   void set_block_hold(std::function<std::shared_ptr<void>(size_t)> hold) override { block_hold_ = std::move(hold); }
-  void set_dropout_seed(std::optional<uint64_t> seed) override { dropout_seed_ = seed; }
+  void set_dropout_keys(at::Tensor keys_T) override { dropout_keys_T_ = std::move(keys_T); }
   double initializer_range() const { return config_.initializer_range; }
 
  private:
@@ -181,27 +181,29 @@ class Decoder : public LanguageModel {
                        bool needs_value) const {
     const Block& block = blocks_[layer];
     auto [qkv, residual] =
-        block.qkv.forward_of_norm(x_TD, {}, block.input_norm, config_.rms_norm_eps, row.dropout_seed);
+        block.qkv.forward_of_norm(x_TD, {}, block.input_norm, config_.rms_norm_eps, row.dropout_keys_T);
     at::Tensor attended = attention(layer, qkv, row);
     if (rows_N.defined()) {
       attended = attended.index_select(0, rows_N);
       residual = residual.index_select(0, rows_N);
     }
-    at::Tensor update = block.o.forward(attended, row.dropout_seed);
-    if (recomputed(layer) != Recomputed::kMlp) return run_mlp(block, residual, std::move(update), row.dropout_seed, needs_value);
-    const auto run = [this, &block, seed = row.dropout_seed](const at::Tensor& input, bool needs) {
-      return run_mlp(block, input, {}, seed, needs);
+    const bool takes_some = rows_N.defined() && row.dropout_keys_T.defined();
+    const at::Tensor keys = takes_some ? row.dropout_keys_T.index_select(0, rows_N) : row.dropout_keys_T;
+    at::Tensor update = block.o.forward(attended, keys);
+    if (recomputed(layer) != Recomputed::kMlp) return run_mlp(block, residual, std::move(update), keys, needs_value);
+    const auto run = [this, &block, keys](const at::Tensor& input, bool needs) {
+      return run_mlp(block, input, {}, keys, needs);
     };
     return recompute(run, update.add_(residual), mlp_leaves(block));  // the sum alone is kept
   }
 
   // The block's second half, of residual + update.
   at::Tensor run_mlp(const Block& block, const at::Tensor& residual_TD, at::Tensor update_TD,
-                     std::optional<uint64_t> dropout_seed, bool needs_value) const {
+                     const at::Tensor& dropout_keys_T, bool needs_value) const {
     const auto [gate_up, sum] =
-        block.gate_up.forward_of_norm(residual_TD, update_TD, block.post_norm, config_.rms_norm_eps, dropout_seed);
+        block.gate_up.forward_of_norm(residual_TD, update_TD, block.post_norm, config_.rms_norm_eps, dropout_keys_T);
     update_TD.reset();  // its memory is free for the rest
-    return block.down.forward_of(swiglu, gate_up, dropout_seed, needs_value).add_(sum);
+    return block.down.forward_of(swiglu, gate_up, dropout_keys_T, needs_value).add_(sum);
   }
 
   // qkv [T, (H + 2G) K] -> [T, H K].
@@ -246,7 +248,7 @@ class Decoder : public LanguageModel {
   DecoderConfig config_;
   int64_t recomputed_halves_ = 0, offloaded_inputs_ = 0;
   std::function<std::shared_ptr<void>(size_t)> block_hold_;
-  std::optional<uint64_t> dropout_seed_;
+  at::Tensor dropout_keys_T_;
   at::Tensor embed_tokens_, norm_, lm_head_;
   std::optional<Int8Weight> head_int8_;
   std::vector<Block> blocks_;

@@ -77,9 +77,9 @@ class LanguageModel {
   // `hold(layer)` is called before a block runs, and where it recomputes before it runs again. What it returns lives as long as
   // that pass needs the block's weights; without recomputing, backward needs them longer.
   virtual void set_block_hold(std::function<std::shared_ptr<void>(size_t layer)> hold) = 0;
-  // Seeds the dropout of adapters in the forward passes that follow; none (evaluation, generation): nothing
-  // is dropped.
-  virtual void set_dropout_seed(std::optional<uint64_t> seed) = 0;
+  // The rows' keys (dropout_keys(), model/lora.h) by which adapters drop in the forward passes that follow; undefined
+  // (evaluation, generation): nothing is dropped.
+  virtual void set_dropout_keys(at::Tensor keys_T) = 0;
 };
 
 struct LanguageModelSpec {

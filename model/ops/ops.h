@@ -58,9 +58,15 @@ at::Tensor packed_attention(const at::Tensor& q_THK, const at::Tensor& k_TGK, co
 at::Tensor cached_attention(const at::Tensor& q_THK, const std::vector<at::Tensor>& keys,
                             const std::vector<at::Tensor>& values, const std::vector<int64_t>& cu_seqlens);
 
-// x with elements zeroed with probability p, the others scaled by 1 / (1 - p). The mask is a hash of the seed and of an
-// element's place: the same on every device and in every dtype, so backward makes it again. No gradients.
-at::Tensor dropped_out(const at::Tensor& x, double p, uint64_t seed);
+// What is zeroed of a matrix, with probability p. `keys_T` (int64) says what each row is (dropout_keys(),
+// model/lora.h), wherever it lies: the mask does not depend on what is packed beside it.
+struct Dropout {
+  double p = 0;
+  at::Tensor keys_T;
+};
+// x [T, I] with elements zeroed, the others scaled by 1 / (1 - p). The mask is a hash of the row's key, the
+// seed and the column: the same on every device and in every dtype, so backward makes it again. No gradients.
+at::Tensor dropped_out(const at::Tensor& x_TI, const Dropout& dropout, uint64_t seed);
 
 // A low-rank adapter's part of a linear layer's result: rows [first_row, first_row + O) of the whole.
 struct LowRankUpdate {
@@ -68,11 +74,12 @@ struct LowRankUpdate {
   int64_t first_row = 0;
   uint64_t dropout_seed = 0;
 };
-// y[:, rows of each update] += B A dropout(x) * scaling; y [T, all rows] is changed in place and returned. x [T, I].
-// `dropout_p` is the probability; masks come from the seeds. Backward keeps x and A dropout(x). Without `needs_value` y
-// is left as it is, and has its graph (see recompute()).
-at::Tensor add_low_rank_(const at::Tensor& y_TO, const at::Tensor& x_TI, const std::vector<LowRankUpdate>& updates,
-                         double scaling, double dropout_p, bool needs_value);
+// y[:, rows of each update] += B A dropout(x) * scaling; y [T, all rows] is changed in place and returned. x
+// [T, I]. Each update has a mask of its own, by its seed. Backward keeps x and A dropout(x). Without
+// `needs_value` y is left as it is, and has its graph (see recompute()).
+at::Tensor add_low_rank_(const at::Tensor& y_TO, const at::Tensor& x_TI,
+                         const std::vector<LowRankUpdate>& updates, double scaling, const Dropout& dropout,
+                         bool needs_value);
 
 // `scale` times the sum over the N rows of -log softmax(hidden . weight^T)[target], in float32: output projection and
 // cross entropy in one, in chunks of rows, so that [N, V] is never held. hidden [N, D], weight [V, D], targets

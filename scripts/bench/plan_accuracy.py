@@ -68,7 +68,7 @@ def measure(work, case, steps):
     stage = {"name": "stage", "trainable": TUNE, "global_batch_size": 8, "max_steps": steps, "save_steps": 0, **changes,
              "data": {"data_path": str(folder / "data.json"), "image_folder": str(folder / "images"), "conversation_template": "v1",
                       "dataloader_num_workers": 1}}
-    recipe = {"model": {"vision_tower": str(folder / "vision"), "language_model": str(folder / "language")}, "stages": [stage],
+    recipe = {"model": {"vision_tower": str(folder / "vision"), "language_model": str(folder / "language"), "random_parts": ["vision_tower", "language_model"]}, "stages": [stage],
               "output": str(folder / "run"), "device": "cpu"}
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 

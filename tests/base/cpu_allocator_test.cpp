@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstring>
 #include <fstream>
+#include <random>
 #include <thread>
 #include <vector>
 
@@ -59,6 +60,71 @@ TEST_F(CpuAllocator, NeverKeepsMuchMoreThanWasAliveAtOnce) {
               1.25 * static_cast<double>(now.peak_live_bytes) + 1)
         << mib;
   }
+}
+
+// As loading does: twice what stays was alive for a while.
+TEST_F(CpuAllocator, GivesBackWhatLoadingLeftAndFollowsWhatLives) {
+  const auto resident = [] {
+    int64_t pages = 0, of_process = 0;
+    std::ifstream("/proc/self/statm") >> pages >> of_process;
+    return of_process * ::sysconf(_SC_PAGE_SIZE) / kMiB;
+  };
+  const at::Tensor model = at::full({64 * kMiB}, 7, at::kByte);
+  { const at::Tensor as_read = at::full({512 * kMiB}, 1, at::kByte); }
+  EXPECT_GE(cpu_memory().cached_bytes, 512 * kMiB);
+  const int64_t before = resident();
+  settle_cpu_memory();
+  const CpuMemory settled = cpu_memory();
+  EXPECT_LE(settled.cached_bytes, settled.live_bytes / 4);
+  EXPECT_LE(resident(), before - 450);
+  EXPECT_TRUE(model.eq(7).all().item<bool>());
+  EXPECT_GE(settled.peak_live_bytes, 576 * kMiB);  // the run's own, still
+  // Steps that follow keep what they free, and no more.
+  int64_t most = settled.live_bytes;
+  for (int step = 0; step < 3; ++step) {
+    const at::Tensor activations = block(100);
+    most = std::max(most, cpu_memory().live_bytes);
+  }
+  EXPECT_GE(cpu_memory().cached_bytes, 100 * kMiB);
+  EXPECT_LE(static_cast<double>(cpu_memory().live_bytes + cpu_memory().cached_bytes),
+            1.25 * static_cast<double>(most) + 1);
+}
+
+// Blocks taken, freed and settled in any order: none is given away or emptied while it lives, and what is
+// counted as idle is bounded all along.
+TEST_F(CpuAllocator, KeepsItsBooksInAnyOrder) {
+  std::minstd_rand random(7);
+  std::vector<std::pair<at::Tensor, uint8_t>> held;
+  settle_cpu_memory();
+  int64_t most = cpu_memory().live_bytes;
+  for (int i = 0; i < 3000; ++i) {
+    if (random() % 5 < 2 && !held.empty()) {
+      std::swap(held[random() % held.size()], held.back());
+      const auto& [tensor, value] = held.back();
+      const uint8_t* bytes = tensor.const_data_ptr<uint8_t>();
+      ASSERT_EQ(bytes[0], value);
+      ASSERT_EQ(bytes[tensor.numel() / 2], value);
+      ASSERT_EQ(bytes[tensor.numel() - 1], value);
+      held.pop_back();
+    } else if (held.size() < 40) {
+      const auto value = static_cast<uint8_t>(random() % 256);
+      const at::Tensor tensor = at::empty({static_cast<int64_t>(300'000 + random() % 3'000'000)}, at::kByte);
+      uint8_t* bytes = tensor.mutable_data_ptr<uint8_t>();
+      bytes[0] = bytes[tensor.numel() / 2] = bytes[tensor.numel() - 1] = value;
+      held.emplace_back(tensor, value);
+      most = std::max(most, cpu_memory().live_bytes);
+      const CpuMemory now = cpu_memory();
+      ASSERT_GE(now.cached_bytes, 0);
+      ASSERT_LE(static_cast<double>(now.live_bytes + now.cached_bytes), 1.25 * static_cast<double>(most) + 1);
+    }
+    if (random() % 100 != 0) continue;
+    settle_cpu_memory();
+    most = cpu_memory().live_bytes;
+    ASSERT_LE(cpu_memory().cached_bytes, most / 4);
+  }
+  held.clear();
+  settle_cpu_memory();
+  EXPECT_LE(cpu_memory().cached_bytes, cpu_memory().live_bytes / 4);
 }
 
 TEST_F(CpuAllocator, CountsWhatIsAlive) {

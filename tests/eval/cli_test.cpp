@@ -343,7 +343,8 @@ TEST_F(Cli, EvalWritesResultsAndReport) {
 TEST_F(Cli, ARunEndsWithItsEvaluationAndItsCheckpointsServeAsModels) {
   write_tiny_parts(at("parts"));
   std::string recipe =
-      fmt::format("model: {{vision_tower: {0}/vision, language_model: {0}/language}}\noutput: {1}\nstages:\n",
+      fmt::format("model: {{vision_tower: {0}/vision, language_model: {0}/language, "
+                  "random_parts: [vision_tower, language_model]}}\noutput: {1}\nstages:\n",
                   at("parts"), at("run"));
   for (const char* stage : {"pretrain", "finetune"})
     recipe += fmt::format(
@@ -439,7 +440,8 @@ TEST_F(Cli, AnOutputThatTakesNothingIsNoSuccess) {
 TEST_F(Cli, AnAdapterGoesOutAloneOrMergedAndIsAModel) {
   write_tiny_parts(folder_->path() / "parts");
   write_file_atomic(at("lora.yaml"),
-                    fmt::format("model: {{vision_tower: {0}/parts/vision, language_model: {0}/parts/language}}\n"
+                    fmt::format("model: {{vision_tower: {0}/parts/vision, language_model: {0}/parts/language, "
+                                "random_parts: [vision_tower, language_model]}}\n"
                                 "output: {0}/lora\n"
                                 "device: cpu\n"
                                 "stages:\n"

@@ -74,7 +74,7 @@ def test_plans_tell_what_ranks_send():
 def test_adapters_too():
     """Also on weights in 4 bits, which lie whole on every rank."""
     for name, more in (("lora", []), ("qlora", ["stages.finetune.lora.load_in_4bit=true"])):
-        arguments = LORA + ["stages.finetune.lora.lora_dropout=0"] + more
+        arguments = LORA + more
         straight(f"{name}_one", 1, "ddp", *arguments)
         runs.run(runs.start(2) + runs.train(f"{name}_two", "zero3", *arguments))
         runs.same_curve(f"{name}_one", f"{name}_two")

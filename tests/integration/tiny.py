@@ -34,7 +34,8 @@ def write_recipe(work, output, stages):
     """work/recipe.yaml. `stages`: name -> settings beside its data and the defaults of here."""
     common = {"global_batch_size": 4, "save_steps": 0, "data": {"data_path": str(work / "data.json"), "image_folder": str(work / "images"),
                                                                 "conversation_template": "v1"}}
-    write_json(work / "recipe.yaml", {"model": {"vision_tower": str(work / "vision"), "language_model": str(work / "language")},
+    write_json(work / "recipe.yaml", {"model": {"vision_tower": str(work / "vision"), "language_model": str(work / "language"),
+                                                "random_parts": ["vision_tower", "language_model"]},
                                       "stages": [{"name": name} | common | settings for name, settings in stages.items()],
                                       "output": str(output), "device": "cpu"})
     return work / "recipe.yaml"

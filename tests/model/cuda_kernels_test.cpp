@@ -81,14 +81,16 @@ TYPED_TEST(CudaKernels, RmsNorm) {
 
 TYPED_TEST(CudaKernels, Dropout) {
   using T = TypeParam;
-  for (const int64_t count : {1, 1000, 4099}) {
-    const at::Tensor x = this->rounded(random({count})).to(kDtype<T>);
+  for (const int64_t width : {1, 1000, 4099}) {
+    const at::Tensor x = this->rounded(random({3, width})).to(kDtype<T>);
+    const at::Tensor keys = at::tensor({int64_t{5}, int64_t{-7}, int64_t{1} << 40}, at::kLong);
     const at::Tensor got = in_both_orders([&]() -> Tensors {
-      Device<T> x_(x), y({count});
-      kernels::dropout(*x_, *y, count, static_cast<uint32_t>(std::lround(0.25 * 0x1p32)), 1 / 0.75f, noise_words(9), nullptr);
+      Device<T> x_(x), y({3, width});
+      kernels::dropout(*x_, *y, keys.const_data_ptr<int64_t>(), 9, 3, width,
+                       static_cast<uint32_t>(std::lround(0.25 * 0x1p32)), 1 / 0.75f, nullptr);
       return {y.tensor()};
     })[0];
-    EXPECT_TRUE(at::equal(got, dropped_out(x, 0.25, 9)));
+    EXPECT_TRUE(at::equal(got, dropped_out(x, {0.25, keys}, 9)));
   }
 }
 

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <set>
 
 namespace caldera {
 namespace {
@@ -26,6 +27,16 @@ at::Tensor find(Linear& linear, const std::string& end) {
   for (const NamedTensor& tensor : tensors)
     if (tensor.name.ends_with(end)) return tensor.value();
   return {};
+}
+
+// Samples of these lengths, at these places of their step.
+PackedBatch batch_of(const std::vector<int64_t>& lengths, const std::vector<int64_t>& numbers) {
+  PackedBatch batch;
+  batch.cu_seqlens = {0};
+  for (const int64_t length : lengths) batch.cu_seqlens.push_back(batch.cu_seqlens.back() + length);
+  batch.sample_numbers = numbers;
+  batch.input_ids_T = at::zeros({batch.cu_seqlens.back()}, at::kLong);
+  return batch;
 }
 
 at::Tensor inputs() {
@@ -72,17 +83,34 @@ TEST(Lora, AddsItsProductToItsOwnRows) {
   }
 }
 
+TEST(Lora, ATokensKeyGoesByItsSampleAndItsPlaceInIt) {
+  const at::Tensor all = dropout_keys(batch_of({3, 5, 2}, {0, 1, 2}), 9);
+  EXPECT_TRUE(at::equal(dropout_keys(batch_of({2, 3}, {2, 0}), 9),
+                        at::cat({all.narrow(0, 8, 2), all.narrow(0, 0, 3)})));
+  EXPECT_TRUE(
+      at::equal(dropout_keys(batch_of({4}, {1}), 9), all.narrow(0, 3, 4)));  // cut behind what is supervised
+  std::set<int64_t> distinct;
+  for (const uint64_t seed : {9u, 10u}) {
+    const at::Tensor keys = dropout_keys(batch_of({3, 5, 2}, {0, 1, 2}), seed);
+    distinct.insert(keys.const_data_ptr<int64_t>(), keys.const_data_ptr<int64_t>() + keys.numel());
+  }
+  EXPECT_EQ(distinct.size(), 20u);
+}
+
 TEST(Lora, DropoutIsAFunctionOfTheSeedAndKeepsTheMean) {
   Linear linear = make_linear();
   linear.attach({.lora_r = 3, .lora_alpha = 3, .lora_dropout = 0.4}, 3);
   at::Tensor b = find(linear, "q_proj.lora_B.weight");
   init_normal_(b, 1, 5, "b");
   const at::Tensor plain = linear.forward(inputs(), {});
-  EXPECT_TRUE(at::equal(linear.forward(inputs(), 1), linear.forward(inputs(), 1)));
-  EXPECT_FALSE(at::equal(linear.forward(inputs(), 1), linear.forward(inputs(), 2)));
+  const auto dropped = [&](uint64_t seed) {
+    return linear.forward(inputs(), dropout_keys(batch_of({7}, {4}), seed));
+  };
+  EXPECT_TRUE(at::equal(dropped(1), dropped(1)));
+  EXPECT_FALSE(at::equal(dropped(1), dropped(2)));
   at::Tensor sum = at::zeros_like(plain);
   constexpr uint64_t kDraws = 4000;
-  for (uint64_t seed = 0; seed < kDraws; ++seed) sum += linear.forward(inputs(), seed);
+  for (uint64_t seed = 0; seed < kDraws; ++seed) sum += dropped(seed);
   EXPECT_LT((sum / static_cast<double>(kDraws) - plain).abs().max().item<double>(), 0.15);
 }
 

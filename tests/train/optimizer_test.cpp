@@ -139,8 +139,10 @@ TEST(AdamW, FusedTensorsAreListedByTheirParts) {
 
 TEST(AdamW, EightBitStatesAreThoseOfMatricesAndListedWithTheirScales) {
   at::Tensor qkv = at::zeros({96, 128}), embed = at::zeros({64, 128}), norm = at::zeros({8192}),
-             small = at::zeros({8, 8}), odd = at::zeros({100, 50});
-  for (at::Tensor* tensor : {&qkv, &embed, &norm, &small, &odd}) tensor->set_requires_grad(true);
+             small = at::zeros({8, 8}), odd = at::zeros({100, 50}), places = at::zeros({64, 128}),
+             patches = at::zeros({64, 3, 16, 16});
+  for (at::Tensor* tensor : {&qkv, &embed, &norm, &small, &odd, &places, &patches})
+    tensor->set_requires_grad(true);
   const std::vector<ParameterGroup> groups = {{"language_model",
                                                0.1,
                                                {{"q", &qkv, 0, 64},
@@ -151,6 +153,13 @@ TEST(AdamW, EightBitStatesAreThoseOfMatricesAndListedWithTheirScales) {
                                                 {"gate", &odd, 0, 50},
                                                 {"up", &odd, 50, 50}}}};  // "up" begins inside a block
   EXPECT_EQ(with_8bit_states(groups), (std::unordered_set<const at::Tensor*>{&qkv}));
+  // Of a tower's embeddings positions are looked up; its patches pass through a convolution.
+  const std::string root = "vision_tower.vision_model.embeddings.";
+  EXPECT_EQ(with_8bit_states({{"vision_tower",
+                               0.1,
+                               {{root + "position_embedding.weight", &places},
+                                {root + "patch_embedding.weight", &patches}}}}),
+            (std::unordered_set<const at::Tensor*>{&patches}));
   AdamW optimizer(groups, {.has_8bit_states = true});
   int num_scales = 0;
   for (const auto& [name, moment] : optimizer.moments()) {

@@ -2,8 +2,10 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <stdlib.h>
 
 #include <chrono>
+#include <cstdlib>
 #include <fstream>
 #include <random>
 
@@ -110,6 +112,48 @@ TEST_F(RecipeTest, OverridesReplaceAndAdd) {
   EXPECT_EQ(read(kBase, {"stages.0.data.image_folder="}).stages[0].data.image_folder, "");
 }
 
+TEST_F(RecipeTest, ExpandsHomeAndTheEnvironmentInPaths) {
+  ::setenv("CALDERA_TEST_DATA", "/data sets", 1);
+  ::setenv("CALDERA_TEST_SET", "coco", 1);
+  const std::string home = std::getenv("HOME") != nullptr ? std::getenv("HOME") : "";
+  ::setenv("HOME", "/home/me", 1);
+  const std::string yaml =
+      "model: {vision_tower: ~/clip, language_model: \"~\", tokenizer: a~b}\n"
+      "output: ${CALDERA_TEST_DATA}/out-$1\n"
+      "stages:\n"
+      "- name: pretrain\n"
+      "  trainable: [projector]\n"
+      "  data: {data_path: \"${CALDERA_TEST_DATA}/${CALDERA_TEST_SET}.json\", image_folder: ./~/x, "
+      "conversation_template: plain}\n";
+  const Recipe recipe = read(yaml, {"evaluation={data_path: ~/q, conversation_template: plain}"});
+  EXPECT_EQ(recipe.model.vision_tower, "/home/me/clip");
+  EXPECT_EQ(recipe.model.language_model, "/home/me");
+  EXPECT_EQ(recipe.model.tokenizer, "a~b");
+  EXPECT_EQ(recipe.output, "/data sets/out-$1");
+  EXPECT_EQ(recipe.stages[0].data.data_path, "/data sets/coco.json");
+  EXPECT_EQ(recipe.stages[0].data.image_folder, "./~/x");
+  EXPECT_EQ(recipe.evaluation.value().data_path, "/home/me/q");
+  // The resolved recipe depends on the environment no longer.
+  ::unsetenv("CALDERA_TEST_DATA");
+  EXPECT_EQ(dump_recipe(read(dump_recipe(recipe))), dump_recipe(recipe));
+  EXPECT_EQ(
+      message(yaml),
+      "r.yaml:2:1: output: \"${CALDERA_TEST_DATA}/out-$1\": the environment has no CALDERA_TEST_DATA, or an "
+      "empty "
+      "one; export CALDERA_TEST_DATA=..., or write the path out\n"
+      "r.yaml:6:10: stages.pretrain.data.data_path: \"${CALDERA_TEST_DATA}/${CALDERA_TEST_SET}.json\": the "
+      "environment has no CALDERA_TEST_DATA, or an empty one; export CALDERA_TEST_DATA=..., or write the "
+      "path out");
+  ::setenv("CALDERA_TEST_DATA", "${CALDERA_TEST_SET}", 1);
+  EXPECT_THAT(message(yaml),
+              HasSubstr("becomes \"${CALDERA_TEST_SET}/out-$1\", which would be expanded again"));
+  ::unsetenv("HOME");
+  EXPECT_THAT(message(yaml),
+              HasSubstr("r.yaml:1:9: model.vision_tower: \"~/clip\": ~ stands for $HOME, which is not set; "
+                        "write the path out"));
+  if (!home.empty()) ::setenv("HOME", home.c_str(), 1);
+}
+
 struct BadRecipe {
   std::string name, yaml, expected;
   std::vector<std::string> overrides;
@@ -209,7 +253,7 @@ TEST_F(RecipeTest, DumpReadsBackAsTheSame) {
   recipe.stages[1].trainable = {"language_model", "projector"};
   recipe.stages[1].optimizer.mm_projector_lr.reset();
   recipe.evaluation = EvaluationConfig{.data_path = "q", .conversation_template = "plain"};
-  for (const char* text : {"null", "~", "true", "- a", "a: b", "it's", "\"q\"", "#", "a #b", "tab\tnew\nline",
+  for (const char* text : {"null", "true", "- a", "a: b", "it's", "\"q\"", "#", "a #b", "tab\tnew\nline",
                            " lead", "\\n", "\xc3\xa9\xe2\x82\xac", "{", "%x", "*a", "010", "@", "-"}) {
     recipe.output = text;
     const std::string dump = dump_recipe(recipe);

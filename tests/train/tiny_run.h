@@ -35,6 +35,7 @@ inline Recipe tiny_recipe(const fs::path& folder, const std::string& output) {
   Recipe recipe;
   recipe.model.vision_tower = (folder / "parts" / "vision").string();
   recipe.model.language_model = (folder / "parts" / "language").string();
+  recipe.model.random_parts = {"vision_tower", "language_model"};
   recipe.output = (folder / output).string();
   recipe.device = "cpu";
   StageConfig stage;

@@ -41,15 +41,21 @@ __global__ void swiglu_backward_kernel(const T* gate_up, const T* dy, T* d_gate_
   }
 }
 
+// A block takes a row.
 template <class T, int kN>
-__global__ void dropout_kernel(const T* x, T* y, int64_t count, uint32_t threshold, float scale, NoiseWords words) {
-  const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kN;
-  if (i >= count) return;
-  Floats<kN> v = load<kN>(x + i);
-  CALDERA_UNROLL
-  for (int k = 0; k < kN; ++k)
-    v[k] = noise_of(static_cast<uint32_t>(i + k), words) >= threshold ? v[k] * scale : 0.0f;
-  store(y + i, v);
+__global__ void dropout_kernel(const T* x, T* y, const int64_t* keys, uint64_t seed, int64_t width, uint32_t threshold,
+                               float scale) {
+  const int64_t row = blockIdx.x;
+  const NoiseWords words = words_of(static_cast<uint64_t>(keys[row]) ^ seed);
+  x += row * width;
+  y += row * width;
+  for (int64_t i = threadIdx.x * kN; i < width; i += kThreads * kN) {
+    Floats<kN> v = load<kN>(x + i);
+    CALDERA_UNROLL
+    for (int k = 0; k < kN; ++k)
+      v[k] = noise_of(static_cast<uint32_t>(i + k), words) >= threshold ? v[k] * scale : 0.0f;
+    store(y + i, v);
+  }
 }
 
 constexpr float kQuick = 1.702f;
@@ -134,17 +140,17 @@ template void quick_gelu_backward(const float*, const float*, float*, int64_t, S
 template void quick_gelu_backward(const Bf16*, const Bf16*, Bf16*, int64_t, Stream);
 
 template <class T>
-void dropout(const T* x, T* y, int64_t count, uint32_t threshold, float scale, const NoiseWords& words, Stream stream) {
+void dropout(const T* x, T* y, const int64_t* keys, uint64_t seed, int64_t rows, int64_t width, uint32_t threshold,
+             float scale, Stream stream) {
   with_lanes<T>(
-      count,
+      width,
       [&](auto lanes) {
-        launch("dropout", dropout_kernel<T, lanes.value>, ceil_div(count, kThreads * lanes.value), stream, x, y, count,
-               threshold, scale, words);
+        launch("dropout", dropout_kernel<T, lanes.value>, rows, stream, x, y, keys, seed, width, threshold, scale);
       },
       x, y);
 }
 
-template void dropout(const float*, float*, int64_t, uint32_t, float, const NoiseWords&, Stream);
-template void dropout(const Bf16*, Bf16*, int64_t, uint32_t, float, const NoiseWords&, Stream);
+template void dropout(const float*, float*, const int64_t*, uint64_t, int64_t, int64_t, uint32_t, float, Stream);
+template void dropout(const Bf16*, Bf16*, const int64_t*, uint64_t, int64_t, int64_t, uint32_t, float, Stream);
 
 }  // namespace caldera::CALDERA_KERNELS

@@ -113,6 +113,15 @@ __device__ Floats<kN> rounded(Floats<kN> values) {
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
+// model/ops/noise.h's noise_words(), by base/rng.h's mix64().
+__device__ inline NoiseWords words_of(uint64_t key) {
+  key += 0x9E3779B97F4A7C15ull;
+  key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9ull;
+  key = (key ^ (key >> 27)) * 0x94D049BB133111EBull;
+  key ^= key >> 31;
+  return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
+}
+
 // model/ops/noise.h's, of one element.
 __device__ inline uint32_t noise_of(uint32_t index, const NoiseWords& words) {
   uint32_t hash = index ^ words.first;

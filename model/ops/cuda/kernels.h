@@ -48,9 +48,11 @@ void swiglu_forward(const T* gate_up, T* y, int64_t rows, int64_t width, Stream 
 template <class T>
 void swiglu_backward(const T* gate_up, const T* dy, T* d_gate_up, int64_t rows, int64_t width, Stream stream);
 
-// y = x * scale where an element's noise is at least `threshold`, else 0.
+// x and y [rows, width]: y = x * scale where an element's noise is at least `threshold`, else 0. Its noise is that of its
+// column under the words of its row's key and the seed.
 template <class T>
-void dropout(const T* x, T* y, int64_t count, uint32_t threshold, float scale, const NoiseWords& words, Stream stream);
+void dropout(const T* x, T* y, const int64_t* keys, uint64_t seed, int64_t rows, int64_t width, uint32_t threshold,
+             float scale, Stream stream);
 
 // y = x * sigmoid(1.702 x), which may be x itself; dx may be dy itself.
 template <class T>
