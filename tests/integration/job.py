@@ -7,7 +7,7 @@ MACHINES = ROOT / "tests/integration/machines"
 TAG = f"c{os.getpid()}"
 RENDEZVOUS = "10.77.0.10:29500"
 TIMEOUT_S = 6
-LIMIT_S = 3 * TIMEOUT_S
+LIMIT_S = 3 * TIMEOUT_S + 12  # what starts and ends of processes may take on a busy machine; the tables print what it took
 
 
 def machines(*words):
