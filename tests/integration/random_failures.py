@@ -72,9 +72,20 @@ class Failure:
             self.kind, rf"node{self.machine}|machine {self.machine}|run's store|{named(2 * self.machine, 2 * self.machine + 1)}"), text)
 
 
+def last_change(folder):
+    """When anything below it was last written: a slow save goes on although no step does."""
+    times = []
+    for path in folder.rglob("*"):
+        try:
+            times.append(path.stat().st_mtime_ns)
+        except FileNotFoundError:
+            pass
+    return max(times, default=0)
+
+
 def state_of_job(job):
     steps = [Job.runs.steps(job.name, stage) for stage in ("pretrain", "finetune")]
-    return steps, job.ranks(), [len(launcher.text) for launcher in job.all], job.codes()
+    return steps, job.ranks(), [len(launcher.text) for launcher in job.all], job.codes(), last_change(Job.runs.work / job.name)
 
 
 def watch(job, failure):
