@@ -135,8 +135,18 @@ std::string read_file(const fs::path& path) {
   return bytes;
 }
 
-AtomicFile::AtomicFile(fs::path path, uint64_t num_bytes)
-    : path_(std::move(path)), temporary_(temporary_name(path_)), piece_(nullptr, std::free) {
+AtomicFile::AtomicFile(fs::path path, uint64_t num_bytes) : path_(std::move(path)), piece_(nullptr, std::free) {
+  std::error_code ignored;
+  // A link stays one: what it leads to is replaced. A terminal, a pipe or /dev/null is written to as it is.
+  if (fs::is_symlink(path_, ignored) && fs::exists(path_, ignored)) path_ = fs::canonical(path_);
+  const fs::file_status status = fs::status(path_, ignored);
+  is_stream_ = fs::exists(status) && !fs::is_regular_file(status) && !fs::is_directory(status);
+  if (is_stream_) {
+    descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
+    if (descriptor_ < 0) fail("open", path_);
+    return;
+  }
+  temporary_ = temporary_name(path_);
   descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
   if (descriptor_ < 0) fail("create", temporary_);
   if (num_bytes >= kLongFile && set_direct(true))
@@ -147,7 +157,7 @@ AtomicFile::AtomicFile(fs::path path, uint64_t num_bytes)
 AtomicFile::~AtomicFile() {
   if (descriptor_ < 0) return;
   ::close(descriptor_);
-  ::unlink(temporary_.c_str());
+  if (!is_stream_) ::unlink(temporary_.c_str());
 }
 
 bool AtomicFile::set_direct(bool on) {
@@ -194,6 +204,10 @@ void AtomicFile::write(const void* bytes, size_t num_bytes) {
 void AtomicFile::commit() {
   if (is_direct_ && !set_direct(false)) fail("write", path_);  // the end is no whole block
   write_out(piece_.get(), std::exchange(num_in_piece_, 0));
+  if (is_stream_) {
+    if (::close(std::exchange(descriptor_, -1)) != 0) fail("write", path_);
+    return;
+  }
   if (do_fsync(descriptor_) != 0) fail("flush", path_);
   note_headway();
   const int result = ::close(descriptor_);

@@ -21,7 +21,8 @@ std::string read_file(const fs::path& path);
 
 // A file under construction: bytes go to "PATH.tmp-PID", commit() flushes it to disk, renames it to PATH and
 // flushes the folder. Destroyed without commit(), it leaves nothing. Every failing system call throws Error
-// with the path. Long files go to the disk past the page cache, where the file system has a way: a checkpoint would
+// with the path. A link's target is replaced, not the link; what is no file (a pipe, /dev/stdout) is written to as it is. Long
+// files go to the disk past the page cache, where the file system has a way: a checkpoint would
 // push the pictures out of it, and on a virtual machine its fresh pages cost more than the disk.
 class AtomicFile {
  public:
@@ -42,6 +43,7 @@ class AtomicFile {
 
   fs::path path_, temporary_;
   int descriptor_ = -1;
+  bool is_stream_ = false;  // no file that could be replaced
   Hasher hasher_;
   // Past the cache go whole pieces of memory alone.
   bool is_direct_ = false;

@@ -26,7 +26,6 @@
 namespace caldera {
 namespace {
 
-constexpr auto kPatience = std::chrono::seconds(3);
 constexpr auto kStep = std::chrono::milliseconds(50), kSettling = std::chrono::milliseconds(100);
 
 struct LockHolder {
@@ -124,12 +123,12 @@ bool do_flock(int descriptor) {
 
 }  // namespace
 
-FolderLock::FolderLock(const fs::path& folder, const std::string& what)
+FolderLock::FolderLock(const fs::path& folder, const std::string& what, int patience_s)
     : file_(folder / ".lock"), line_(line_of_this_process()) {
   std::error_code error;
   fs::create_directories(folder, error);
   CALDERA_CHECK(!error, Error, "{}: cannot create: {}", folder.string(), error.message());
-  const auto deadline = std::chrono::steady_clock::now() + kPatience;
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(patience_s);
   while (!take()) {
     if (std::chrono::steady_clock::now() >= deadline) throw ConfigError(refusal(folder.string(), what));
     std::this_thread::sleep_for(kStep);

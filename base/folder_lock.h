@@ -13,10 +13,10 @@ namespace caldera {
 class FolderLock {
  public:
   // Makes the folder if there is none. `what` is the folder's part, in the words of a message: "output".
-  // Throws ConfigError naming the process that works there, when it still does so after three seconds (one
+  // Throws ConfigError naming the process that works there, when it still does so after `patience_s` (one
   // that was just killed takes a moment to end); Error naming the file and the system's reason where it
   // cannot be locked.
-  FolderLock(const std::filesystem::path& folder, const std::string& what);
+  FolderLock(const std::filesystem::path& folder, const std::string& what, int patience_s = 3);
   // The next process may begin.
   ~FolderLock();
   FolderLock(const FolderLock&) = delete;

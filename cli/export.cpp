@@ -93,7 +93,7 @@ at::ScalarType float_dtype(const std::string& name) {
   if (name == "f32" || name == "float32") return at::kFloat;
   if (name == "f16" || name == "float16") return at::kHalf;
   if (name == "bf16" || name == "bfloat16") return at::kBFloat16;
-  throw ConfigError(fmt::format("--dtype {}: expected f32, f16 or bf16{}", name,
+  throw ConfigError(fmt::format("--dtype {}: expected f32, f16 or bf16 (with --format gguf also q8_0, q6_k, q5_k_m, q4_k_m){}", name,
                                 quantized_ggml_type(name) ? fmt::format("; {} is a type of --format gguf", name) : ""));
 }
 

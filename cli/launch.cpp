@@ -172,16 +172,18 @@ void launch(const LaunchCommand& command) {
                           .node_timeout_s = command.node_timeout_s};
   const auto stop_signal = [] { return static_cast<int>(g_last_signal); };
   std::unique_ptr<Rendezvous> rendezvous;
+  std::string run_before;
   // Machine 0's launcher has gone, or the way to it: both may come back, while there are restarts left.
   const auto meet_again = [&](const StoreError& error) {
     if (command.node_rank == 0 || command.max_restarts == 0) throw error;
     log_warning("{}", error.what());
+    if (rendezvous) run_before = rendezvous->run_id();
     rendezvous.reset();
   };
   for (int num_failures = 0;; ++num_failures) {
     std::optional<int> number;
     try {
-      if (!rendezvous) rendezvous = std::make_unique<Rendezvous>(machines, address, stop_signal);
+      if (!rendezvous) rendezvous = std::make_unique<Rendezvous>(machines, address, stop_signal, run_before);
       number = rendezvous->gather();
     } catch (const StoreError& error) {
       meet_again(error);

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <random>
+#include <utility>
 
 #include "base/error.h"
 #include "base/log.h"
@@ -45,7 +47,8 @@ std::string random_id() {
   return id;
 }
 
-Rendezvous::Rendezvous(const Machines& machines, StoreAddress address, std::function<int()> stop_signal)
+Rendezvous::Rendezvous(const Machines& machines, StoreAddress address, std::function<int()> stop_signal,
+                       const std::string& run_before)
     : machines_(machines), address_(std::move(address)), stop_signal_(std::move(stop_signal)) {
   std::array<char, 256> host{};
   ::gethostname(host.data(), host.size() - 1);
@@ -55,6 +58,7 @@ Rendezvous::Rendezvous(const Machines& machines, StoreAddress address, std::func
     hosted_ = host_store(address_, /*is_local=*/machines_.count == 1, machines_.timeout_s);
     reached = address_;
     reached.host = "127.0.0.1";
+    if (machines_.count == 1) address_.host = reached.host;  // nothing else reaches it
   }
   const Clock::time_point start = Clock::now();
   while (!store_) {
@@ -71,7 +75,14 @@ Rendezvous::Rendezvous(const Machines& machines, StoreAddress address, std::func
     }
   }
   store_->set_timeout(machines_.timeout_s);
-  run_id_ = store_->set_once("launch/run", random_id());
+  if (run_before.empty()) {
+    run_id_ = store_->set_once("launch/run", random_id());
+  } else {
+    // Machine 0's launcher has been started again, with a new store: the run is the one that went on until then.
+    store_->set("launch/run", run_id_ = run_before);
+    store_->set_once("launch/attempt", "0");
+    begin_next(0);
+  }
   thread_ = std::thread([this] {
     for (;;) {
       look_around();
@@ -116,8 +127,10 @@ void Rendezvous::look_around() {
 
 // The ranks watch each other; where all of a machine are stopped, the first two maybe, their launcher says so.
 void Rendezvous::judge_own_ranks(int attempt) {
-  std::vector<int> silent;
-  double longest = 0;
+  if (machines_.count * machines_.ranks_each == 1) return;  // a single process has no heartbeat
+  // A longer pause was this process's own, or the store's: the ranks may have been stopped as long (scontrol suspend).
+  const double elapsed_s = std::min(1.0, since(std::exchange(judged_at_, Clock::now())));
+  double shortest = std::numeric_limits<double>::infinity();
   bool is_done = false;
   for (int i = 0; i < machines_.ranks_each; ++i) {
     const auto at = static_cast<size_t>(i);
@@ -125,19 +138,15 @@ void Rendezvous::judge_own_ranks(int attempt) {
     const std::string beat = store_->find(fmt::format("{}/beat/{}", attempt, rank)).value_or("");
     const Json json = Json::parse(beat, nullptr, /*allow_exceptions=*/false);
     is_done = is_done || (json.is_object() && json.value("done", false));
-    const std::lock_guard lock(mutex_);
-    if (beat != beats_[at]) beat_at_[at] = Clock::now();
+    silent_s_[at] = beat == beats_[at] ? silent_s_[at] + elapsed_s : 0;
     beats_[at] = beat;
-    const double silence = since(beat_at_[at]);
-    if (silence < 1.5 * machines_.timeout_s) continue;
-    silent.push_back(rank);
-    longest = std::max(longest, silence);
+    shortest = std::min(shortest, silent_s_[at]);
   }
-  if (std::ssize(silent) < machines_.ranks_each || is_done) return;
+  if (shortest < 1.5 * machines_.timeout_s || is_done) return;
   store_->set_once(fmt::format("{}/verdict", attempt),
                    fmt::format("no rank of {} ({}) has given a sign of life for {:.0f} s: are they stopped, or does a disk "
                                "or driver hang?",
-                               names_of({machines_.index}), who(mine_), longest));
+                               names_of({machines_.index}), who(mine_), shortest));
 }
 
 // For a launcher that others do not hear.
@@ -182,12 +191,15 @@ std::optional<int> Rendezvous::meet() {
     }
     const std::vector<int> absent = missing(attempt);
     if (absent.empty()) {
+      const std::string run = store_->find("launch/run").value_or(run_id_);
       const std::lock_guard lock(mutex_);
       attempt_ = std::max(attempt_, attempt);
       own_attempt_ = attempt;
+      run_id_ = run;
       has_cause_ = false;
       beats_.assign(static_cast<size_t>(machines_.ranks_each), "");
-      beat_at_.assign(static_cast<size_t>(machines_.ranks_each), Clock::now());
+      silent_s_.assign(static_cast<size_t>(machines_.ranks_each), 0);
+      judged_at_ = Clock::now();
       return attempt;
     }
     const std::string names = names_of(absent);
@@ -209,7 +221,7 @@ std::vector<int> Rendezvous::missing(int attempt) {
 
 bool Rendezvous::is_over(int attempt) const {
   const std::lock_guard lock(mutex_);
-  return attempt_ > attempt || has_cause_ || end_ || (lost_since_ && since(*lost_since_) > kRefused_s);
+  return attempt_ > attempt || has_cause_ || (end_ && end_->code != 0) || (lost_since_ && since(*lost_since_) > kRefused_s);
 }
 
 bool Rendezvous::wait_for_end(int attempt) {

@@ -38,7 +38,9 @@ class Rendezvous {
  public:
   // Hosts the store, or comes to it, waiting for node_timeout_s. `stop_signal` ends every wait here. Throws
   // DistributedError where the store cannot be reached.
-  Rendezvous(const Machines& machines, StoreAddress address, std::function<int()> stop_signal);
+  // `run_before`: the run_id() that this launcher took part in until the store went, "" for none.
+  Rendezvous(const Machines& machines, StoreAddress address, std::function<int()> stop_signal,
+             const std::string& run_before);
   ~Rendezvous();
   const StoreAddress& address() const { return address_; }
   std::string run_id() const { return run_id_; }
@@ -88,8 +90,9 @@ class Rendezvous {
   bool has_cause_ = false;              // of own_attempt_
   std::optional<RunEnd> end_;
   std::optional<std::chrono::steady_clock::time_point> lost_since_;
-  std::vector<std::string> beats_;  // of this machine's ranks
-  std::vector<std::chrono::steady_clock::time_point> beat_at_;
+  std::vector<std::string> beats_;  // of this machine's ranks, and for how long each has not changed
+  std::vector<double> silent_s_;
+  std::chrono::steady_clock::time_point judged_at_;
   std::thread thread_;
 };
 

@@ -86,7 +86,9 @@ void print_summary(const Recipe& recipe, const HeldoutResult& result) {
 // The run's folder, for this process alone. Where another has it, all ranks say so.
 void lock_output(const Recipe& recipe, World& world, std::optional<FolderLock>& lock) {
   try {
-    lock.emplace(recipe.output, "output");
+    // NFS keeps a lock for a minute and a half after its machine has gone: a restart waits for that.
+    constexpr int kMoment_s = 3, kLease_s = 120;
+    lock.emplace(recipe.output, "output", world.spec().attempt > 0 ? kLease_s : kMoment_s);
   } catch (const std::exception&) {
     world.fail(std::current_exception());
   }

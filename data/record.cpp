@@ -173,8 +173,9 @@ class RecordReader {
             type_name(entry));
       const auto from = field(entry, "from"), value = field(entry, "value");
       check(from && value, "{}: no \"{}\"", turn, from ? "value" : "from");
-      refuse_foreign(entry, kForeignTurnKeys, turn + ": ");
       const std::string speaker = text(*from, turn + ": \"from\"");
+      // Of a question they say what happens anyway.
+      if (speaker == "gpt") refuse_foreign(entry, kForeignTurnKeys, turn + ": ");
       if (speaker == "system") {
         std::string words = text(*value, turn + ": \"value\"");
         check(position == 0, "{}: from \"system\"; such a turn comes first or not at all", turn);

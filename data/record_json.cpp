@@ -113,8 +113,9 @@ std::optional<std::string_view> ListSplitter::next() {
   skip_element();
   check(at_ < text_.size(), "the list is not closed: the file is cut off in record {}", num_read_);
   const std::string_view element = text_.substr(begin, at_ - begin);
-  check(element.find_first_not_of(kJsonSpace) != std::string_view::npos,
-        "record {} is missing between two commas", num_read_);
+  const bool is_empty = element.find_first_not_of(kJsonSpace) == std::string_view::npos;
+  check(!is_empty || text_[at_] != ']', "a comma before the list's end, behind {} records", num_read_);
+  check(!is_empty, "record {} is missing between two commas", num_read_);
   after_comma_ = text_[at_] == ',';
   if (after_comma_) ++at_;
   ++num_read_;

@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "base/hash.h"
+#include "base/headway.h"
 #include "train/run.h"
 #include "train/yaml_fields.h"
 
@@ -34,7 +35,7 @@ std::string difference(World& world, const std::string& verb, const std::string&
 bool is_place(const std::string& path) {
   constexpr std::array kPlaces = {"vision_tower",  "language_model", "pretrain_mm_mlp_adapter",
                                   "tokenizer",     "data_path",      "eval_data_path",
-                                  "captions_path", "image_folder"};
+                                  "captions_path", "image_folder",   "image_roots"};
   const std::string key = path.substr(path.rfind('.') + 1);
   return std::find(kPlaces.begin(), kPlaces.end(), key) != kPlaces.end();
 }
@@ -58,7 +59,7 @@ void flatten(const YamlNode& node, const std::string& path, Json& flat) {
   } else {
     std::vector<std::string> texts;
     for (const YamlNode& item : node.items) texts.push_back(shown(item));
-    flat[path] = fmt::format("[{}]", fmt::join(texts, ", "));
+    flat[path] = is_place(path) ? fmt::format("{} paths", texts.size()) : fmt::format("[{}]", fmt::join(texts, ", "));
   }
 }
 
@@ -100,6 +101,7 @@ std::string describe_weights(const NamedTensors& tensors) {
     const at::Tensor value = tensor.value().contiguous();
     add_text(hasher, tensor.name);
     hasher.add(value.const_data_ptr(), value.nbytes());
+    note_headway();
   }
   return "XXH3 " + hasher.hex();
 }

@@ -30,11 +30,23 @@ constexpr std::array kFreeKeys = {"save_steps",
                                   "gradient_checkpointing",
                                   "offload_activations",
                                   "eval_data_path",
-                                  "dataloader_num_workers"};
+                                  "dataloader_num_workers",
+                                  "random_parts",
+                                  "image_roots"};
 
 // Each setting's value by its path.
 using PartSettings = std::map<std::string, std::string>;
 void list_settings(const YamlNode& node, const std::string& path, PartSettings& settings) {
+  const bool is_list_of_texts =
+      node.kind == YamlNode::Kind::kList &&
+      std::all_of(node.items.begin(), node.items.end(),
+                  [](const YamlNode& item) { return item.kind == YamlNode::Kind::kScalar; });
+  if (is_list_of_texts) {
+    std::vector<std::string> texts;
+    for (const YamlNode& item : node.items) texts.push_back(item.text);
+    if (!texts.empty()) settings[path] = fmt::format("[{}]", fmt::join(texts, ", "));
+    return;
+  }
   for (size_t i = 0; i < node.items.size(); ++i) {
     const std::string name = node.kind == YamlNode::Kind::kMap ? node.keys[i] : std::to_string(i);
     list_settings(node.items[i], path.empty() ? name : path + "." + name, settings);
@@ -128,9 +140,8 @@ std::string check_same_recipe(const fs::path& where, const std::string& before, 
       hint = "loss: micro_batch_mean depends on it: set it back, or start anew with --resume never";
     if (is_length)
       hint =
-          "set it back; to train the finished stage further, move its final/ aside: it then goes on from its "
-          "newest "
-          "checkpoint";
+          "set it back; to train the finished stage further, move its final/ aside and give --extend: it then goes "
+          "on from its newest checkpoint";
     throw ConfigError(
         fmt::format("{}: stage {} was begun with \"{}: {}\", the recipe now says \"{}: {}\"; {}",
                     where.string(), stage.name, key, old_value, key, value, hint));

@@ -116,6 +116,8 @@ ResumeTask resume_task(const Recipe& recipe, const RunOptions& options, const Wo
   if (options.resume == "auto") return task;
   const bool is_never = options.resume == "never";
   if (!is_never) task.checkpoint = options.resume;
+  CALDERA_CHECK(is_never || fs::is_directory(options.resume), CheckpointError,
+                "--resume {}: no such folder; expected auto, never, or a checkpoint's folder", options.resume);
   const fs::path file = fs::path(recipe.output) / "resume.json";
   if (spec.attempt > 0 && !spec.run_id.empty() && fs::exists(file)) {
     const Json done = read_json(file);
@@ -268,10 +270,7 @@ Outcome run_stages(const Recipe& recipe, const RunOptions& options, TrainingObse
   return Outcome::kFinished;
 }
 
-}  // namespace
-
-Recipe choose_dtypes(Recipe recipe, const RunOptions& options) {
-  World& world = options.world != nullptr ? *options.world : World::alone();
+Recipe chosen_dtypes(Recipe recipe, const RunOptions& options, World& world) {
   // Where only some ranks had to be told, they would wait for what the others never send.
   agree_on_recipe(world, recipe, options);
   for (StageConfig& stage : recipe.stages) {
@@ -289,16 +288,29 @@ Recipe choose_dtypes(Recipe recipe, const RunOptions& options) {
   return recipe;
 }
 
-Outcome run_recipe(const Recipe& recipe, const RunOptions& options, TrainingObserver& observer,
-                   const std::function<int()>& stop_requested) {
-  World& world = options.world != nullptr ? *options.world : World::alone();
+// What `work` returns; what it throws on one rank ends all of them.
+template <class Work>
+auto failing_together(World& world, const Work& work) {
   try {
-    return run_stages(recipe, options, observer, stop_requested, world);
+    return work();
   } catch (const ThrownByAll&) {
     throw;
   } catch (const std::exception&) {
     world.fail(std::current_exception());
   }
+}
+
+}  // namespace
+
+Recipe choose_dtypes(Recipe recipe, const RunOptions& options) {
+  World& world = options.world != nullptr ? *options.world : World::alone();
+  return failing_together(world, [&] { return chosen_dtypes(std::move(recipe), options, world); });
+}
+
+Outcome run_recipe(const Recipe& recipe, const RunOptions& options, TrainingObserver& observer,
+                   const std::function<int()>& stop_requested) {
+  World& world = options.world != nullptr ? *options.world : World::alone();
+  return failing_together(world, [&] { return run_stages(recipe, options, observer, stop_requested, world); });
 }
 
 double train_seconds(const Recipe& recipe) {

@@ -12,6 +12,7 @@
 #include "base/cpu_allocator.h"
 #include "base/error.h"
 #include "base/fault.h"
+#include "base/headway.h"
 #include "base/log.h"
 #include "base/rng.h"
 #include "model/ops/float8.h"
@@ -71,12 +72,15 @@ Trainer::Trainer(const Recipe& recipe, size_t stage_index, StageData data, std::
 #endif
   const MemoryChoices memory = choose_memory(recipe, stage_index, world_);
   const std::string random = check_random_parts(build_, stage_.trainable, recipe.model.random_parts);
-  if (!random.empty() && world_.is_first()) log_info("{}", random);
+  if (!random.empty() && world_.is_first() && !checkpoint) log_info("{}", random);
   model_ = build_llava(build_);
   agree_on_weights(world_, *model_, checkpoint);  // while each rank has all of them, as they were read
   const int64_t num_parameters = count_parameters(model_->tensors());
   if (stage_.uses_4bit())
-    for (Linear* linear : model_->language->linears()) linear->quantize_nf4(stage_.lora->double_quant, device);
+    for (Linear* linear : model_->language->linears()) {
+      linear->quantize_nf4(stage_.lora->double_quant, device);
+      note_headway();
+    }
   model_->to(device, parse_dtype(stage_.dtype));
   if (stage_.float8) {
     check_float8(device);

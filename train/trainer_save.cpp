@@ -1,5 +1,6 @@
 // What a stage leaves on disk: checkpoints, and at its end the model.
 #include "base/files.h"
+#include "base/headway.h"
 #include "model/weights/adapters.h"
 #include "train/trainer.h"
 
@@ -53,7 +54,10 @@ std::unique_ptr<LlavaModel> Trainer::keep_adapter(const fs::path& folder) {
   write_peft_adapter(adapter, /*for_decoder=*/false, parse_dtype(stage_.dtype), folder);
   write_json(folder / "caldera.json", describe());
   if (!stage_.uses_4bit()) {
-    for (Linear* linear : model_->language->linears()) linear->merge();
+    for (Linear* linear : model_->language->linears()) {
+      linear->merge();
+      note_headway();
+    }
     return nullptr;
   }
   BuildSpec base = build_;

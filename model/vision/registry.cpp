@@ -1,5 +1,8 @@
 #include <ATen/Parallel.h>
 
+#include <cmath>
+#include <string_view>
+
 #include "base/aten.h"
 #include "base/error.h"
 #include "base/log.h"
@@ -55,11 +58,39 @@ ImageSpec image_spec_from(const Json& preprocessor, ImageSpec spec) {
   };
   read("image_mean", spec.image_mean);
   read("image_std", spec.image_std);
+  const auto is_off = [&](const char* key) { return preprocessor.value(key, Json()) == false; };
+  if (is_off("do_normalize")) {
+    spec.image_mean = {0, 0, 0};
+    spec.image_std = {1, 1, 1};
+  }
+  // Pixels of 0 to 255 times the factor, less the mean, over the deviation: as with 1/255 and other numbers.
+  const Json factor = is_off("do_rescale") ? Json(1) : preprocessor.value("rescale_factor", Json());
+  CALDERA_CHECK(factor.is_null() || (factor.is_number() && factor.get<double>() > 0), CheckpointError,
+                "{}: rescale_factor: expected a positive number, got {}", where, json_line(factor));
+  if (const double ratio = 255 * (factor.is_null() ? 1.0 / 255 : factor.get<double>()); std::abs(ratio - 1) > 1e-6) {
+    for (float& mean : spec.image_mean) mean = static_cast<float>(mean / ratio);
+    for (float& deviation : spec.image_std) deviation = static_cast<float>(deviation / ratio);
+  }
   // CLIP's "size" is a shortest edge, as an object or (older files) a number; SigLIP's a height and a width.
   const auto size = preprocessor.find("size");
   if (size != preprocessor.end() && (size->is_number() || size->contains("shortest_edge")))
     spec.keeps_aspect = true;
   if (size != preprocessor.end() && size->contains("height")) spec.keeps_aspect = false;
+  const auto side = [&](const char* key) {
+    const Json given = preprocessor.value(key, Json());
+    for (const char* part : {"shortest_edge", "height"})
+      if (given.is_object() && given.contains(part)) return Json(given[part]);
+    return given.is_number() ? given : Json();
+  };
+  for (const char* key : {"do_resize", "do_center_crop"})
+    CALDERA_CHECK(!is_off(key) || (!spec.keeps_aspect && std::string_view(key) == "do_center_crop"), CheckpointError,
+                  "{}: {}: false: pictures are always resized and cropped to the tower's size here; set it to true if the "
+                  "model was trained so",
+                  where, key);
+  CALDERA_CHECK(!spec.keeps_aspect || side("size").is_null() || side("crop_size").is_null() ||
+                    side("size") == side("crop_size"),
+                CheckpointError, "{}: size {} and crop_size {}: a crop of larger pictures is not made here", where,
+                json_line(side("size")), json_line(side("crop_size")));
   const auto resample = preprocessor.find("resample");
   if (resample != preprocessor.end() && *resample != 3)
     log_warning(

@@ -7,6 +7,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "base/headway.h"
 #include "base/strings.h"
 #include "model/weights/checks.h"
 #include "model/weights/json_fields.h"
@@ -216,6 +217,7 @@ void merge_adapter(LlavaModel& model, const Adapter& adapter) {
   for (const NamedTensor& named : model.tensors()) weights.emplace(named.name, named);
   std::map<std::string, at::Tensor> stored(adapter.tensors.begin(), adapter.tensors.end());
   for (const auto& [name, tensor] : adapter.tensors) {
+    note_headway();
     const bool is_a = name.ends_with(kA), is_b = name.ends_with(kB);
     const std::string module = name.substr(0, name.size() - (is_a || is_b ? kA.size() : 0));
     const NamedTensor* named = find_tensor(weights, is_a || is_b ? module + ".weight" : name);

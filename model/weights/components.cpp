@@ -1,5 +1,6 @@
 // One component from a folder or file of its own.
 #include "base/error.h"
+#include "base/headway.h"
 #include "base/strings.h"
 #include "model/weights/checks.h"
 #include "model/weights/gguf_weights.h"
@@ -88,6 +89,7 @@ std::vector<std::string> load_tensors(const NamedTensors& wanted, const TensorSo
                   "{}: {}: expected floating-point weights, got {}; is this a quantised checkpoint?",
                   source.where(name), name, c10::toString(stored.scalar_type()));
     value.copy_(stored);
+    note_headway();
     check_finite(stored, source.where(name), name);
   }
   if (!missing.empty()) {

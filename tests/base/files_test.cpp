@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -34,6 +35,24 @@ TEST(Files, AFileIsReadToItsEnd) {
   EXPECT_THAT(error_of<Error>([&] { read_file(folder.path()); }), HasSubstr("cannot read: Is a directory"));
   EXPECT_THAT(error_of<Error>([&] { read_file(folder.path() / "none"); }),
               HasSubstr("none: cannot open: No such file"));
+}
+
+TEST(Files, ALinkStaysOneAndWhatIsNoFileIsWrittenTo) {
+  const TemporaryFolder folder;
+  folder.write("target", "old");
+  fs::create_symlink("target", folder.path() / "link");
+  write_file_atomic(folder.path() / "link", "new");
+  EXPECT_TRUE(fs::is_symlink(folder.path() / "link"));
+  EXPECT_EQ(read_file(folder.path() / "target"), "new");
+
+  const fs::path pipe = folder.path() / "pipe";
+  ASSERT_EQ(::mkfifo(pipe.c_str(), 0600), 0);
+  std::string got;
+  std::thread reader([&] { got = read_file(pipe); });
+  write_file_atomic(pipe, "through the pipe");
+  reader.join();
+  EXPECT_EQ(got, "through the pipe");
+  EXPECT_TRUE(fs::is_fifo(pipe));
 }
 
 TEST(Files, APipeIsReadToItsEnd) {

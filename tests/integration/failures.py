@@ -61,11 +61,11 @@ def test_a_signal_to_every_process_again_and_again():
 
 
 def test_only_a_later_ctrl_c_ends_at_once():
-    for number, code, steps in ((signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 0)):
-        # A step takes six seconds, and both signals come within the first.
+    for number, code, steps in ((signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 1)):
+        # The second step takes six seconds, and both signals come within it.
         name = f"later_{number.name}"
-        process = Process(words(name, 2, max_tokens_per_micro_batch=1, global_batch_size=24), "slow@micro_batch:1")
-        process.wait_for("stage pretrain on")
+        process = Process(words(name, 2, max_tokens_per_micro_batch=1, global_batch_size=24), "slow@micro_batch:13")
+        process.wait_for("pretrain step 1/6")
         send(number, process.pid)
         time.sleep(3.3)
         send(number, process.pid)

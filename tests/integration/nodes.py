@@ -194,7 +194,8 @@ def test_a_machine_that_does_not_come():
 # --- The rest
 
 def test_a_straggler_has_a_machine():
-    job = Job("straggler", "--stage", "pretrain", fault="slow@micro_batch:1,rank=3")
+    job = Job("straggler", "--stage", "pretrain", fault="slow@micro_batch:1,rank=3", max_tokens_per_micro_batch=1, global_batch_size=12,
+              max_steps=8)
     job.end()
     assert "rank 3 (node1) is a straggler" in job.text(), job.text()[-3000:]
 

@@ -261,5 +261,32 @@ TEST(EfficientNetLite, RealWeights) {
   EXPECT_LT(max_difference(tower->forward(expected->read("pixels")), expected->read("features")), 1e-3);
 }
 
+TEST(ImageProcessor, WhatItsFileSaysIsDoneOrRefused) {
+  const VisionTowerSpec& spec = find_vision_tower("clip_vision_model", "here");
+  const Json given = {{"image_mean", {0.5, 0.4, 0.3}}, {"image_std", {0.2, 0.25, 0.5}}};
+  // What a pixel of 200 in the first channel becomes; transformers: (200 * factor - mean) / deviation.
+  const auto value = [&](Json changes) {
+    Json preprocessor = given;
+    preprocessor.update(changes);
+    const ImageSpec image = spec.make(clip_config(), preprocessor, {})->image_spec();
+    return (200 / 255.0 - image.image_mean[0]) / image.image_std[0];
+  };
+  EXPECT_NEAR(value(Json::object()), (200 / 255.0 - 0.5) / 0.2, 1e-5);
+  EXPECT_NEAR(value({{"do_normalize", false}}), 200 / 255.0, 1e-6);
+  EXPECT_NEAR(value({{"do_rescale", false}}), (200 - 0.5) / 0.2, 1e-3);
+  EXPECT_NEAR(value({{"do_rescale", false}, {"do_normalize", false}}), 200, 1e-3);
+  EXPECT_NEAR(value({{"rescale_factor", 1 / 127.5}}), (200 / 127.5 - 0.5) / 0.2, 1e-5);
+  EXPECT_NEAR(value({{"rescale_factor", 1 / 255.0}, {"do_rescale", nullptr}}), (200 / 255.0 - 0.5) / 0.2, 1e-5);
+
+  const auto refusal = [&](const Json& changes) { return error_of<CheckpointError>([&] { value(changes); }); };
+  const Json edge = {{"shortest_edge", 30}}, square = {{"height", 30}, {"width", 30}};
+  EXPECT_THAT(refusal({{"do_resize", false}}), HasSubstr("preprocessor_config.json: do_resize: false"));
+  EXPECT_THAT(refusal({{"size", edge}, {"do_center_crop", false}}), HasSubstr("do_center_crop: false"));
+  EXPECT_THAT(refusal({{"size", {{"shortest_edge", 40}}}, {"crop_size", square}}), HasSubstr("size 40 and crop_size 30"));
+  EXPECT_THAT(refusal({{"rescale_factor", 0}}), HasSubstr("rescale_factor: expected a positive number"));
+  value({{"size", edge}, {"crop_size", square}, {"do_center_crop", true}});
+  value({{"size", square}, {"do_center_crop", false}});
+}
+
 }  // namespace
 }  // namespace caldera

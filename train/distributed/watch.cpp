@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "base/error.h"
 
 namespace caldera {
@@ -145,7 +147,10 @@ std::optional<std::string> Watch::look_around(double elapsed_s) {
   const std::optional<std::string> failure = store_->find("failure"), verdict = store_->find("verdict");
   if (failure || verdict) {
     if (!doomed_at_) doomed_at_ = Clock::now();
-    return seconds_since(*doomed_at_) < kGraceSeconds ? std::nullopt : verdict ? verdict : failure;
+    // This rank's own failure may have a checkpoint to wait for, and knows its exit code.
+    const bool is_own = failure && failure->starts_with(name_of(spec_.rank, spec_.host) + " failed at ");
+    const double grace_s = is_own ? std::max(kGraceSeconds, spec_.timeout_s) : kGraceSeconds;
+    return seconds_since(*doomed_at_) < grace_s ? std::nullopt : verdict ? verdict : failure;
   }
   // Rank 0 watches all, rank 1 watches rank 0.
   if (spec_.rank > 1) return std::nullopt;
