@@ -206,6 +206,14 @@ class Silent:
         self.server.close()
 
 
+def test_a_run_of_one():
+    """One rank under a launcher, which has no heartbeat, for longer than any time-out; and one machine by a name that leads elsewhere."""
+    command = [*runs.start(1, "--max-restarts", "0"), *runs.train("single", timeout_s=1, max_tokens_per_micro_batch=1, max_steps=2)]
+    runs.run(command, fault="slow@micro_batch:1")
+    assert runs.seconds > 9, runs.seconds
+    runs.run([*runs.start(2, "--nodes", "1", "--node-rank", "0", "--rendezvous", f"name.invalid:{free_port()}"), *runs.train("by_name", "zero2")])
+
+
 def test_a_port_of_another_program():
     with Silent() as other:
         for node, what, message in ((0, "is taken", f"cannot listen on port {other.port}"), (1, "belongs to another program", "accepts connections but")):

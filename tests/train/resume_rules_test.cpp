@@ -44,6 +44,13 @@ std::string said(const Recipe& before, const Recipe& now,
 
 }  // namespace
 
+TEST(ResumeRules, AChangedListIsNamedAsAWhole) {
+  const Recipe before = begun("cosine");
+  Recipe now = before;
+  now.stages[0].trainable = {"projector", "language_model"};
+  EXPECT_THAT(said(before, now), HasSubstr("\"trainable: [projector]\", the recipe now says \"trainable: [projector, language_model]\""));
+}
+
 TEST(ResumeRules, WhatDoesNotTouchTheNumbersMayChange) {
   const Recipe before = begun("cosine");
   Recipe now = before;
@@ -57,6 +64,8 @@ TEST(ResumeRules, WhatDoesNotTouchTheNumbersMayChange) {
   stage.memory = {.budget_gb = 3, .offload_optimizer = true, .offload_activations = true};
   stage.data.dataloader_num_workers = 5;
   stage.data.eval_data_path = "e";
+  stage.data.image_roots = {"roots/a", "roots/b"};
+  now.model.random_parts = {"language_model"};
   now.output = "elsewhere";
   now.distributed.strategy = "zero2";
   EXPECT_EQ(said(before, now), "");
