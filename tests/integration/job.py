@@ -23,10 +23,10 @@ class Job:
     runs = None
 
     def __init__(self, name, *more, count=2, begin=True, strategy="zero2", options=(), rendezvous=RENDEZVOUS, fault="", only={}, variables={},
-                 timeout_s=TIMEOUT_S, **settings):
-        """`only`: by machine, settings of its recipe alone; `variables`: of its environment."""
+                 programs={}, timeout_s=TIMEOUT_S, **settings):
+        """`only`: by machine, settings of its recipe alone; `variables`: of its environment; `programs`: words that start the program there."""
         self.name, self.count, self.options, self.rendezvous, self.fault = name, count, options, rendezvous, fault
-        self.only, self.variables = only, variables
+        self.only, self.variables, self.programs = only, variables, programs
         self.train = Job.runs.train(name, strategy, *more, timeout_s=timeout_s, **settings)
         self.launchers, self.all = {}, []  # by machine, those of now; and all that ever were
         if begin:
@@ -34,7 +34,7 @@ class Job:
                 self.start(k)
 
     def start(self, k, node_rank=None):
-        command = machine_words("on", k, Job.runs.caldera, "launch", "-n", 2, "--nodes", self.count, "--node-rank", k if node_rank is None else node_rank,
+        command = machine_words("on", k, *self.programs.get(k, (Job.runs.caldera,)), "launch", "-n", 2, "--nodes", self.count, "--node-rank", k if node_rank is None else node_rank,
                                 "--rendezvous", self.rendezvous, *self.options, "--", *self.train, *self.only.get(k, ()))
         self.launchers[k] = Process(command, self.fault, **{"CALDERA_RUN_SECRET": "of the tests"} | self.variables.get(k, {}))
         self.all.append(self.launchers[k])

@@ -7,7 +7,7 @@ without them it ends with code 77. Ends with a table of what happened and how lo
 
   nodes.py CALDERA --faults N [--seed S]            N runs on three machines, each with a failure drawn at random
   nodes.py CALDERA --overnight MINUTES [--seed S]   one long run on two machines, a failure every few minutes"""
-import argparse, json, re, shutil, signal, subprocess, sys, time
+import argparse, json, pathlib, re, shutil, signal, subprocess, sys, time
 
 import random_failures
 from job import LIMIT_S, TIMEOUT_S, Job, can_make_machines, finish, last_error, machines, runs_since, straight
@@ -146,6 +146,26 @@ def test_machines_that_do_not_agree():
         shutil.rmtree(runs.work / "differ")
 
 
+def test_another_version_of_the_program():
+    other = runs.work / "caldera"
+    program, version = pathlib.Path(runs.caldera).read_bytes(), re.compile(rb"caldera [0-9]+\.[0-9]+\.[0-9]+\0")
+    assert len(version.findall(program)) == 1
+    other.write_bytes(version.sub(lambda found: found[0][:-2] + b"9\0", program))
+    other.chmod(0o755)
+    job = Job("version", programs={1: (other,)}, options=RESTARTS)
+    for text in job.end(2, 30).values():
+        assert "version" in last_error(text) and "node1" in last_error(text) and "starting again" not in text, text[-3000:]
+
+
+def test_clocks_that_differ():
+    """By a day, and more: no time of one machine means anything on another."""
+    if subprocess.run(["unshare", "--time", "true"], stderr=subprocess.DEVNULL).returncode:
+        return print("  left out: this kernel has no time namespaces")
+    job = Job("clocks", programs={1: ("unshare", "--time", "--monotonic", "100000", "--boottime", "100000", runs.caldera)})
+    job.end()
+    runs.same_bits(straight(), "clocks")
+
+
 def test_secrets():
     job = Job("secret_none", "--stage", "pretrain", variables={k: {"CALDERA_RUN_SECRET": ""} for k in (0, 1)})
     assert "CALDERA_RUN_SECRET" in job.end()[0]
@@ -224,6 +244,23 @@ def test_a_full_disk():
         finish("disk")
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_file_system_that_turns_read_only():
+    """As one does by itself after an error of its disk; under the checkpoints, for files that are open would keep it from that."""
+    folder = runs.work / "read_only/pretrain/checkpoints"
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "caldera", folder], check=True)
+    try:
+        job = Job("read_only", fault="slow@step:3")
+        job.launchers[0].wait_for("step-00000002", 60)
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        texts = job.end((1, 5), 60)
+        assert "Read-only file system" in last_error(texts[0]) and "rank" in last_error(texts[0]), texts[0][-3000:]
+        subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
+        finish("read_only")
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 if not can_make_machines():
