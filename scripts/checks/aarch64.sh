@@ -22,7 +22,7 @@ mkdir -p "$build"
 log=$build/setup.log
 : > "$log"
 . scripts/progress.sh
-packages=(libc6-dev libstdc++-12-dev libopencv-dev libjpeg-dev libyaml-cpp-dev libsentencepiece-dev nlohmann-json3-dev libsimdjson-dev
+packages=(libc6-dev libstdc++-12-dev libopencv-dev libjpeg-dev libpng-dev libyaml-cpp-dev libsentencepiece-dev nlohmann-json3-dev libsimdjson-dev
   libcli11-dev libfmt-dev libpcre2-dev libxxhash-dev libgloo-dev libgtest-dev libgmock-dev)
 
 for program in aarch64-linux-gnu-g++ qemu-aarch64; do
