@@ -261,6 +261,11 @@ void write_folder_atomic(const fs::path& named, const std::function<void(const f
   }
 }
 
+fs::path old_name(const fs::path& path) {
+  for (int number = 1;; ++number)
+    if (fs::path name = fmt::format("{}.old-{}", path.string(), number); !fs::exists(name)) return name;
+}
+
 void remove_folder(const fs::path& path) {
   const fs::path temporary = fmt::format("{}.tmp-gone-{}", path.string(), ::getpid());
   if (do_rename(path, temporary) != 0) fail("remove", path);

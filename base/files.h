@@ -59,6 +59,9 @@ void write_file_atomic(const fs::path& path, std::string_view bytes);
 // old one: remove_leftovers() of the parent puts that back. A final '/' changes nothing.
 void write_folder_atomic(const fs::path& path, const std::function<void(const fs::path&)>& fill);
 
+// Where something may be put aside: the first of PATH.old-1, PATH.old-2, ... that is not there.
+fs::path old_name(const fs::path& path);
+
 // Removes a folder with all that is in it; killed in between, it is whole or gone.
 void remove_folder(const fs::path& path);
 

@@ -19,6 +19,7 @@
 #include "base/error.h"
 #include "base/fault.h"
 #include "base/files.h"
+#include "base/host.h"
 #include "base/json.h"
 #include "base/log.h"
 #include "base/strings.h"
@@ -36,11 +37,6 @@ struct LockHolder {
 
 [[noreturn]] void fail_lock(std::string_view what, const fs::path& path) {
   throw Error(fmt::format("{}: cannot {}: {}", path.string(), what, std::strerror(errno)));
-}
-
-std::string host_name() {
-  std::array<char, 256> name{};
-  return ::gethostname(name.data(), name.size() - 1) == 0 ? name.data() : "unknown";
 }
 
 // When the process started, in clock ticks since the machine did: a later process may get the same number,

@@ -21,6 +21,14 @@ Json parse_json(std::string_view text, const std::string& where) {
   }
 }
 
+Json json_or_null(std::string_view text) {
+  try {
+    return parse_json(text, "");
+  } catch (const Error&) {
+    return nullptr;
+  }
+}
+
 Json read_json(const std::filesystem::path& path) { return parse_json(read_file(path), path.string()); }
 
 void write_json(const std::filesystem::path& path, const Json& json) {

@@ -74,7 +74,7 @@ void check_export_folder(const std::string& out) {
   const fs::path file = fs::path(out) / kExportFile;
   bool is_ours = false;
   if (fs::is_regular_file(file)) {
-    const Json json = Json::parse(read_file(file), nullptr, /*allow_exceptions=*/false);
+    const Json json = json_or_null(read_file(file));
     is_ours = json.is_object() && json.contains("written_by") && json["written_by"] == kWrittenBy;
   }
   check_out_folder(out, is_ours);

@@ -1,6 +1,6 @@
 // caldera launch -n N [--nodes M --node-rank K --rendezvous HOST:PORT] [--max-restarts R] -- train ...
-// Starts the ranks of one machine and stays with them: the first one's output on the terminal, each rank's in its own file,
-// signals passed on, and when one fails all end, with its name and message.
+// Starts the ranks of one machine and stays with them: the first one's output on the terminal, each rank's in
+// its own file, signals passed on, and when one fails all end, with its name and message.
 #include <sys/stat.h>
 #include <sys/wait.h>
 
@@ -42,10 +42,10 @@ StoreAddress parse_rendezvous(const std::string& text) {
   const std::string digits = colon == std::string::npos ? "" : text.substr(colon + 1);
   std::string host = text.substr(0, colon);
   const bool is_bracketed = host.size() > 2 && host.front() == '[' && host.back() == ']';
-  CALDERA_CHECK(!digits.empty() && digits.size() < 6 && digits.find_first_not_of("0123456789") == std::string::npos &&
-                    std::stoi(digits) < 65536 && !host.empty() &&
-                    (is_bracketed || host.find(':') == std::string::npos),
-                ConfigError, "--rendezvous {}: expected HOST:PORT, or [IPV6-ADDRESS]:PORT", text);
+  CALDERA_CHECK(
+      !digits.empty() && digits.size() < 6 && digits.find_first_not_of("0123456789") == std::string::npos &&
+          std::stoi(digits) < 65536 && !host.empty() && (is_bracketed || host.find(':') == std::string::npos),
+      ConfigError, "--rendezvous {}: expected HOST:PORT, or [IPV6-ADDRESS]:PORT", text);
   if (is_bracketed) host = host.substr(1, host.size() - 2);
   return {.host = host, .port = std::stoi(digits), .secret = ""};
 }
@@ -66,21 +66,23 @@ Recipe recipe_of(const LaunchCommand& command) {
   return read_recipe(train.recipe, train.overrides);
 }
 
-// What values in the run's store are signed with. On one machine a new one for each run, which its ranks alone are told.
+// What values in the run's store are signed with. On one machine a new one for each run, which its ranks
+// alone are told.
 std::string choose_secret(const LaunchCommand& command, const fs::path& output) {
   if (const std::string given = run_secret(); !given.empty()) return given;
   if (command.num_nodes == 1) return random_id();
   const fs::path file = output / ".run_secret";
   struct stat status {};
   if (::stat(file.c_str(), &status) == 0) {
-    CALDERA_CHECK((status.st_mode & 077) == 0, ConfigError, "{}: others may read it; say chmod 600 {}", file.string(),
-                  file.string());
+    CALDERA_CHECK((status.st_mode & 077) == 0, ConfigError, "{}: others may read it; say chmod 600 {}",
+                  file.string(), file.string());
     std::string secret(strip(read_file(file)));
     CALDERA_CHECK(!secret.empty(), ConfigError, "{}: empty: expected the run's secret", file.string());
     return secret;
   }
   log_warning(
-      "whoever reaches port {} of machine 0 can end this run: set CALDERA_RUN_SECRET to the same text on all machines, or "
+      "whoever reaches port {} of machine 0 can end this run: set CALDERA_RUN_SECRET to the same text on all "
+      "machines, or "
       "write one into {} with mode 600",
       parse_rendezvous(command.rendezvous).port, file.string());
   return "";
@@ -138,11 +140,14 @@ std::optional<RunEnd> end_as_asked(const Attempt& attempt, const Failure& failur
   if (const int signal = g_last_signal) {
     if (has_saved) return RunEnd{failure.code, culprit.error};
     if (WIFSIGNALED(*culprit.status) && !culprit.was_killed_by_us)
-      return RunEnd{128 + signal, fmt::format("stopped by signal {} while there was nothing to save; the same command goes on", signal)};
+      return RunEnd{
+          128 + signal,
+          fmt::format("stopped by signal {} while there was nothing to save; the same command goes on",
+                      signal)};
     return RunEnd{failure.code, failure.text};
   }
-  // By a signal that another machine's launcher passed on. Or that one has died, which its ranks are told by a signal as
-  // well; then it is a failure as others.
+  // By a signal that another machine's launcher passed on. Or that one has died, which its ranks are told by
+  // a signal as well; then it is a failure as others.
   try {
     if (has_saved && rendezvous.all_are_alive()) return RunEnd{failure.code, culprit.error};
   } catch (const StoreError&) {

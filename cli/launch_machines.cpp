@@ -3,12 +3,12 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <limits>
 #include <random>
 #include <utility>
 
 #include "base/error.h"
+#include "base/host.h"
 #include "base/log.h"
 #include "train/distributed/watch.h"
 #include "train/distributed/world.h"
@@ -21,7 +21,7 @@ double since(Clock::time_point start) { return std::chrono::duration<double>(Clo
 
 constexpr auto kBeat = std::chrono::milliseconds(500);
 constexpr double kSilent_s = 4;      // a launcher without a beat for so long is not there
-constexpr double kWord_s = 2;       // what another launcher knows, it says within so long
+constexpr double kWord_s = 2;        // what another launcher knows, it says within so long
 constexpr double kRefused_s = 3;     // how long a store that refuses calls may be on its way back
 constexpr double kTryConnect_s = 5;  // a single try
 
@@ -34,8 +34,9 @@ std::string names_of(const std::vector<int>& machines) {
 
 // "node1, process 4711"
 std::string who(const std::string& launcher) {
-  const Json json = Json::parse(launcher, nullptr, /*allow_exceptions=*/false);
-  return json.is_object() ? fmt::format("{}, process {}", json.value("host", "?"), json.value("process", 0)) : "?";
+  const Json json = json_or_null(launcher);
+  return json.is_object() ? fmt::format("{}, process {}", json.value("host", "?"), json.value("process", 0))
+                          : "?";
 }
 
 }  // namespace
@@ -50,9 +51,7 @@ std::string random_id() {
 Rendezvous::Rendezvous(const Machines& machines, StoreAddress address, std::function<int()> stop_signal,
                        const std::string& run_before)
     : machines_(machines), address_(std::move(address)), stop_signal_(std::move(stop_signal)) {
-  std::array<char, 256> host{};
-  ::gethostname(host.data(), host.size() - 1);
-  mine_ = json_line({{"host", host.data()}, {"process", ::getpid()}, {"id", random_id()}});
+  mine_ = json_line({{"host", host_name()}, {"process", ::getpid()}, {"id", random_id()}});
   StoreAddress reached = address_;
   if (machines_.index == 0) {
     hosted_ = host_store(address_, /*is_local=*/machines_.count == 1, machines_.timeout_s);
@@ -67,10 +66,9 @@ Rendezvous::Rendezvous(const Machines& machines, StoreAddress address, std::func
       store_ = connect_store(reached, "caldera", std::min(machines_.timeout_s, kTryConnect_s));
     } catch (const StoreGone& error) {
       CALDERA_CHECK(since(start) < machines_.node_timeout_s, DistributedError,
-                    "{}; machine 0 has not come within {:.0f} s: start it, or wait longer by --node-timeout", error.what(),
-                    machines_.node_timeout_s);
-      if (since(start) < kTryConnect_s + 2)
-        log_info("waiting for machine 0 at {}", address_.text());
+                    "{}; machine 0 has not come within {:.0f} s: start it, or wait longer by --node-timeout",
+                    error.what(), machines_.node_timeout_s);
+      if (since(start) < kTryConnect_s + 2) log_info("waiting for machine 0 at {}", address_.text());
       pause();
     }
   }
@@ -78,7 +76,8 @@ Rendezvous::Rendezvous(const Machines& machines, StoreAddress address, std::func
   if (run_before.empty()) {
     run_id_ = store_->set_once("launch/run", random_id());
   } else {
-    // Machine 0's launcher has been started again, with a new store: the run is the one that went on until then.
+    // Machine 0's launcher has been started again, with a new store: the run is the one that went on until
+    // then.
     store_->set("launch/run", run_id_ = run_before);
     store_->set_once("launch/attempt", "0");
     begin_next(0);
@@ -111,7 +110,7 @@ void Rendezvous::look_around() {
   try {
     store_->set(beat_key(machines_.index), fmt::format("{} {}", mine_, num_beats_++));
     const int attempt = std::stoi(store_->find("launch/attempt").value_or("0"));
-    const Json end = Json::parse(store_->find("launch/end").value_or(""), nullptr, /*allow_exceptions=*/false);
+    const Json end = json_or_null(store_->find("launch/end").value_or(""));
     if (own_attempt >= 0) judge_own_ranks(own_attempt);
     const bool has_cause = own_attempt >= 0 && cause(own_attempt).has_value();
     const std::lock_guard lock(mutex_);
@@ -125,10 +124,12 @@ void Rendezvous::look_around() {
   }
 }
 
-// The ranks watch each other; where all of a machine are stopped, the first two maybe, their launcher says so.
+// The ranks watch each other; where all of a machine are stopped, the first two maybe, their launcher says
+// so.
 void Rendezvous::judge_own_ranks(int attempt) {
   if (machines_.count * machines_.ranks_each == 1) return;  // a single process has no heartbeat
-  // A longer pause was this process's own, or the store's: the ranks may have been stopped as long (scontrol suspend).
+  // A longer pause was this process's own, or the store's: the ranks may have been stopped as long (scontrol
+  // suspend).
   const double elapsed_s = std::min(1.0, since(std::exchange(judged_at_, Clock::now())));
   double shortest = std::numeric_limits<double>::infinity();
   bool is_done = false;
@@ -136,24 +137,26 @@ void Rendezvous::judge_own_ranks(int attempt) {
     const auto at = static_cast<size_t>(i);
     const int rank = machines_.index * machines_.ranks_each + i;
     const std::string beat = store_->find(fmt::format("{}/beat/{}", attempt, rank)).value_or("");
-    const Json json = Json::parse(beat, nullptr, /*allow_exceptions=*/false);
+    const Json json = json_or_null(beat);
     is_done = is_done || (json.is_object() && json.value("done", false));
     silent_s_[at] = beat == beats_[at] ? silent_s_[at] + elapsed_s : 0;
     beats_[at] = beat;
     shortest = std::min(shortest, silent_s_[at]);
   }
   if (shortest < 1.5 * machines_.timeout_s || is_done) return;
-  store_->set_once(fmt::format("{}/verdict", attempt),
-                   fmt::format("no rank of {} ({}) has given a sign of life for {:.0f} s: are they stopped, or does a disk "
-                               "or driver hang?",
-                               names_of({machines_.index}), who(mine_), shortest));
+  store_->set_once(
+      fmt::format("{}/verdict", attempt),
+      fmt::format(
+          "no rank of {} ({}) has given a sign of life for {:.0f} s: are they stopped, or does a disk "
+          "or driver hang?",
+          names_of({machines_.index}), who(mine_), shortest));
 }
 
 // For a launcher that others do not hear.
 std::string Rendezvous::secret_hint() const {
-  return store_->num_rejected() == 0
-             ? ""
-             : "; messages signed with another secret have come: is CALDERA_RUN_SECRET the same on all machines?";
+  return store_->num_rejected() == 0 ? ""
+                                     : "; messages signed with another secret have come: is "
+                                       "CALDERA_RUN_SECRET the same on all machines?";
 }
 
 std::optional<int> Rendezvous::gather() {
@@ -184,8 +187,9 @@ std::optional<int> Rendezvous::meet() {
         const std::string beat = store_->find(beat_key(machines_.index)).value_or("");
         is_alive = beat != before && beat.starts_with(holder);
       }
-      CALDERA_CHECK(!is_alive, ConfigError, "--node-rank {}: the launcher on {} is this machine of the run already",
-                    machines_.index, who(holder));
+      CALDERA_CHECK(!is_alive, ConfigError,
+                    "--node-rank {}: the launcher on {} is this machine of the run already", machines_.index,
+                    who(holder));
       begin_next(attempt);
       continue;
     }
@@ -204,7 +208,8 @@ std::optional<int> Rendezvous::meet() {
     }
     const std::string names = names_of(absent);
     CALDERA_CHECK(since(start) < machines_.node_timeout_s, DistributedError,
-                  "waited {:.0f} s for {}: start caldera launch there, with the same --rendezvous and --nodes, or wait longer "
+                  "waited {:.0f} s for {}: start caldera launch there, with the same --rendezvous and "
+                  "--nodes, or wait longer "
                   "by --node-timeout{}",
                   since(start), names, secret_hint());
     if (names != said && since(start) > 1) log_info("waiting for {}", said = names);
@@ -221,7 +226,8 @@ std::vector<int> Rendezvous::missing(int attempt) {
 
 bool Rendezvous::is_over(int attempt) const {
   const std::lock_guard lock(mutex_);
-  return attempt_ > attempt || has_cause_ || (end_ && end_->code != 0) || (lost_since_ && since(*lost_since_) > kRefused_s);
+  return attempt_ > attempt || has_cause_ || (end_ && end_->code != 0) ||
+         (lost_since_ && since(*lost_since_) > kRefused_s);
 }
 
 bool Rendezvous::wait_for_end(int attempt) {
@@ -243,8 +249,7 @@ std::optional<std::string> Rendezvous::cause(int attempt) {
 }
 
 std::string Rendezvous::where(int attempt, int rank) {
-  const Json beat = Json::parse(store_->find(fmt::format("{}/beat/{}", attempt, rank)).value_or(""), nullptr,
-                                /*allow_exceptions=*/false);
+  const Json beat = json_or_null(store_->find(fmt::format("{}/beat/{}", attempt, rank)).value_or(""));
   return beat.is_object() ? place_of(beat) : "";
 }
 
@@ -299,7 +304,8 @@ std::optional<RunEnd> Rendezvous::ended() const {
 
 void Rendezvous::check_stop(const char* while_what) const {
   const int signal = stop_signal_();
-  if (signal != 0) throw Error(fmt::format("stopped by signal {} while {}", signal, while_what), 128 + signal);
+  if (signal != 0)
+    throw Error(fmt::format("stopped by signal {} while {}", signal, while_what), 128 + signal);
 }
 
 void Rendezvous::pause() { std::this_thread::sleep_for(kBeat / 5); }

@@ -1,5 +1,5 @@
-// What the launchers of a run's machines tell each other, through the run's store: which attempt runs, who is there, how it
-// ended. The first machine's launcher hosts the store, so it lives as long as that one.
+// What the launchers of a run's machines tell each other, through the run's store: which attempt runs, who is
+// there, how it ended. The first machine's launcher hosts the store, so it lives as long as that one.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -33,7 +33,8 @@ struct RunEnd {
 };
 
 // Keys, below caldera/: launch/attempt, launch/run, launch/here/ATTEMPT/MACHINE {"host", "process", "id"},
-// launch/beat/MACHINE, launch/end {"code", "message"}, launch/left/MACHINE; and what the ranks write (watch.h) below ATTEMPT/.
+// launch/beat/MACHINE, launch/end {"code", "message"}, launch/left/MACHINE; and what the ranks write
+// (watch.h) below ATTEMPT/.
 class Rendezvous {
  public:
   // Hosts the store, or comes to it, waiting for node_timeout_s. `stop_signal` ends every wait here. Throws
@@ -45,15 +46,17 @@ class Rendezvous {
   const StoreAddress& address() const { return address_; }
   std::string run_id() const { return run_id_; }
 
-  // Waits until the launchers of all machines are there; the attempt that now begins, none where the run has ended well.
-  // Throws DistributedError naming those who did not come within node_timeout_s, ConfigError where another launcher is
-  // this machine already, and what the others say of a run that has failed.
+  // Waits until the launchers of all machines are there; the attempt that now begins, none where the run has
+  // ended well. Throws DistributedError naming those who did not come within node_timeout_s, ConfigError
+  // where another launcher is this machine already, and what the others say of a run that has failed.
   std::optional<int> gather();
   // Whether the ranks of this machine should end: the others go on without them, or they were told to.
   bool is_over(int attempt) const;
-  // After this machine's ranks ended well: true when the run has, on all machines; false where an attempt follows.
+  // After this machine's ranks ended well: true when the run has, on all machines; false where an attempt
+  // follows.
   bool wait_for_end(int attempt);
-  // Why an attempt ended: the first rank's own failure, else what the watch found; none where neither was told.
+  // Why an attempt ended: the first rank's own failure, else what the watch found; none where neither was
+  // told.
   std::optional<std::string> cause(int attempt);
   // Where a rank was last: "step 12, forward and backward"; "" where it never came.
   std::string where(int attempt, int rank);

@@ -42,13 +42,14 @@ class Attempt {
  public:
   explicit Attempt(const RankProcesses& ranks);
   ~Attempt();
-  // Until all have ended. Signals that `num_signals` counts are passed on, `last_signal` each time. Once a rank has failed
-  // or `is_over` says so, those left have some seconds to end by themselves.
+  // Until all have ended. Signals that `num_signals` counts are passed on, `last_signal` each time. Once a
+  // rank has failed or `is_over` says so, those left have some seconds to end by themselves.
   void run(const std::function<int()>& num_signals, const std::function<int()>& last_signal,
            const std::function<bool()>& is_over);
   const std::vector<RankProcess>& ranks() const { return ranks_; }
   bool has_failed() const;
-  // The rank that brought the others down: one that a signal killed, else one that failed by itself, else the first to end.
+  // The rank that brought the others down: one that a signal killed, else one that failed by itself, else the
+  // first to end.
   const RankProcess& culprit() const;
 
  private:

@@ -38,7 +38,7 @@ StageCurve read_curve(const fs::path& output, const std::string& stage) {
   if (!fs::exists(file)) return curve;
   std::istringstream lines(read_file(file));
   for (std::string line; std::getline(lines, line);) {
-    const Json json = Json::parse(line, nullptr, false);
+    const Json json = json_or_null(line);
     if (!json.is_object()) continue;  // the last line of a run that was cut off
     const double step = number(json, "step");
     if (json.contains("eval_loss")) curve.eval_loss.emplace_back(step, number(json, "eval_loss"));

@@ -234,17 +234,15 @@ void set_later_checkpoints_aside(const fs::path& stage_folder, const std::option
   later.erase(own, later.end());
   if (later.empty()) return;
   const bool has_best = fs::exists(stage_folder / "best");
-  int number = 1;
-  const auto aside = [&] { return stage_folder / fmt::format("checkpoints.old-{}", number); };
-  while (fs::exists(aside())) ++number;
-  fs::create_directory(aside());
+  const fs::path aside = old_name(stage_folder / "checkpoints");
+  fs::create_directory(aside);
   point_to(stage_folder / "latest", newest);
-  for (const fs::path& folder : later) fs::rename(folder, aside() / folder.filename());
+  for (const fs::path& folder : later) fs::rename(folder, aside / folder.filename());
   point_to(stage_folder / "best", has_best ? best_checkpoint(stage_folder) : std::nullopt);
   std::vector<std::string> names;
   for (const fs::path& folder : later) names.push_back(folder.filename().string());
   log_info("the stage goes on from {}: moved its {} to {}", checkpoint ? checkpoint->string() : "its start",
-           fmt::join(names, ", "), aside().string());
+           fmt::join(names, ", "), aside.string());
 }
 
 CheckpointState read_checkpoint_state(const fs::path& folder) {

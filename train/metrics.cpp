@@ -11,6 +11,7 @@
 
 #include "base/error.h"
 #include "base/files.h"
+#include "base/host.h"
 #include "base/log.h"
 
 namespace caldera {
@@ -81,11 +82,9 @@ std::string event_head(int64_t step) {
 }
 
 fs::path event_file(const fs::path& folder) {
-  char host[256] = "host";
-  ::gethostname(host, sizeof host - 1);
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   return folder / fmt::format("events.out.tfevents.{}.{}.{}",
-                              std::chrono::duration_cast<std::chrono::milliseconds>(now).count(), host,
+                              std::chrono::duration_cast<std::chrono::milliseconds>(now).count(), host_name(),
                               ::getpid());
 }
 
@@ -155,7 +154,7 @@ fs::path cut_back(const fs::path& path, int64_t resumed_step) {
   std::string kept;
   std::istringstream lines(read_file(path));
   for (std::string line; std::getline(lines, line);) {
-    const auto json = Json::parse(line, nullptr, /*allow_exceptions=*/false);
+    const Json json = json_or_null(line);
     if (json.is_object() && json.contains("step") && json["step"].get<int64_t>() <= resumed_step) kept += line + "\n";
   }
   write_file_atomic(path, kept);

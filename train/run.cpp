@@ -95,11 +95,9 @@ void check_finished(const fs::path& folder, const Recipe& recipe, const StageCon
 
 void move_aside(const fs::path& folder) {
   if (!fs::exists(folder)) return;
-  int number = 1;
-  const auto name = [&] { return fs::path(fmt::format("{}.old-{}", folder.string(), number)); };
-  while (fs::exists(name())) ++number;
-  fs::rename(folder, name());
-  log_info("moved {} to {}", folder.string(), name().string());
+  const fs::path aside = old_name(folder);
+  fs::rename(folder, aside);
+  log_info("moved {} to {}", folder.string(), aside.string());
 }
 
 // What --resume asks for beyond "auto".

@@ -7,16 +7,17 @@
 #include "base/words.h"
 #include "data/tokenizers/added_tokens.h"
 #include "data/tokenizers/factories.h"
+#include "data/tokenizers/hf_tokenizer.h"
 #include "data/tokenizers/nfc.h"
 
 namespace caldera {
 namespace {
 
-class ByteLevelBpeTokenizer final : public Tokenizer {
+class ByteLevelBpeTokenizer final : public HfTokenizer {
  public:
   ByteLevelBpeTokenizer(BpeModel model, TokenizerConfig config, const std::string& where)
-      : model_(std::move(model)),
-        config_(std::move(config)),
+      : HfTokenizer(std::move(config)),
+        model_(std::move(model)),
         merger_(model_, config_.added_tokens, where),
         splitter_(model_.steps, where),
         added_(config_) {
@@ -62,30 +63,11 @@ class ByteLevelBpeTokenizer final : public Tokenizer {
     return repair_utf8(text).text;
   }
 
-  int64_t token_id(std::string_view token) const override {
-    if (const AddedToken* added = config_.find_added(token)) return added->id;
-    const auto found = ids_.find(token);
-    return found == ids_.end() ? -1 : found->second;
-  }
-
-  bool takes_space_behind(int64_t id) const override {
-    const AddedToken* added = config_.find_added(id);
-    return added != nullptr && added->rstrip;
-  }
-  int64_t vocab_size() const override {
-    return std::max(static_cast<int64_t>(model_.tokens.size()),
-                    config_.added_tokens.empty() ? 0 : config_.added_tokens.back().id + 1);
-  }
-  int64_t bos_id() const override { return named_id(config_.bos_token); }
-  int64_t eos_id() const override { return named_id(config_.eos_token); }
-  int64_t pad_id() const override { return named_id(config_.pad_token); }
   bool adds_bos() const override { return model_.adds_bos; }
-  const std::string& chat_template() const override { return config_.chat_template; }
 
   int64_t save(const fs::path& folder, const std::string& chat_template, bool add_image_token) const override {
     TokenizerConfig config = config_;
-    int64_t image_id = token_id(kImagePlaceholder);
-    if (image_id < 0) image_id = vocab_size();
+    const int64_t image_id = placeholder_id();
     if (add_image_token) config.add({image_id, kImagePlaceholder});
     config.fields["add_bos_token"] = model_.adds_bos;
     config.fields["add_prefix_space"] = false;
@@ -116,10 +98,13 @@ class ByteLevelBpeTokenizer final : public Tokenizer {
   }
 
  private:
-  int64_t named_id(const std::string& token) const { return token.empty() ? -1 : token_id(token); }
+  int64_t model_id(std::string_view token) const override {
+    const auto found = ids_.find(token);
+    return found == ids_.end() ? -1 : found->second;
+  }
+  int64_t model_size() const override { return std::ssize(model_.tokens); }
 
   BpeModel model_;
-  TokenizerConfig config_;
   std::unordered_map<std::string_view, int64_t> ids_;  // views into model_.tokens
   BpeMerger merger_;
   WordSplitter splitter_;

@@ -8,6 +8,7 @@
 #include "base/words.h"
 #include "data/tokenizers/added_tokens.h"
 #include "data/tokenizers/factories.h"
+#include "data/tokenizers/hf_tokenizer.h"
 #include "data/tokenizers/utf8.h"
 
 namespace caldera {
@@ -34,12 +35,12 @@ bool has_joining_token(const std::vector<std::string>& tokens) {
   });
 }
 
-class CharacterBpeTokenizer final : public Tokenizer {
+class CharacterBpeTokenizer final : public HfTokenizer {
  public:
   CharacterBpeTokenizer(BpeModel model, TokenizerConfig config, const std::string& where)
-      : model_(std::move(model)),
+      : HfTokenizer(std::move(config)),
+        model_(std::move(model)),
         kind_(*model_.characters),
-        config_(std::move(config)),
         merger_(model_, config_.added_tokens, where),
         added_(config_),
         has_separate_words_(kind_.splits_words || !has_joining_token(model_.tokens)) {
@@ -90,31 +91,12 @@ class CharacterBpeTokenizer final : public Tokenizer {
     return text;
   }
 
-  int64_t token_id(std::string_view token) const override {
-    if (const AddedToken* added = config_.find_added(token)) return added->id;
-    const auto found = ids_.find(std::string(token));
-    return found == ids_.end() ? -1 : found->second;
-  }
-
-  bool takes_space_behind(int64_t id) const override {
-    const AddedToken* added = config_.find_added(id);
-    return added != nullptr && added->rstrip;
-  }
-  int64_t vocab_size() const override {
-    return std::max(std::ssize(model_.tokens),
-                    config_.added_tokens.empty() ? 0 : config_.added_tokens.back().id + 1);
-  }
-  int64_t bos_id() const override { return named_id(config_.bos_token); }
-  int64_t eos_id() const override { return named_id(config_.eos_token); }
-  int64_t pad_id() const override { return named_id(config_.pad_token); }
   bool adds_bos() const override { return model_.adds_bos; }
-  const std::string& chat_template() const override { return config_.chat_template; }
 
   int64_t save(const fs::path& folder, const std::string& chat_template,
                bool add_image_token) const override {
     TokenizerConfig config = config_;
-    int64_t image_id = token_id(kImagePlaceholder);
-    if (image_id < 0) image_id = vocab_size();
+    const int64_t image_id = placeholder_id();
     if (add_image_token) config.add({image_id, kImagePlaceholder});
     config.fields["add_bos_token"] = model_.adds_bos;
     fs::create_directories(folder);
@@ -153,6 +135,12 @@ class CharacterBpeTokenizer final : public Tokenizer {
   }
 
  private:
+  int64_t model_id(std::string_view token) const override {
+    const auto found = ids_.find(std::string(token));
+    return found == ids_.end() ? -1 : found->second;
+  }
+  int64_t model_size() const override { return std::ssize(model_.tokens); }
+
   std::vector<Token> encode_plain(std::string_view text, TextContext context) const {
     if (text.empty()) return {};
     const MappedText source = repair_utf8(text);
@@ -194,11 +182,8 @@ class CharacterBpeTokenizer final : public Tokenizer {
     }
     return std::min(text.find(kVisibleSpace, at), text.size());
   }
-  int64_t named_id(const std::string& token) const { return token.empty() ? -1 : token_id(token); }
-
   BpeModel model_;
   CharacterBpe kind_;
-  TokenizerConfig config_;
   std::unordered_map<std::string, int64_t> ids_;
   BpeMerger merger_;
   AddedTokenFinder added_;

@@ -7,6 +7,7 @@
 #include "base/words.h"
 #include "data/tokenizers/added_tokens.h"
 #include "data/tokenizers/factories.h"
+#include "data/tokenizers/hf_tokenizer.h"
 #include "data/tokenizers/sentencepiece_model.h"
 #include "data/tokenizers/utf8.h"
 #include "data/tokenizers/word_cache.h"
@@ -25,10 +26,10 @@ bool is_plain(std::string_view text) {
   return is_ascii(text) || (is_valid_utf8(text) && text.find(kVisibleSpace) == std::string_view::npos);
 }
 
-class SentencePieceTokenizer final : public Tokenizer {
+class SentencePieceTokenizer final : public HfTokenizer {
  public:
   SentencePieceTokenizer(std::string model, TokenizerConfig config, const std::string& where)
-      : model_(std::move(model)), config_(std::move(config)) {
+      : HfTokenizer(std::move(config)), model_(std::move(model)) {
     kind_ = check_sentencepiece_model(model_, where);
     legacy_ = config_.flag("legacy", true);
     add_bos_ = config_.flag("add_bos_token", true);
@@ -93,30 +94,12 @@ class SentencePieceTokenizer final : public Tokenizer {
     return text;
   }
 
-  int64_t token_id(std::string_view token) const override {
-    if (const AddedToken* added = config_.find_added(token)) return added->id;
-    const int id = processor_.PieceToId(token);  // the unknown piece's where there is none
-    return id >= 0 && id < processor_.GetPieceSize() && processor_.IdToPiece(id) == token ? id : -1;
-  }
-
-  bool takes_space_behind(int64_t id) const override {
-    const AddedToken* added = config_.find_added(id);
-    return added != nullptr && added->rstrip;
-  }
-  int64_t vocab_size() const override {
-    return std::max(num_pieces_, config_.added_tokens.empty() ? 0 : config_.added_tokens.back().id + 1);
-  }
-  int64_t bos_id() const override { return named_id(config_.bos_token); }
-  int64_t eos_id() const override { return named_id(config_.eos_token); }
-  int64_t pad_id() const override { return named_id(config_.pad_token); }
   bool adds_bos() const override { return add_bos_; }
-  const std::string& chat_template() const override { return config_.chat_template; }
 
   int64_t save(const fs::path& folder, const std::string& chat_template,
                bool add_image_token) const override {
     TokenizerConfig config = config_;
-    int64_t image_id = token_id(kImagePlaceholder);
-    if (image_id < 0) image_id = vocab_size();
+    const int64_t image_id = placeholder_id();
     if (add_image_token) config.add({image_id, kImagePlaceholder});
     for (const std::string& token :
          {config.unk_token, config.bos_token, config.eos_token, config.pad_token}) {
@@ -156,6 +139,12 @@ class SentencePieceTokenizer final : public Tokenizer {
   }
 
  private:
+  int64_t model_id(std::string_view token) const override {
+    const int id = processor_.PieceToId(token);  // the unknown piece's where there is none
+    return id >= 0 && id < processor_.GetPieceSize() && processor_.IdToPiece(id) == token ? id : -1;
+  }
+  int64_t model_size() const override { return num_pieces_; }
+
   bool is_user_defined(int64_t id) const {
     return std::binary_search(kind_.user_defined.begin(), kind_.user_defined.end(), id);
   }
@@ -246,10 +235,7 @@ class SentencePieceTokenizer final : public Tokenizer {
     }
     return pieces;
   }
-  int64_t named_id(const std::string& token) const { return token.empty() ? -1 : token_id(token); }
-
   std::string model_;  // as it was read, for save()
-  TokenizerConfig config_;
   sentencepiece::SentencePieceProcessor processor_;
   SentencePieceKind kind_;
   bool legacy_ = true, add_bos_ = true, add_prefix_ = true;

@@ -4,15 +4,11 @@
 The same curve and weights from any number of ranks under any strategy; resuming, also on another number of ranks; ranks that die, throw,
 stop or leave bring the others down with their name; a signal saves on all ranks; torchrun and mpirun start the same binary unchanged.
 Faults come at counted points (CALDERA_FAULT), never by the clock. --full: all combinations, a quarter of an hour."""
-import argparse, itertools, json, os, random, re, shutil, signal, subprocess, time
+import itertools, json, os, random, re, shutil, signal, subprocess, time
 
-from ranks import CLEAN, LORA, ROOT, Runs, Table, run_tests
+from ranks import CLEAN, LORA, ROOT, Runs, Table, arguments, run_tests
 
-parser = argparse.ArgumentParser()
-parser.add_argument("caldera")
-parser.add_argument("--full", action="store_true")
-parser.add_argument("--only", default="", help="tests whose name contains this")
-options = parser.parse_args()
+options = arguments().parse_args()
 runs = Runs(options.caldera)
 table = Table()
 STEPS = 6  # a stage

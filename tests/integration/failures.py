@@ -3,15 +3,11 @@
 
 Whatever happens, nothing waits longer than three times distributed.timeout_s, a message says why, and the same command goes on with
 the same bits. Ends with a table of what happened and how long it took to be over. Some three minutes."""
-import argparse, os, pathlib, re, shutil, signal, socket, subprocess, threading, time
+import os, pathlib, re, shutil, signal, socket, subprocess, threading, time
 
-from ranks import ROOT, Process, Runs, Table, environment_of, free_port, is_over, run_tests, send, wait_until
+from ranks import ROOT, Process, Runs, Table, arguments, environment_of, free_port, is_over, run_tests, send, wait_until
 
-parser = argparse.ArgumentParser()
-parser.add_argument("caldera")
-parser.add_argument("--full", action="store_true")
-parser.add_argument("--only", default="", help="tests whose name contains this")
-options = parser.parse_args()
+options = arguments().parse_args()
 runs = Runs(options.caldera)
 table = Table()
 TIMEOUT_S = 6

@@ -7,16 +7,13 @@ without them it ends with code 77. Ends with a table of what happened and how lo
 
   nodes.py CALDERA --faults N [--seed S]            N runs on three machines, each with a failure drawn at random
   nodes.py CALDERA --overnight MINUTES [--seed S]   one long run on two machines, a failure every few minutes"""
-import argparse, json, pathlib, re, shutil, signal, subprocess, sys, time
+import json, pathlib, re, shutil, signal, subprocess, sys, time
 
 import random_failures
 from job import LIMIT_S, TIMEOUT_S, Job, can_make_machines, finish, last_error, machines, runs_since, straight
-from ranks import ROOT, Runs, Table, run_tests, send
+from ranks import ROOT, Runs, Table, arguments, run_tests, send
 
-parser = argparse.ArgumentParser()
-parser.add_argument("caldera")
-parser.add_argument("--full", action="store_true")
-parser.add_argument("--only", default="", help="tests whose name contains this")
+parser = arguments()
 parser.add_argument("--faults", "--runs", type=int)
 parser.add_argument("--overnight", "--minutes", type=float)
 parser.add_argument("--seed", type=int, default=int(time.time()))

@@ -1,7 +1,7 @@
 """Runs of the scenes recipe on a few pictures, by one process or several ranks, and how two of them compare.
 
 Needs nothing but Python. All runs lie in one temporary folder; data and outputs are named relative to it."""
-import filecmp, json, os, pathlib, shutil, signal, socket, struct, subprocess, tempfile, threading, time
+import argparse, filecmp, json, os, pathlib, shutil, signal, socket, struct, subprocess, tempfile, threading, time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STAGES = ("pretrain", "finetune")
@@ -271,6 +271,15 @@ class Table:
 
 def environment(fault=""):
     return CLEAN | ({"CALDERA_FAULT": fault} if fault else {})
+
+
+def arguments():
+    """Of the programs that run_tests() is for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("caldera")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--only", default="", help="tests whose name contains this")
+    return parser
 
 
 def run_tests(tests, options):

@@ -48,7 +48,7 @@ std::optional<std::string> Judge::look(const std::vector<std::string>& beats, do
 }
 
 void Judge::read(int rank, const std::string& text) {
-  const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const Json json = json_or_null(text);
   if (!json.is_object()) return;
   Seen& seen = seen_[static_cast<size_t>(rank)];
   seen.is_here = true;

@@ -3,9 +3,9 @@
 #include <c10/util/hash.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
+#include <unistd.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
-#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -100,7 +100,8 @@ class SignedStore : public TextStore {
     // c10d's own time-out, and as long again for the first answer.
     std::optional<C10dStore> store = worker_.run(connect, 2 * timeout_s);
     CALDERA_CHECK(store, DistributedError,
-                  "{} accepts connections but does not answer as a run's store does: does another program listen there, or is "
+                  "{} accepts connections but does not answer as a run's store does: does another program "
+                  "listen there, or is "
                   "its launcher stopped?",
                   address_.text());
     store_ = std::move(*store);
@@ -122,13 +123,15 @@ class SignedStore : public TextStore {
   std::vector<std::string> get_all(const std::vector<std::string>& keys) override {
     const auto found = call([store = store_, keys] { return store->multiGet(keys); });
     std::vector<std::string> values;
-    for (size_t i = 0; i < keys.size(); ++i) values.push_back(opened(keys[i], text_of(found[i])).value_or(""));
+    for (size_t i = 0; i < keys.size(); ++i)
+      values.push_back(opened(keys[i], text_of(found[i])).value_or(""));
     return values;
   }
   std::string set_once(const std::string& key, const std::string& value) override {
     return compare_and_set(key, {}, value);
   }
-  std::string replace(const std::string& key, const std::string& expected, const std::string& value) override {
+  std::string replace(const std::string& key, const std::string& expected,
+                      const std::string& value) override {
     return compare_and_set(key, sealed(key, expected), value);
   }
   void remove(const std::string& key) override {
@@ -167,10 +170,12 @@ class SignedStore : public TextStore {
     try {
       result = worker_.run(std::move(call), timeout_s_);
     } catch (const std::exception& error) {
-      throw StoreGone(fmt::format("the run's store at {} is gone: {}", address_.text(), first_line(error.what())));
+      throw StoreGone(
+          fmt::format("the run's store at {} is gone: {}", address_.text(), first_line(error.what())));
     }
     CALDERA_CHECK(result, StoreError,
-                  "the run's store at {} has not answered for {:.0f} s: its launcher or rank 0 is stopped, its machine gone, "
+                  "the run's store at {} has not answered for {:.0f} s: its launcher or rank 0 is stopped, "
+                  "its machine gone, "
                   "or the network between",
                   address_.text(), timeout_s_.load());
     return *std::move(result);
@@ -215,7 +220,8 @@ int bind_to_loopback(StoreAddress& address) {
 }  // namespace
 
 std::string StoreAddress::text() const {
-  return host.find(':') == std::string::npos ? fmt::format("{}:{}", host, port) : fmt::format("[{}]:{}", host, port);
+  return host.find(':') == std::string::npos ? fmt::format("{}:{}", host, port)
+                                             : fmt::format("[{}]:{}", host, port);
 }
 
 void survive_broken_connections() { std::signal(SIGPIPE, SIG_IGN); }
@@ -254,7 +260,8 @@ c10::intrusive_ptr<c10d::Store> connect_c10d_store(const StoreAddress& address, 
   }
 }
 
-std::unique_ptr<TextStore> connect_store(const StoreAddress& address, const std::string& prefix, double timeout_s) {
+std::unique_ptr<TextStore> connect_store(const StoreAddress& address, const std::string& prefix,
+                                         double timeout_s) {
   return std::make_unique<SignedStore>(address, prefix, timeout_s);
 }
 
@@ -269,9 +276,9 @@ c10::intrusive_ptr<c10d::Store> host_store(StoreAddress& address, bool is_local,
     address.port = store->getPort();
     return store;
   } catch (const std::exception& error) {
-    throw DistributedError(fmt::format("cannot listen on port {}: {}", address.port, first_line(error.what())));
+    throw DistributedError(
+        fmt::format("cannot listen on port {}: {}", address.port, first_line(error.what())));
   }
 }
-
 
 }  // namespace caldera

@@ -178,7 +178,7 @@ std::string find_cause(TextStore& store, int rank, int size) {
   const std::vector<std::string> after = all_beats(store, size);
   std::vector<std::string> silent;
   for (size_t r = 0; r < after.size(); ++r) {
-    const Json beat = Json::parse(after[r], nullptr, /*allow_exceptions=*/false);
+    const Json beat = json_or_null(after[r]);
     const auto other = static_cast<int>(r);
     if (other == rank || !beat.is_object()) continue;
     if (beat.value("done", Json()) == true)

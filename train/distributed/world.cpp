@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "base/fault.h"
+#include "base/host.h"
 #include "model/ops/streams.h"
 #include "train/distributed/backend.h"
 #include "train/distributed/packed_texts.h"
@@ -27,11 +28,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr double kForever_s = std::numeric_limits<double>::infinity();
-
-std::string this_machine() {
-  std::array<char, 256> name{};
-  return ::gethostname(name.data(), name.size() - 1) == 0 ? name.data() : "?";
-}
 
 Lane lane_of(const std::string& channel) { return channel == "save" ? Lane::kSaving : Lane::kTraining; }
 
@@ -151,7 +147,7 @@ void quiet_c10d() {
   }();
 }
 
-World::World() : hosts_{this_machine()} {}
+World::World() : hosts_{host_name()} {}
 
 World& World::alone() {
   static World world;
@@ -161,7 +157,7 @@ World& World::alone() {
 World::World(const WorldSpec& spec, at::Device device, double timeout_s,
              std::function<void(const std::string&)> on_abort)
     : spec_(spec), timeout_s_(timeout_s), hosts_(static_cast<size_t>(spec.size)) {
-  const std::string& machine = hosts_[static_cast<size_t>(spec.rank)] = this_machine();
+  const std::string& machine = hosts_[static_cast<size_t>(spec.rank)] = host_name();
   set_fault_rank(spec.rank, spec.attempt);
   if (spec.size == 1 && !spec.group_of_one) return;
   survive_broken_connections();
